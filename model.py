@@ -1,0 +1,315 @@
+"""The model: load any Qwen3.5 / Qwen3-VL style checkpoint (or build a tiny one), turn images and questions into prompts,
+and compute the hidden states that predict every token of G responses to a prompt while computing the prompt only once.
+
+    student, processor = load("Qwen/Qwen3.5-4B", device="cuda", dtype=torch.bfloat16)
+    prompt = encode(processor, [image], ["What is written on the sign?"])
+    hidden = response_hidden(student, prompt, rollout)          # (N, T, D); logits = hidden @ student.lm_head.weight.T
+
+B prompts, G responses each, N = B G rows, L prompt tokens, T response tokens, D hidden size, V vocabulary.
+"""
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+from tokenizers import pre_tokenizers
+from transformers import (AutoModelForImageTextToText, GenerationConfig, Qwen2VLImageProcessorPil, Qwen3_5Config,
+                          Qwen3_5ForConditionalGeneration, Qwen3_5Tokenizer, Qwen3VLProcessor)
+
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+Prompt = dict[str, Tensor]
+
+
+class ImageTextProcessor(Qwen3VLProcessor):
+    """Qwen's processor without its video half, which cannot be built where torchvision is missing."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, video_processor=None, chat_template=chat_template)
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """A checkpoint directory or hub id -> (model, processor), strictly: every weight present, none left over.
+
+    Raises FileNotFoundError / ValueError naming what was found when `path` is no image-text checkpoint.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = download(path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is no checkpoint: it has no config.json (it has {sorted(p.name for p in folder.iterdir())[:8]}). "
+            "Expected a directory written by save_pretrained, or a hub id such as Qwen/Qwen3.5-4B.")
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        processor = ImageTextProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} does not load as a Qwen3.5 / Qwen3-VL style checkpoint: {error}") from error
+    wrong = {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}
+    if wrong:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {wrong}. Loading is strict; repair the checkpoint.")
+    processor.source = folder
+    return prepare(model.to(device)), processor
+
+
+def download(hub_id: str) -> Path:
+    """Folder of the hub repository `hub_id`, downloaded on first use."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(hub_id))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"--model {hub_id!r} is neither a directory here nor a model the hub gave us ({type(error).__name__}: {error}). "
+            "Check the name, the network, and `hf auth login` for gated models.") from error
+
+
+def prepare(model):
+    """Settings all code here relies on: no dropout, per-block checkpointing of the vision tower, and a neutral generation
+    config (the one shipped with a checkpoint holds top_k, top_p and penalties that would silently change the rollouts)."""
+    model.eval()
+    for block in model.model.visual.blocks:                                           # active only while block.training
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = partial(recompute_in_backward, use_reentrant=False)
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    return model
+
+
+def save(model, processor, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a checkpoint that plain transformers and vLLM load; processor files are copied as the original had them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, state_dict=weights)
+    if processor.source is None:                                                      # the tiny model has no original
+        processor.image_processor.save_pretrained(folder)
+        processor.tokenizer.save_pretrained(folder)
+    else:
+        for file in processor.source.iterdir():
+            if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name != "config.json" and "index" not in file.name:
+                shutil.copyfile(file, folder / file.name)
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+def encode(processor, images: list[Image.Image], texts: list[str], *, max_tokens: int | None = None) -> Prompt:
+    """One image and one question per row -> left-padded prompts that end with the non-thinking generation prefix.
+
+    Returns input_ids, attention_mask, mm_token_type_ids (B, L) int64, pixel_values (patches, 3 t p p) float32 and
+    image_grid_thw (B, 3) int64, plus `shrunk` (B,) bool: prompts over `max_tokens` have their image scaled down to fit
+    (cutting ids would cut image tokens). Raises ValueError when the text alone is too long or holds a vision token.
+    """
+    chats, fitted, shrunk = [], [], []
+    for image, text in zip(images, texts, strict=True):
+        if found := [token for token in VISION_TOKENS if token in text]:
+            raise ValueError(f"The question {text[:80]!r} holds {found}, which would change the number of images. Remove it.")
+        message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        chats.append(processor.apply_chat_template(message, add_generation_prompt=True, enable_thinking=False))
+        small = image if max_tokens is None else fit(processor, image, chats[-1], max_tokens)
+        fitted.append(small)
+        shrunk.append(small is not image)
+    prompt = processor(text=chats, images=fitted, padding=True, padding_side="left", return_tensors="pt")
+    return {**prompt, "shrunk": torch.tensor(shrunk)}
+
+
+def fit(processor, image: Image.Image, chat: str, max_tokens: int) -> Image.Image:
+    """`image` itself when its prompt has at most `max_tokens` tokens, else a copy scaled down so that it has."""
+    vision = processor.image_processor
+    side = vision.patch_size * vision.merge_size                                     # px per image token along an edge
+    room = max_tokens - len(processor.tokenizer(chat)["input_ids"]) + 1              # the chat holds one placeholder
+    needed = vision.get_number_of_image_patches(image.height, image.width, {}) // vision.merge_size ** 2
+    if needed <= room:
+        return image
+    least = math.ceil(vision.size["shortest_edge"] / side ** 2)
+    if room < least:
+        raise ValueError(
+            f"A question of {len(chat)} characters leaves {room} of {max_tokens} prompt tokens for its image, which needs "
+            f"at least {least}. Raise the prompt limit or shorten the question: {chat[:120]!r}")
+    scale = math.sqrt(room * side ** 2 / (image.width * image.height))
+    columns = min(max(1, int(image.width * scale / side)), room)
+    rows = min(max(1, int(image.height * scale / side)), room // columns)
+    return image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+
+
+def join(prompts: list[Prompt], pad_id: int) -> Prompt:
+    """Prompt batches -> one batch, padded on the left to the longest."""
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    fill = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    return {key: torch.cat([pad(p[key], (longest - p[key].shape[1], 0), value=fill[key]) if key in fill else p[key]
+                            for p in prompts]) for key in prompts[0]}
+
+
+def to_device(prompt: Prompt, device) -> Prompt:
+    return {key: value.to(device, non_blocking=True) for key, value in prompt.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- shared prefix
+
+class LayerStates:
+    """What a decoder layer remembers of the tokens before: keys and values, or convolution and recurrent state.
+
+    Stands in for the stock cache, which writes its states in place (`copy_`) and so breaks autograd. Here `past` is only
+    read and `new` only assigned, which makes recomputation in the backward pass safe.
+    """
+
+    def __init__(self, past: list[Tensor] = ()):
+        self.past, self.new = past, []
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
+        self.new = [keys, values]                                                     # (rows, heads, tokens, head_dim)
+        return tuple(torch.cat(pair, dim=2) for pair in zip(self.past, self.new)) if self.past else (keys, values)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0):
+        return self.past[0] if self.past else None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0):
+        return self.past[1] if self.past else None
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def update_conv_state(self, inputs: Tensor, layer_idx: int, conv_kernel_size: int, **kwargs) -> Tensor:
+        inputs = torch.cat([self.past[0], inputs], dim=-1) if self.past else inputs   # (rows, channels, tokens)
+        self.new = [pad(inputs, (max(0, conv_kernel_size - inputs.shape[-1]), 0))[..., -conv_kernel_size:]]
+        return inputs
+
+    def update_recurrent_state(self, state: Tensor, layer_idx: int, **kwargs) -> None:
+        self.new.append(state)                                                        # (rows, heads, key_dim, value_dim)
+
+
+def shared_layer(layer, prompt: Tensor, response: Tensor, rows: Tensor, prompt_args: dict, response_args: dict):
+    """One decoder layer on B prompts, then on their N continuations. (B, L-1, D), (N, T, D) -> the same shapes."""
+    states = LayerStates()
+    prompt = layer(prompt, past_key_values=states, **prompt_args)
+    shared = LayerStates([state.index_select(0, rows) for state in states.new])
+    return prompt, layer(response, past_key_values=shared, **response_args)
+
+
+def response_hidden(model, prompt: Prompt, ids: Tensor, *, checkpoint: bool = True) -> Tensor:
+    """Hidden states after the final norm that predict each response token; the prompt is computed once per group.
+
+    prompt: from `encode`, B rows; ids: (N, T) response ids or a Rollout, rows of one prompt together, N = B G. Returns
+    (N, T, D) in the model's dtype. Exactly what a plain forward of each full sequence gives at these positions.
+    checkpoint=True keeps one layer's activations at a time and recomputes the others in the backward pass.
+
+    The last prompt token predicts the first response token, so it opens the continuation: the shared prefix is the other
+    L - 1 prompt tokens, the continuation is that token and the first T - 1 of the response.
+    """
+    ids = getattr(ids, "ids", ids)
+    inner, text = model.model, model.model.language_model
+    (B, L), (N, T) = prompt["input_ids"].shape, ids.shape
+    if N % B:
+        raise ValueError(f"{N} responses cannot be shared evenly by {B} prompts: expected rows of one prompt together.")
+    rows = torch.arange(B, device=ids.device).repeat_interleave(N // B)                                # (N,) -> prompt
+    checkpoint = checkpoint and torch.is_grad_enabled()
+
+    tokens, mask = prompt["input_ids"], prompt["attention_mask"].bool()                                # (B, L)
+    visual = tokens[:, :-1] == model.config.image_token_id                                             # (B, L-1)
+    inner.visual.train(checkpoint)                                                # turns on its per-block checkpointing
+    vision = inner.get_image_features(prompt["pixel_values"], prompt["image_grid_thw"], return_dict=True)
+    inner.visual.eval()
+    embeds = text.embed_tokens(tokens[:, :-1])                                                         # (B, L-1, D)
+    embeds = embeds.masked_scatter(visual[..., None], torch.cat(vision.pooler_output).to(embeds.dtype))
+
+    # A continuation of one token takes another kernel (the decoding one): pad to two, drop the rest at the end.
+    continuation = torch.cat([tokens[rows, -1:], ids[:, :-1]], dim=1)                                  # (N, T)
+    continuation = pad(continuation, (0, max(0, MIN_CONTINUATION - T)), value=0)
+    hidden = text.embed_tokens(continuation)                                                           # (N, T, D)
+
+    positions, delta = inner.get_rope_index(
+        tokens, mm_token_type_ids=prompt["mm_token_type_ids"], image_grid_thw=prompt["image_grid_thw"],
+        attention_mask=prompt["attention_mask"])                                                       # (3, B, L), (B, 1)
+    after = mask.sum(1, keepdim=True) - 1 + delta                                                      # (B, 1)
+    after = after[rows] + torch.arange(hidden.shape[1], device=ids.device)                             # (N, T)
+    prompt_args = {"position_embeddings": text.rotary_emb(embeds, positions[:, :, :-1])}
+    response_args = {"position_embeddings": text.rotary_emb(hidden, after.expand(3, -1, -1))}
+    prompt_masks, response_mask = attention_masks(mask[:, :-1], rows, hidden.shape[1])
+
+    deepstack = getattr(vision, "deepstack_features", None) or []                     # Qwen3-VL adds these early on
+    for index, layer in enumerate(text.layers):
+        kind = "linear" if hasattr(layer, "linear_attn") else "full"
+        args = (layer, embeds, hidden, rows, prompt_args | {"attention_mask": prompt_masks[kind]},
+                response_args | {"attention_mask": response_mask if kind == "full" else None})
+        if checkpoint:
+            embeds, hidden = recompute_in_backward(shared_layer, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            embeds, hidden = shared_layer(*args)
+        if index < len(deepstack):
+            features = torch.cat(list(deepstack[index])).to(embeds.dtype)                              # (image tokens, D)
+            embeds = embeds + torch.zeros_like(embeds).masked_scatter(visual[..., None], features)
+    return text.norm(hidden)[:, :T]
+
+
+MIN_CONTINUATION = 4
+
+
+def attention_masks(real: Tensor, rows: Tensor, length: int) -> tuple[dict[str, Tensor | None], Tensor]:
+    """Masks of the prompt by kind of layer, and of the continuation: True = may attend.
+
+    real: (B, L-1) bool, False on left padding. Full attention: (B, 1, L-1, L-1), or None (plain causal) without padding;
+    linear attention: (B, L-1), or None. Continuation: (N, 1, T, L-1+T): the real prompt tokens, then causal.
+    """
+    width = real.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=real.device).tril()
+    itself = torch.eye(width, dtype=torch.bool, device=real.device)                   # padding sees itself: no empty row
+    padded = not bool(real.all())
+    prompt = {"full": (causal & real[:, None] | itself)[:, None] if padded else None, "linear": real if padded else None}
+    after = torch.ones(length, length, dtype=torch.bool, device=real.device).tril().expand(len(rows), -1, -1)
+    before = real[rows][:, None].expand(-1, length, -1)
+    return prompt, torch.cat([before, after], dim=2)[:, None]
+
+
+# ------------------------------------------------------------------------------------------------------ the tiny model
+
+TINY_WORDS = """user assistant what is in the red box ? a green blue yellow purple white cyan square circle triangle cross
+    diamond with .""".split()                                                         # one token each; other text is bytes
+TINY_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS, "<think>", "</think>"]
+TINY_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for c in "
+    "m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+
+
+def tiny(seed: int = 0):
+    """A real Qwen3.5 with 0.4M random weights: (model, processor), float32, on the CPU. One image token is 16 x 16 px.
+
+    Same classes and code path as the released checkpoints, tokenizer included: byte-level BPE in which each toy word is
+    one token (every prefix of it is too, so that left-to-right merges build it).
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(word[:i], word[i]) for start in ("\u0120", "") for word in (start + w for w in TINY_WORDS) for i in range(1, len(word))]
+    merges = list(dict.fromkeys(merges))                                              # "\u0120" is how bytes spell a space
+    words = letters + [left + right for left, right in merges] + TINY_SPECIAL
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Qwen3_5Tokenizer(
+        vocab=vocabulary, merges=merges, pad_token="<|endoftext|>", eos_token="<|im_end|>", unk_token=None,
+        extra_special_tokens=TINY_SPECIAL, chat_template=TINY_CHAT)
+    vision = Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 256, "longest_edge": 65536},
+        image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = ImageTextProcessor(vision, tokenizer, chat_template=TINY_CHAT)
+    processor.source = None
+    config = Qwen3_5Config(
+        text_config=dict(
+            vocab_size=len(words), hidden_size=96, intermediate_size=192, num_hidden_layers=2,
+            layer_types=["linear_attention", "full_attention"], num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=24, linear_value_head_dim=24,
+            tie_word_embeddings=True, initializer_range=0.05, pad_token_id=vocabulary["<|endoftext|>"],
+            eos_token_id=vocabulary["<|im_end|>"],
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5, mrope_section=[4, 2, 2],
+                                 mrope_interleaved=True)),
+        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=8, spatial_merge_size=2,
+                           temporal_patch_size=2, out_hidden_size=96, num_position_embeddings=64, initializer_range=0.05),
+        tie_word_embeddings=True, **{f"{name}_token_id": vocabulary[f"<|{token}|>"] for name, token in (
+            ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3_5ForConditionalGeneration(config)
+    model.generation_config.eos_token_id = vocabulary["<|im_end|>"]
+    return prepare(model), processor

@@ -1,0 +1,102 @@
+"""Rollouts: G sampled responses per prompt, the prompt computed once (paper, Eq. 3: y ~ student(. | x, q)).
+
+    rollout = sample(student, processor, prompt, group=8, max_new_tokens=1024, seeds=[step_seed] * B)
+
+Sampling is at temperature 1 over the whole vocabulary (no top-p, no top-k), by inverse CDF: token = first v with
+CDF(v) > u, one uniform u per row and token drawn from that prompt's own generator. So a response depends on its seed
+alone, never on which prompts share its batch, on the number of ranks or on earlier random numbers.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from model import VISION_TOKENS, Prompt
+
+
+@dataclass
+class Rollout:
+    """N = B G responses, rows of one prompt together, padded on the right to T."""
+    ids: Tensor                     # (N, T) int64
+    mask: Tensor                    # (N, T) bool, True on the response's own tokens, its EOS included
+    ended: Tensor                   # (N,) bool, False where max_new_tokens cut the response off
+
+    def rows(self, start: int, stop: int) -> "Rollout":
+        """Rows start..stop, as narrow as their longest response."""
+        width = int(self.mask[start:stop].sum(1).max())
+        return Rollout(self.ids[start:stop, :width], self.mask[start:stop, :width], self.ended[start:stop])
+
+
+class InverseCDF(LogitsProcessor):
+    """Leaves only the sampled token finite, so that greedy decoding picks it.
+
+    uniforms: (N, max_new_tokens) in [0, 1), float32 values (24 bits, so u < 1 strictly in float64).
+    """
+
+    def __init__(self, uniforms: Tensor, prompt_tokens: int, temperature: float):
+        self.uniforms, self.prompt_tokens, self.temperature = uniforms, prompt_tokens, temperature
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:                        # (N, L + t), (N, V)
+        cdf = (logits.float() / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+        u = self.uniforms[:, ids.shape[1] - self.prompt_tokens].double() * cdf[:, -1]
+        token = torch.searchsorted(cdf, u[:, None], right=True)                       # (N, 1); never one of probability 0
+        return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
+
+
+class Tick(LogitsProcessor):
+    """Moves a tqdm bar on by one a token."""
+
+    def __init__(self, bar):
+        self.bar = bar
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        self.bar.update()
+        return logits
+
+
+def stop_ids(model) -> list[int]:
+    """Token ids that end a response."""
+    eos = model.generation_config.eos_token_id
+    return list(eos) if isinstance(eos, (list, tuple)) else [eos]
+
+
+@torch.no_grad()
+def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int, temperature: float = 1.0,
+           seeds: list[int] | None = None, bar=None) -> Rollout:
+    """G responses to each of B prompts. temperature 0 decodes greedily; seeds: one per prompt, default from torch's RNG.
+
+    The first L - 1 prompt tokens are prefilled once, their cache is copied to the N rows, and `generate` goes on from the
+    last prompt token. Vision tokens are never sampled: they would break every later forward.
+    """
+    ids, mask = prompt["input_ids"], prompt["attention_mask"]                         # (B, L)
+    (B, L), device = ids.shape, ids.device
+    rows = torch.arange(B, device=device).repeat_interleave(group)                    # (N,) -> prompt
+    model.model.rope_deltas = None                                                    # mutable state of an earlier call
+    cache = DynamicCache(config=model.config.get_text_config())
+    model.model(
+        input_ids=ids[:, :-1], attention_mask=mask[:, :-1], mm_token_type_ids=prompt["mm_token_type_ids"][:, :-1],
+        pixel_values=prompt["pixel_values"], image_grid_thw=prompt["image_grid_thw"], past_key_values=cache, use_cache=True)
+    cache.reorder_cache(rows)
+    model.model.rope_deltas = model.model.rope_deltas[rows]
+
+    processors = LogitsProcessorList()
+    if temperature > 0:
+        seeds = torch.randint(2 ** 62, (B,)).tolist() if seeds is None else seeds
+        uniforms = torch.cat([torch.rand(group, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+                              for seed in seeds])                                     # (N, max_new_tokens)
+        processors.append(InverseCDF(uniforms.to(device), L, temperature))
+    if bar is not None:
+        processors.append(Tick(bar))
+    tokenizer, stops = processor.tokenizer, stop_ids(model)
+    output = model.generate(
+        input_ids=ids[rows], attention_mask=mask[rows], past_key_values=cache, logits_processor=processors,
+        generation_config=GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))))
+    model.model.rope_deltas = None
+
+    response = output[:, L:]                                                          # (N, T)
+    is_stop = torch.isin(response, torch.tensor(stops, device=device))
+    before = is_stop.long().cumsum(1) - is_stop.long()                                # stop tokens strictly before
+    return Rollout(response, before == 0, is_stop.any(1))

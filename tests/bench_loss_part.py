@@ -1,0 +1,136 @@
+"""Time and memory of the loss with its gradient, each contender in a process of its own so that peaks can be compared.
+
+    python tests/bench_loss_part.py --tokens 256                              # a few minutes on two CPU cores, about 12 GB
+    python tests/bench_loss_part.py --device cuda --dtype bfloat16 --tokens 8192 --repeats 5
+
+The yardstick is the four matmuls nobody can avoid, unchunked, into memory that is already there: student logits, teacher
+logits, dhidden, dW. `peak` is what comes on top of the inputs (hidden states and heads), gradients included.
+"""
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from loss import divergence, topk_divergence
+
+
+def matmuls(args, hidden, head, teacher, teacher_head):
+    dtype = torch.promote_types(head.dtype, torch.float32)
+    d_head = torch.zeros(head.shape, dtype=dtype, device=head.device)
+    student_logits, teacher_logits = hidden.new_empty(2, len(hidden), len(head))
+    def run():
+        torch.mm(hidden, head.t(), out=student_logits)
+        torch.mm(teacher, teacher_head.t(), out=teacher_logits)
+        student_logits @ head
+        if head.is_cuda and head.dtype != dtype:
+            torch.addmm(d_head, student_logits.t(), hidden, out_dtype=dtype, out=d_head)
+        else:
+            d_head.addmm_(student_logits.t().to(dtype), hidden.to(dtype))
+    return run
+
+
+def ours(args, hidden, head, teacher, teacher_head):
+    weights = torch.full((len(hidden),), 1 / len(hidden), device=head.device)
+    return lambda: topk_divergence(hidden, head, [(teacher, teacher_head, 1.0)], weights, chunk=args.chunk)[0].backward()
+
+
+def plain(args, hidden, head, teacher, teacher_head):
+    return lambda: divergence(hidden @ head.t(), teacher @ teacher_head.t()).mean().backward()
+
+
+def liger(args, hidden, head, teacher, teacher_head):
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    jsd = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=head.is_cuda, chunk_size=args.chunk)
+    labels = torch.zeros(len(hidden), dtype=torch.long, device=head.device)
+    return lambda: jsd(hidden, head, teacher, teacher_head, labels).backward()
+
+
+def trl(args, hidden, head, teacher, teacher_head):
+    from trl.experimental.gkd import GKDTrainer
+    return lambda: GKDTrainer.generalized_jsd_loss((hidden @ head.t())[None], (teacher @ teacher_head.t())[None]).backward()
+
+
+CONTENDERS = {  # name: (function, its line in the table, what to install)
+    "matmuls": (matmuls, "four bare matmuls", ""),
+    "ours": (ours, "loss.py, topk_divergence (1)", ""),
+    "plain": (plain, "loss.py, divergence + autograd (1)", ""),
+    "liger": (liger, "Liger-Kernel, LigerFusedLinearJSDLoss (2)", "liger-kernel"),
+    "trl": (trl, "TRL, generalized_jsd_loss + autograd (3)", "trl accelerate"),
+}
+
+NOTES = """(1) JSD over the student's top 100 and a tail, logsumexp in fp32
+(2) JSD over the whole vocabulary, no top-k, softmax in the heads' dtype; chunked, same chunk as ours; compiled on a GPU only
+(3) JSD over the whole vocabulary, no top-k, softmax in the heads' dtype; full logits"""
+
+
+def measure(args):
+    """Runs one contender in this process and prints {"seconds", "bytes"} as JSON, or {"missing"} if it is not installed."""
+    cuda = args.device == "cuda"
+    peak = lambda: torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    draw = lambda *shape: torch.empty(*shape, dtype=getattr(torch, args.dtype), device=args.device).normal_()
+    prepare = CONTENDERS[args.only][0]
+    torch.manual_seed(0)
+    torch.set_grad_enabled(args.only != "matmuls")
+    try:                                                            # imports and thread pools: not what is measured
+        prepare(args, *(draw(*shape).requires_grad_(i < 2) for i, shape in enumerate([(8, 16), (256, 16)] * 2)))()
+    except ImportError as error:
+        return print(json.dumps({"missing": str(error)}))
+    hidden, teacher = draw(args.tokens, args.hidden), draw(args.tokens, args.hidden)
+    head, teacher_head = draw(args.vocab, args.hidden).mul_(0.02), draw(args.vocab, args.hidden).mul_(0.02)
+    hidden.requires_grad_(), head.requires_grad_()
+    before, seconds = peak(), []
+    run = prepare(args, hidden, head, teacher, teacher_head)
+    for _ in range(args.repeats + args.warmup):
+        hidden.grad = head.grad = None
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"seconds": min(seconds[args.warmup:]), "bytes": peak() - before}))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of hidden states and heads")
+    p.add_argument("--tokens", type=int, default=1024)
+    p.add_argument("--vocab", type=int, default=248320, help="Qwen3.5's")
+    p.add_argument("--hidden", type=int, default=2560, help="Qwen3.5-4B's")
+    p.add_argument("--chunk", type=int, default=512, help="tokens at once, for ours and Liger-Kernel")
+    p.add_argument("--repeats", type=int, default=1, help="runs; the best counts")
+    p.add_argument("--warmup", type=int, default=0, help="runs before those that are not timed; 1 or more on a GPU")
+    p.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    p.add_argument("--only", choices=list(CONTENDERS), help="used by the script itself: measure this one here")
+    args = p.parse_args()
+    if args.only:
+        return measure(args)
+    threads = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{args.tokens:,} tokens, V = {args.vocab:,}, D = {args.hidden:,}, {args.dtype}, {threads}, chunk {args.chunk}\n")
+    print(f"{'':44} {'time':>10} {'ratio':>7} {'peak':>10}")
+    floor = None
+    for name in ["matmuls"] + [c for c in args.contenders if c != "matmuls"]:
+        _, line, package = CONTENDERS[name]
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name], capture_output=True, text=True)
+        if done.returncode:
+            print(f"{line:44} failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        if "missing" in found:
+            print(f"{line:44} not installed: pip install {package}   ({found['missing']})")
+            continue
+        floor = floor or found["seconds"]
+        print(f"{line:44} {found['seconds'] * 1e3:7,.0f} ms {found['seconds'] / floor:6.2f}x {found['bytes'] / 2**30:7.2f} GB", flush=True)
+    print(f"\n{NOTES}")
+
+
+if __name__ == "__main__":
+    main()

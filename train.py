@@ -1,0 +1,552 @@
+"""Vision-OPD (arXiv 2605.18740): a multimodal LLM learns to use its full image from its own crops.
+
+    python train.py --toy                       the whole method on drawn scenes: minutes on a CPU, nothing to download
+    torchrun --nproc 8 train.py                 the paper's run: Qwen3.5-4B on Vision-OPD-6K
+    torchrun --nproc 8 train.py --model DIR --data DIR --out runs/mine
+
+The student sees the full image, the teacher (an EMA of the student) only the crop. Each step: the student answers (1), the
+teacher reads those answers (2), the student is pulled token by token toward what the teacher would have said (3).
+Killed at any moment, the same command goes on where the last checkpoint was, with any number of ranks.
+"""
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import PIL
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import evaluate
+import synth
+from loss import topk_divergence
+from model import encode, join, load, response_hidden, save, tiny, to_device
+from rollout import Rollout, sample
+
+# torch 2.13 renamed these two
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# What --toy changes (ours: the toy world is trained from scratch in minutes, and see the README on its EMA rate).
+TOY = dict(prompts=16, group=2, steps=200, max_new_tokens=10, lr=5e-4, weight_decay=0.0, schedule="cosine", top_k=16,
+           ema_rate=0.005, micro_prompts=16, workers=1, threads=1, save_every=50, show_every=25, out="runs/toy")
+# A resumed run must agree with the stopped one on everything but these: they change speed, memory or when it stops.
+FREE = {"out", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
+        "checkpointing", "workers", "threads", "device", "model", "data"}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flag = argparse.BooleanOptionalAction
+    # what to train, on what
+    p.add_argument("--toy", action="store_true", help="drawn scenes, a tiny Qwen3.5 trained on the spot, before/after table")
+    p.add_argument("--model", help="hub id or directory (default Qwen/Qwen3.5-4B; with --toy: trained into OUT/base)")
+    p.add_argument("--data", help="hub id or directory with train.jsonl (default yuanqianhao/Vision-OPD-6K; --toy: drawn)")
+    p.add_argument("--out", default="runs/vision-opd", help="checkpoints, log.jsonl, args.json, report.html")
+    p.add_argument("--seed", type=int, default=0, help="order of the data and every sampled token are functions of it")
+    # batch (official run script)
+    p.add_argument("--steps", type=int, help="optimizer steps (default: one epoch, the last incomplete batch dropped)")
+    p.add_argument("--prompts", type=int, default=96, help="prompts a step, over all ranks")
+    p.add_argument("--group", type=int, default=8, help="responses sampled for each prompt")
+    p.add_argument("--max-new-tokens", type=int, default=1024, help="longer responses are cut off and trained on all the same")
+    p.add_argument("--max-prompt", type=int, default=8192, help="student's prompt tokens; larger images are scaled down to fit")
+    p.add_argument("--max-crop-prompt", type=int, default=10240, help="the same for the teacher's prompt")
+    # objective (paper, section 4.1)
+    p.add_argument("--divergence", choices=["jsd", "forward_kl", "reverse_kl"], default="jsd", help="D(teacher || student)")
+    p.add_argument("--beta", type=float, default=0.5, help="JSD's weight of the teacher in the mixture, in (0, 1)")
+    p.add_argument("--top-k", type=int, default=100, help="student tokens compared one by one; the rest share a tail")
+    p.add_argument("--ema-rate", type=float, default=0.05, help="teacher <- (1 - rate) teacher + rate student, after each step")
+    # optimizer (official run script)
+    p.add_argument("--lr", type=float, default=2e-6, help="AdamW with betas 0.9 / 0.999")
+    p.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's, on all weights")
+    p.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
+    p.add_argument("--warmup", type=int, default=10, help="linear warm-up steps; the first step has lr / warmup, not 0")
+    p.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="cosine falls to 10%% (ours: for --toy)")
+    # speed and memory: change speed, never results
+    p.add_argument("--micro-prompts", type=int, default=1, help="prompts (with their responses) in one forward and backward")
+    p.add_argument("--gen-prompts", type=int, help="prompts decoded at once (default: all of this rank's)")
+    p.add_argument("--chunk", type=int, default=512, help="response tokens whose logits exist at once")
+    p.add_argument("--offload-teacher", action=flag, default=False,
+                   help="drop the teacher's live weights outside its own phase; they are rebuilt from the sharded EMA")
+    p.add_argument("--checkpointing", action=flag, default=True, help="recompute each layer's activations in the backward pass")
+    p.add_argument("--workers", type=int, default=4, help="processes per rank that decode images ahead of the step")
+    p.add_argument("--threads", type=int, help="CPU threads of torch (--toy: 1, so that the bits do not depend on the machine)")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cuda: bf16 live weights; cpu: fp32")
+    # what is kept
+    p.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (ours: an hour lost at most)")
+    p.add_argument("--show-every", type=int, default=5, help="steps between rollouts kept for the report")
+    if "--toy" in (sys.argv[1:] if argv is None else argv):
+        p.set_defaults(**TOY)
+    args = p.parse_args(argv)
+    args.model = args.model or (f"{args.out}/base" if args.toy else "Qwen/Qwen3.5-4B")
+    args.data = args.data or (f"{args.out}/data" if args.toy else "yuanqianhao/Vision-OPD-6K")
+    for name in ("prompts", "group", "max_new_tokens", "micro_prompts", "chunk", "top_k", "save_every", "show_every"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.steps is not None and args.steps < 1:
+        p.error(f"--steps must be at least 1, got {args.steps}")
+    if not 0 < args.beta < 1 or not 0 <= args.ema_rate <= 1:
+        p.error(f"--beta must lie in (0, 1) and --ema-rate in [0, 1], got {args.beta} and {args.ema_rate}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda, but torch sees no GPU here. Use --device cpu, or install a CUDA build of torch.")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------------- ranks
+
+def setup(device: str) -> tuple[int, int, torch.device]:
+    """(rank, world, device) from torchrun's environment; plain python is rank 0 of 1."""
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    here = torch.device(device, local) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(here)
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=here if device == "cuda" else None)
+    return rank, world, here
+
+
+def total(values: list[float], device, op=dist.ReduceOp.SUM if dist.is_available() else None) -> list[float]:
+    """Each value summed (or reduced by `op`) over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor.tolist()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------------- sharded weights, AdamW and EMA
+
+class Flat:
+    """All parameters of a model as views into one vector, and their gradients into another, so that gradients reduce and
+    weights publish without a copy. Rank r owns slice r of `world` equal ones. Offsets do not depend on the world size."""
+
+    def __init__(self, model, rank: int, world: int, grads: bool):
+        params = list(model.parameters())                                             # tied weights appear once
+        offsets = [0]
+        for param in params:
+            offsets.append(offsets[-1] + math.ceil(param.numel() / 64) * 64)          # aligned for fast kernels
+        self.numel, self.size = offsets[-1], math.ceil(offsets[-1] / (64 * world)) * 64
+        self.rank, self.world, self.own = rank, world, slice(rank * self.size, (rank + 1) * self.size)
+        self.weights = torch.zeros(self.size * world, dtype=params[0].dtype, device=params[0].device)
+        self.grads = torch.zeros_like(self.weights) if grads else None
+        for param, start in zip(params, offsets):
+            view = self.weights[start:start + param.numel()].view_as(param)
+            param.data = view.copy_(param.data)
+            if grads:
+                param.grad = self.grads[start:start + param.numel()].view_as(param)
+
+    def publish(self, own: Tensor) -> None:
+        """Every rank's fp32 slice `own` -> the live weights of all ranks."""
+        self.weights[self.own].copy_(own)
+        if self.world > 1:
+            all_gather(self.weights, self.weights[self.own].clone())
+
+    def reduce_into(self, own: Tensor) -> None:
+        """Add the sum of all ranks' gradients to this rank's fp32 slice `own`, and clear them."""
+        if self.world > 1:
+            piece = torch.empty_like(self.grads[self.own])
+            reduce_scatter(piece, self.grads)
+        own.add_(piece if self.world > 1 else self.grads)
+        self.grads.zero_()
+
+    def allocate(self, there: bool) -> None:
+        """Give the live weights' memory back, or take it again (contents undefined until the next publish)."""
+        storage = self.weights.untyped_storage()
+        storage.resize_(self.weights.nbytes if there else 0)
+
+
+class State:
+    """This rank's fp32 slices: master weights, AdamW's moments, the EMA teacher (paper, section 3.3)."""
+
+    def __init__(self, student: Flat, args):
+        self.master = torch.nn.Parameter(student.weights[student.own].float())
+        self.master.grad = torch.zeros_like(self.master)
+        self.ema = self.master.detach().clone()
+        self.adam = torch.optim.AdamW([self.master], lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+        self.adam.state[self.master] = {"step": torch.zeros((), device=self.master.device),
+                                        "exp_avg": torch.zeros_like(self.master.data),
+                                        "exp_avg_sq": torch.zeros_like(self.master.data)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        moments = self.adam.state[self.master]
+        return {"master": self.master.data, "ema": self.ema, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+
+    def update(self, lr: float, clip: float, ema_rate: float, norm: float) -> None:
+        self.master.grad.mul_(min(1.0, clip / (norm + 1e-6)))
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        self.master.grad.zero_()
+        self.ema.lerp_(self.master.data, ema_rate)                    # teacher <- (1 - rate) teacher + rate student
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+def save_checkpoint(out: Path, step: int, student, processor, flat: Flat, state: State) -> None:
+    """out/checkpoint-STEP: a model directory plus every rank's fp32 state; written beside, then renamed, so it is whole or
+    absent. Older checkpoints keep their model and lose their state."""
+    final, partial = out / f"checkpoint-{step:06d}", out / "checkpoint.partial"
+    if flat.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "state").mkdir(parents=True)
+    barrier()
+    try:
+        save_file(state.tensors(), partial / "state" / f"{flat.rank}-of-{flat.world}.safetensors")
+        if flat.rank == 0:
+            weights = {name: value.detach().to("cpu", copy=True) for name, value in student.state_dict().items()}
+            save(student, processor, partial, weights)
+            (partial / "state" / "state.json").write_text(json.dumps({"step": step, "world": flat.world, "numel": flat.numel}))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(out).free / 1e9
+        raise OSError(f"Could not write {final} ({free:.1f} GB free on its disk): {error}. Earlier checkpoints are whole: "
+                      "make room, then start the same command again.") from error
+    barrier()
+    if flat.rank == 0:
+        partial.rename(final)
+        for older in out.glob("checkpoint-*/state"):
+            if older.parent != final:
+                shutil.rmtree(older)
+    barrier()
+
+
+def resume(out: Path, flat: Flat, state: State) -> int:
+    """Load the newest whole checkpoint into `state`, re-sliced when the number of ranks changed. Returns its step, or 0."""
+    files = sorted(out.glob("checkpoint-*/state/state.json"))
+    if not files:
+        return 0
+    saved = json.loads(files[-1].read_text())
+    if saved["numel"] != flat.numel:
+        raise ValueError(f"{files[-1].parent} holds the state of {saved['numel']:,} weights, this model has {flat.numel:,}.")
+    size = math.ceil(saved["numel"] / (64 * saved["world"])) * 64                     # the slices of the saving run
+    start, stop = flat.rank * flat.size, min((flat.rank + 1) * flat.size, flat.numel)
+    for old in range(saved["world"]):
+        low, high = max(start, old * size), min(stop, (old + 1) * size)
+        if low >= high:
+            continue
+        with safe_open(files[-1].parent / f"{old}-of-{saved['world']}.safetensors", "pt") as file:
+            for name, own in state.tensors().items():
+                own[low - start:high - start].copy_(file.get_slice(name)[low - old * size:high - old * size])
+    state.adam.state[state.master]["step"].fill_(saved["step"])
+    return saved["step"]
+
+
+def claim(args, out: Path, fingerprint: str) -> None:
+    """Write args.json, or compare it with the one there: a resumed run must be the same run."""
+    now = {**vars(args), "data_sha256": fingerprint}
+    path = out / "args.json"
+    if path.exists():
+        then = json.loads(path.read_text())
+        free = FREE - ({"steps"} if args.schedule == "cosine" else set())
+        differ = [f"{key}: {then.get(key)!r} -> {value!r}" for key, value in now.items() if key not in free and then.get(key) != value]
+        if differ:
+            raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}). Resume it with the same ones, or "
+                             "choose another --out.")
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, numpy, PIL)} | {"python": sys.version.split()[0]}
+    write_json(path, now | {"commit": commit.stdout.strip() or None, "versions": versions})
+
+
+def write_json(path: Path, value) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.rename(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+def schedule(n: int, prompts: int, seed: int, step: int) -> list[int]:
+    """Row numbers of a step, a function of (seed, step): epochs are shuffled, each one's last incomplete batch is dropped."""
+    epoch, index = divmod(step, n // prompts)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+    return order[index * prompts:(index + 1) * prompts].tolist()
+
+
+class Micros(torch.utils.data.Dataset):
+    """This rank's micro-batches in order: (row numbers, the students' prompts, the teachers' prompts)."""
+
+    def __init__(self, rows: list[dict], micros: list[list[int]], processor, args, dtype: torch.dtype):
+        self.rows, self.micros, self.processor, self.args, self.dtype = rows, micros, processor, args, dtype
+
+    def __len__(self) -> int:
+        return len(self.micros)
+
+    def __getitem__(self, i: int):
+        rows, views = [self.rows[j] for j in self.micros[i]], []
+        for view, limit in (("image", self.args.max_prompt), ("crop", self.args.max_crop_prompt)):
+            images = [synth.load_image(row[view]) for row in rows]
+            prompt = encode(self.processor, images, [row["question"] for row in rows], max_tokens=limit)
+            views.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
+        return self.micros[i], *views
+
+
+# -------------------------------------------------------------------------------------------------------------- step
+
+def learn(args, step: int, micros: list, student, teacher, processor, flat: Flat, teacher_flat: Flat, state: State, rows):
+    """One optimizer step (paper, Eq. 3 and 4). Returns (log entry, rollouts to show)."""
+    device, clock, G = flat.weights.device, [time.perf_counter()], args.group
+    numbers, fulls, crops = zip(*[(n, to_device(full, device), to_device(crop, device)) for n, full, crop in micros])
+
+    # 1. The student answers from the full image.
+    seeds = [random.Random(f"{args.seed}/{step}/{rows[j]['id']}").getrandbits(63) for micro in numbers for j in micro]
+    per_call = max(1, (args.gen_prompts or len(seeds)) // args.micro_prompts)
+    pieces = []
+    with tqdm(total=args.max_new_tokens * math.ceil(len(fulls) / per_call), desc=f"step {step + 1} rollouts", unit="tok",
+              leave=False, disable=flat.rank > 0) as bar:
+        for i in range(0, len(fulls), per_call):
+            rollout = sample(student, processor, join(fulls[i:i + per_call], processor.tokenizer.pad_token_id), G, bar=bar,
+                             max_new_tokens=args.max_new_tokens, seeds=seeds[i * args.micro_prompts:][:per_call * args.micro_prompts])
+            start = 0
+            for micro in numbers[i:i + per_call]:
+                pieces.append(rollout.rows(start, start + len(micro) * G))
+                start += len(micro) * G
+    tokens, = total([sum(int(p.mask.sum()) for p in pieces)], device)
+    clock.append(time.perf_counter())
+
+    # 2. The teacher, shown only the crop, reads the same answers. It leaves hidden states, not logits.
+    teacher_flat.allocate(True)
+    teacher_flat.publish(state.ema)
+    with torch.no_grad():
+        targets = [response_hidden(teacher, crop, piece)[piece.mask] for crop, piece in zip(crops, pieces)]    # (n, D) each
+    head = teacher.lm_head.weight.detach()
+    if args.offload_teacher:
+        head = head.clone()
+        teacher_flat.allocate(False)
+    clock.append(time.perf_counter())
+
+    # 3. The student is pulled toward what the teacher would have said. Weights are 1 / all tokens of all ranks.
+    shown, sums = [], torch.zeros(2, dtype=torch.float64, device=device)
+    for i, (full, piece, target) in enumerate(zip(fulls, pieces, targets)):
+        hidden = response_hidden(student, full, piece, checkpoint=args.checkpointing)[piece.mask]              # (n, D)
+        weights = torch.full((len(hidden),), 1 / tokens, device=device)
+        loss, per_token, agree = topk_divergence(
+            hidden, student.lm_head.weight, [(target, head, 1.0)], weights, k=args.top_k, beta=args.beta,
+            divergence=args.divergence, chunk=args.chunk, agreement=True)
+        loss.backward()
+        flat.reduce_into(state.master.grad)
+        sums += torch.stack([loss.detach().double(), agree.double().sum() / tokens])
+        if i == 0 and (step % args.show_every == 0 or step == args.steps - 1):
+            shown = show(step, piece, per_token, [rows[j] for j in numbers[0]], processor, G)
+    value, agreement, squares, length, ended = total(
+        sums.tolist() + [state.master.grad.double().square().sum().item(), sum(p.mask.sum().item() for p in pieces),
+                         sum(p.ended.sum().item() for p in pieces)], device)
+    norm = math.sqrt(squares)
+    if not math.isfinite(norm) or not math.isfinite(value):
+        raise FloatingPointError(
+            f"Step {step + 1}: loss {value}, gradient norm {norm}. Nothing was updated. This rank's samples: "
+            f"{[rows[j]['id'] for micro in numbers for j in micro]}. Look at them, then resume from the last checkpoint.")
+    lr = args.lr * learning_rate(step, args)
+    state.update(lr, args.clip, args.ema_rate, norm)
+    flat.publish(state.master.data)
+    clock.append(time.perf_counter())
+    memory, = total([peak_memory(device)], device, dist.ReduceOp.MAX)
+    n = args.prompts * G
+    gen, teach, learn_s = (b - a for a, b in zip(clock, clock[1:]))
+    return {"step": step + 1, "steps": args.steps, "loss": value, "grad_norm": norm, "lr": lr, "length": length / n,
+            "eos": ended / n, "truncated": 1 - ended / n, "agreement": agreement, "tokens": int(tokens), "gen_s": gen,
+            "teach_s": teach, "learn_s": learn_s, "mem_gb": memory}, shown
+
+
+def learning_rate(step: int, args) -> float:
+    """Share of --lr at a step (0, 1, …): linear warm-up from 1 / warmup, then constant, or a cosine down to 10%."""
+    if step < args.warmup:
+        return (step + 1) / args.warmup
+    if args.schedule == "constant":
+        return 1.0
+    return 0.55 + 0.45 * math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup))
+
+
+def show(step: int, piece: Rollout, per_token: Tensor, rows: list[dict], processor, group: int) -> list[dict]:
+    """The first response to each of up to 4 prompts, token by token with the teacher's disagreement, for the report."""
+    shown, starts = [], [0, *piece.mask.sum(1).cumsum(0).tolist()]
+    for i, row in enumerate(rows[:4]):
+        ids = piece.ids[i * group][piece.mask[i * group]].tolist()
+        shown.append({"step": step + 1, "id": row["id"], "question": row["question"], "image": str(row["image"]),
+                      "crop": str(row["crop"]), "answer": row["answer"], "tokens": [processor.tokenizer.decode([t]) for t in ids],
+                      "divergence": [round(d, 5) for d in per_token[starts[i * group]:starts[i * group + 1]].tolist()]})
+    return shown
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory in use so far, in GB: the GPU's, or this process's on a CPU."""
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+
+
+def line(entry: dict) -> str:
+    seconds = sum(entry[key] for key in ("gen_s", "teach_s", "learn_s", "other_s"))
+    share = " ".join(f"{name} {entry[key]:.1f}s {entry[key] / seconds:.0%}" for name, key in
+                     (("gen", "gen_s"), ("teach", "teach_s"), ("learn", "learn_s"), ("other", "other_s")))
+    return (f"step {entry['step']:4d}/{entry['steps']} | loss {entry['loss']:.4f} | grad {entry['grad_norm']:.2f} | "
+            f"len {entry['length']:.0f} | eos {entry['eos']:.2f} | agree {entry['agreement']:.2f} | {share} | "
+            f"mem {entry['mem_gb']:.1f}G" + (f" | shrunk {entry['shrunk']}" if entry["shrunk"] else ""))
+
+
+def train(args, rank: int, world: int, device: torch.device) -> Path:
+    """The run: load, resume, step, log, save. Returns the final checkpoint's folder."""
+    out = Path(args.out)
+    rows = synth.read_triplets(synth.fetch(args.data))
+    args = argparse.Namespace(**vars(args) | {"steps": args.steps or len(rows) // args.prompts})
+    if len(rows) < args.prompts:
+        raise ValueError(f"{args.data} has {len(rows)} triplets, fewer than one batch. Lower --prompts ({args.prompts}).")
+    if args.prompts % world:
+        raise ValueError(f"--prompts {args.prompts} cannot be shared evenly by {world} ranks. Choose a multiple of {world}.")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        claim(args, out, hashlib.sha256(json.dumps([[r["id"], r["question"]] for r in rows]).encode()).hexdigest())
+    student, processor = load(args.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    flat, teacher_flat = Flat(student, rank, world, grads=True), Flat(teacher, rank, world, grads=False)
+    state = State(flat, args)
+    begin = resume(out, flat, state)
+    flat.publish(state.master.data)
+    if args.offload_teacher:
+        teacher_flat.allocate(False)
+    log, shown_log, board = out / "log.jsonl", out / "rollouts.jsonl", None
+    if rank == 0:
+        for path in (log, shown_log):                                                # steps after the checkpoint are redone
+            keep = [entry for entry in evaluate.read_jsonl(path, []) if entry["step"] <= begin]
+            path.write_text("".join(json.dumps(entry) + "\n" for entry in keep))
+        board = tensorboard(out)
+        print(f"{len(rows):,} triplets, {flat.numel / 1e6:,.1f}M weights, {world} rank(s), steps {begin + 1} to {args.steps}", flush=True)
+
+    mine = args.prompts // world
+    micros = []
+    for step in range(begin, args.steps):
+        batch = schedule(len(rows), args.prompts, args.seed, step)[rank * mine:(rank + 1) * mine]
+        micros += [batch[i:i + args.micro_prompts] for i in range(0, mine, args.micro_prompts)]
+    per_step = math.ceil(mine / args.micro_prompts)
+    loader = iter(torch.utils.data.DataLoader(
+        Micros(rows, micros, processor, args, flat.weights.dtype), batch_size=None, num_workers=args.workers,
+        prefetch_factor=max(2, math.ceil(per_step / args.workers)) if args.workers else None, pin_memory=device.type == "cuda"))
+    before = time.perf_counter()
+    for step in range(begin, args.steps):
+        batch = [next(loader) for _ in range(per_step)]
+        entry, shown = learn(args, step, batch, student, teacher, processor, flat, teacher_flat, state, rows)
+        entry["shrunk"], = (int(n) for n in total([sum(int(m[1]["shrunk"].sum() + m[2]["shrunk"].sum()) for m in batch)], device))
+        now = time.perf_counter()
+        entry["other_s"], before = max(0.0, now - before - entry["gen_s"] - entry["teach_s"] - entry["learn_s"]), now
+        if rank == 0:
+            with open(log, "a") as file, open(shown_log, "a") as shown_file:
+                file.write(json.dumps(entry) + "\n")
+                shown_file.writelines(json.dumps(row) + "\n" for row in shown)
+            tqdm.write(line(entry), file=sys.stdout)
+            if board:
+                for key, value in entry.items():
+                    board.add_scalar(key, value, step + 1)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_checkpoint(out, step + 1, student, processor, flat, state)
+    return out / f"checkpoint-{args.steps:06d}"
+
+
+def tensorboard(out: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(out / "tensorboard")
+
+
+# --------------------------------------------------------------------------------------------------------------- toy
+
+def train_base(folder: Path, seed: int, device: torch.device) -> None:
+    """The toy's base model, supervised on drawn scenes (labels known): it reads crops well and full images badly, because
+    only a few of the small targets it sees are in full view. Cross-entropy on the answer."""
+    torch.manual_seed(seed)
+    model, processor = tiny(seed)
+    model.to(device)
+    steps, rng = BASE["steps"], random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    factor = lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for step in tqdm(range(steps), desc="base model", unit="step"):
+        loss = 0.0
+        for view, count in (("crop", BASE["crops"]), ("image", BASE["fulls"])):
+            scenes = [synth.toy_scene(seed, rng.randrange(BASE["scenes"]), rng.random() < BASE["large_share"], "base") for _ in range(count)]
+            prompt = to_device(encode(processor, [s[view] for s in scenes], [s["question"] for s in scenes]), device)
+            ids = processor.tokenizer([s["answer"] + processor.tokenizer.eos_token for s in scenes], return_tensors="pt")["input_ids"].to(device)
+            logits = model.lm_head(response_hidden(model, prompt, ids, checkpoint=False))            # (B, T, V)
+            loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
+        (loss / (ids.shape[1] * (BASE["crops"] + BASE["fulls"]))).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay.step()
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save(model, processor, partial)
+    partial.rename(folder)
+
+
+BASE = dict(steps=400, crops=48, fulls=20, scenes=12_000, large_share=0.88)
+TOY_ROWS = 6000
+
+
+def prepare_toy(args, device: torch.device) -> None:
+    """Draw the scenes, train the base model and evaluate it, each only if it is not there yet."""
+    out = Path(args.out)
+    synth.toy(out / "data", TOY_ROWS, args.seed, large_share=0.5, split="train")
+    synth.toy(out / "eval", 800, args.seed, large_share=0.375, split="eval")
+    if args.model == f"{args.out}/base" and not Path(args.model).exists():
+        train_base(Path(args.model), args.seed, device)
+    if not (out / "answers-before.jsonl").exists():
+        judge(args, args.model, "before", device)
+
+
+def judge(args, checkpoint: str | Path, when: str, device: torch.device) -> dict:
+    """Evaluate a checkpoint on the held-out scenes; keep its answers and its part of result.json."""
+    out = Path(args.out)
+    student, processor = load(checkpoint, device=device)
+    result, answers = evaluate.evaluate_toy(student, processor, synth.read_triplets(out / "eval"))
+    path = out / "result.json"
+    results = (json.loads(path.read_text()) if path.exists() else {}) | {when: result}
+    write_json(path, results)
+    (out / f"answers-{when}.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    return results
+
+
+def main() -> None:
+    args = parse()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    transformers.utils.logging.set_verbosity_error()
+    rank, world, device = setup(args.device)
+    try:
+        if args.toy and rank == 0:
+            prepare_toy(args, device)
+        barrier()
+        final = train(args, rank, world, device)
+        if rank == 0:
+            if args.toy:
+                print(evaluate.table(judge(args, final, "after", device)))
+            print(f"model: {final}   page: {evaluate.report(Path(args.out))}")
+        barrier()
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"train.py: {error}") from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
