@@ -114,22 +114,21 @@ def gap_closed(result: dict) -> float | None:
 def table(result: dict) -> str:
     """Text table of {"before": .., "after": ..} (either may be missing) or of one result of evaluate_toy."""
     columns = {key: result[key] for key in ("before", "after") if result.get(key)} or {"": result}
-    cell = lambda text: f"{text:<34}"
-    lines = [f"{'accuracy [95% interval]':<26}" + "".join(map(cell, columns))]
-    for label, name, n in (("full image, small target", "full", "n"), ("crop, the same targets", "crop", "n"),
-                           ("full image, large target", "large", "n_large")):
-        line = f"{label:<26}"
-        for r in columns.values():
-            low, high = wilson(r["counts"][name], r[n])
-            line += cell(f"{r[name]:6.1%} [{low:6.1%}, {high:6.1%}] {r['counts'][name]}/{r[n]}" if r[n] else "    no rows")
-        lines.append(line)
-    lines.append(f"{'gap: crop - full, points':<26}" + "".join(
-        cell(f"{100 * (r['crop'] - r['full']):6.1f}" if r["n"] else "") for r in columns.values()))
-    for label, name in (("unreadable, left out", "errors"), ("cut off, scored as is", "truncated")):
-        lines.append(f"{label:<26}" + "".join(cell(f"{r['counts'].get(name, 0):6d}") for r in columns.values()))
+
+    def share(r: dict, name: str, n: str) -> str:
+        low, high = wilson(r["counts"][name], r[n])
+        return f"{r[name]:6.1%} [{low:6.1%}, {high:6.1%}] {r['counts'][name]}/{r[n]}" if r[n] else "   no rows"
+
+    lines = [("accuracy [95% interval]", columns)] + [(label, [cell(r) for r in columns.values()]) for label, cell in (
+        ("full image, small target", lambda r: share(r, "full", "n")),
+        ("crop, the same targets", lambda r: share(r, "crop", "n")),
+        ("full image, large target", lambda r: share(r, "large", "n_large")),
+        ("gap: crop - full, points", lambda r: f"{100 * (r['crop'] - r['full']):6.1f}" if r["n"] else "   no rows"),
+        ("unreadable, left out", lambda r: f"{r['counts']['errors']:6d}"),
+        ("cut off, scored as is", lambda r: f"{r['counts']['truncated']:6d}"))]
     if (closed := gap_closed(result)) is not None:
-        lines.append(f"{'gap closed by full':<26}{closed:6.1%} of what it was before")
-    return "\n".join(line.rstrip() for line in lines)
+        lines.append(("gap closed by full", [f"{closed:6.1%} of what it was before"]))
+    return "\n".join(f"{label:<26}{''.join(f'{cell:<34}' for cell in cells)}".rstrip() for label, cells in lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------- report
@@ -137,7 +136,7 @@ def table(result: dict) -> str:
 def read_json(path: Path, notes: list[str]) -> dict:
     """A json file's dict; {}, and a note, when it is missing or unreadable."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
     except (OSError, ValueError) as error:
         notes.append(f"{path.name} is unreadable: {error}" if path.exists() else f"{path.name} is not in this folder")
         return {}
@@ -160,10 +159,13 @@ def read_jsonl(path: Path, notes: list[str]) -> list[dict]:
     return rows
 
 
-def picture(path: Path, most: int, notes: list[str]) -> str | None:
-    """An image as a data URI: small ones as they are (PNG), others as a JPEG of at most `most` px. None, and a note, if unreadable."""
+def picture(path: Path | None, most: int, notes: list[str]) -> str | None:
+    """An image as a data URI: a small one as it is (PNG), others as a JPEG of at most `most` px. None, and a note, when it
+    cannot be read."""
+    if path is None:
+        return None
     try:
-        image = synth.load_image(path).convert("RGB")
+        image = synth.load_image(path)
     except (OSError, ValueError) as error:
         notes.append(str(error))
         return None
@@ -174,41 +176,40 @@ def picture(path: Path, most: int, notes: list[str]) -> str | None:
 
 
 def curves(log: list[dict], most: int = 400) -> dict[str, list[float | None]]:
-    """Column per number in the log: one value a step, or the mean of neighbouring steps when there are over `most`."""
+    """Column per number in the log: one value a step, or the mean of neighbouring steps (and the last one's number)
+    when there are over `most`."""
     width, columns = max(1, math.ceil(len(log) / most)), {}
     for key in sorted({key for row in log for key, value in row.items() if isinstance(value, (int, float))}):
         values = [[row[key] for row in log[i:i + width] if row.get(key) is not None] for i in range(0, len(log), width)]
-        columns[key] = [float(f"{sum(v) / len(v):.5g}") if v else None for v in values]
+        columns[key] = [None if not v else v[-1] if key.startswith("step") else float(f"{sum(v) / len(v):.5g}")
+                        for v in values]
     return columns
 
 
 def gallery(out: Path, notes: list[str], most: int = 9) -> dict:
     """Held-out samples by what became of them: the first ones of each kind in file order, some of every kind that occurs."""
-    kinds = {"wrong to right": (False, True), "right to wrong": (True, False),
-             "wrong to wrong": (False, False), "right to right": (True, True)}
-    files = {when: read_jsonl(out / f"answers-{when}.jsonl", notes) for when in ("before", "after")}
-    full, crop = ({when: {a["id"]: a for a in rows if a.get("view") == view and "correct" in a} for when, rows in files.items()}
-                  for view in ("full", "crop"))
-    ids = {kind: [i for i, a in full["before"].items() if i in full["after"] and (a["correct"], full["after"][i]["correct"]) == pair]
-           for kind, pair in kinds.items()}
-    shown = [i for kind, share in zip(kinds, (5, 2, 2, 0)) for i in ids[kind][:share]]
-    spare = [i for kind in kinds for i in ids[kind] if i not in shown]
-    kind_of = {i: kind for kind in kinds for i in ids[kind]}
-    shown = sorted((shown + spare)[:most], key=lambda i: list(kinds).index(kind_of[i]))
+    kinds = {(False, True): "wrong to right", (True, False): "right to wrong", (False, False): "wrong to wrong",
+             (True, True): "right to right"}                                     # (correct before, correct after)
+    said = {(when, a["view"], a["id"]): a for when in ("before", "after")
+            for a in read_jsonl(out / f"answers-{when}.jsonl", notes) if "correct" in a}
+    became = {i: kinds[a["correct"], said["after", "full", i]["correct"]] for (when, view, i), a in said.items()
+              if (when, view) == ("before", "full") and ("after", "full", i) in said}
+    groups = {kind: [i for i in became if became[i] == kind] for kind in kinds.values()}
+    shown = [i for kind, share in zip(groups, (5, 2, 2, 0)) for i in groups[kind][:share]]
+    shown += [i for group in groups.values() for i in group if i not in shown][:most - len(shown)]
     rows, samples = {}, []
     try:
         rows = {row["id"]: row for row in synth.read_triplets(out / "eval")} if shown else {}
     except (OSError, ValueError) as error:
         notes.append(f"no images, questions and right answers of the held-out samples: {error}")
-    for i in shown:
+    for i in sorted(shown, key=lambda i: list(groups).index(became[i])):
         row = rows.get(i, {})
         samples.append({
-            "id": i, "kind": kind_of[i], "question": row.get("question"), "gold": row.get("answer"),
-            "image": picture(row["image"], 640, notes) if row else None,
-            "crop": picture(row["crop"], 320, notes) if row else None,
-            "answers": [[label, a["answer"], a["correct"]] for label, a in (
-                ("before, crop", crop["before"].get(i)), ("before, full", full["before"][i]), ("after, full", full["after"][i])) if a]})
-    return {"totals": {kind: len(ids[kind]) for kind in kinds}, "samples": samples}
+            "id": i, "kind": became[i], "question": row.get("question"), "gold": row.get("answer"),
+            "image": picture(row.get("image"), 640, notes), "crop": picture(row.get("crop"), 320, notes),
+            "answers": [[f"{when}, {view}", a["answer"], a["correct"]] for when, view in
+                        (("before", "crop"), ("before", "full"), ("after", "full")) if (a := said.get((when, view, i)))]})
+    return {"totals": {kind: len(group) for kind, group in groups.items()}, "samples": samples}
 
 
 def rollouts(out: Path, notes: list[str], each: int = 4, tokens: int = 400) -> list[dict]:
@@ -238,7 +239,7 @@ def report(out: Path) -> Path:
     out, notes = Path(out), []
     if not (out / "log.jsonl").is_file():
         found = sorted(p.name for p in out.iterdir())[:8] if out.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{out} holds no log.jsonl (found: {found}). --report expects the --out folder of a train.py run.")
+        raise FileNotFoundError(f"{out} holds no log.jsonl (found: {found}). Expected the --out folder of a train.py run.")
     result, log = read_json(out / "result.json", notes), read_jsonl(out / "log.jsonl", notes)
     log = [row for _, row in sorted({row["step"]: row for row in log}.items())]  # of a step written twice, the later line
     accuracies = {when: {name: [r["counts"][name], r[n], *wilson(r["counts"][name], r[n])] for name, n in

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
-from tokenizers import pre_tokenizers
 from transformers import (AutoModelForImageTextToText, GenerationConfig, Qwen2VLImageProcessorPil, Qwen3_5Config,
                           Qwen3_5ForConditionalGeneration, Qwen3_5Tokenizer, Qwen3VLProcessor)
 
@@ -50,7 +51,7 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
         model, info = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
         processor = ImageTextProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} does not load as a Qwen3.5 / Qwen3-VL style checkpoint: {error}") from error
     wrong = {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}
     if wrong:

@@ -214,8 +214,7 @@ def save_checkpoint(out: Path, step: int, student, processor, flat: Flat, state:
     try:
         save_file(state.tensors(), partial / "state" / f"{flat.rank}-of-{flat.world}.safetensors")
         if flat.rank == 0:
-            weights = {name: value.detach().to("cpu", copy=True) for name, value in student.state_dict().items()}
-            save(student, processor, partial, weights)
+            save(student, processor, partial, {name: weight.detach().to("cpu", copy=True) for name, weight in student.named_parameters()})
             (partial / "state" / "state.json").write_text(json.dumps({"step": step, "world": flat.world, "numel": flat.numel}))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -525,8 +524,8 @@ def judge(args, checkpoint: str | Path, when: str, device: torch.device) -> dict
     return results
 
 
-def main() -> None:
-    args = parse()
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()

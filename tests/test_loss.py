@@ -179,7 +179,7 @@ def test_the_gradient_of_a_bf16_head_is_accumulated_in_fp32():
     hidden, head, teachers, weights = inputs(n=120, vocab=50, width=8, dtype=torch.bfloat16, scale=0.3)
     _, _, _, whole = ours(hidden, head, teachers, weights, k=5, chunk=120)
     _, _, _, single = ours(hidden, head, teachers, weights, k=5, chunk=1)
-    assert (whole.double() - single.double()).norm() < 1e-3 * whole.double().norm()       # 120 sums in bf16 lose 5e-3
+    assert (whole.double() - single.double()).norm() < 1e-3 * whole.double().norm()       # sums in bf16 lose 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -1,0 +1,73 @@
+"""Shared by the tests: everything runs offline, on the CPU, on one thread per process."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import model as vision_model  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def livelier(model, factor: float = 1.7):
+    """Random weights give nearly the same logits everywhere; larger ones make every comparison harder to pass."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(factor)
+    return model
+
+
+def tiny_qwen3_vl():
+    """A Qwen3-VL (full attention everywhere, vision features added to the first layers) with the tiny tokenizer."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    donor, processor = vision_model.tiny()
+    ids = {key: getattr(donor.config, key) for key in
+           ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    config = Qwen3VLConfig(
+        text_config=dict(vocab_size=donor.config.text_config.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=16, eos_token_id=processor.tokenizer.eos_token_id,
+                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True)),
+        vision_config=dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=8, out_hidden_size=64,
+                           num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+        tie_word_embeddings=False, **ids)
+    torch.manual_seed(1)
+    model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    return vision_model.prepare(model), processor
+
+
+@pytest.fixture(params=["qwen3_5", "qwen3_vl"])
+def lively(request):
+    """(model, processor), of both families."""
+    model, processor = vision_model.tiny(0) if request.param == "qwen3_5" else tiny_qwen3_vl()
+    return livelier(model), processor
+
+
+@pytest.fixture
+def mixed_prompt(lively):
+    """Three prompts of different image sizes and lengths, so that two of them are padded."""
+    images = [noise(64, 64, 1), noise(32, 48, 2), noise(96, 32, 3)]
+    return vision_model.encode(lively[1], images, ["what is in the red box ?", "a ?", "what is the green circle in the red box with ?"])
+
+
+def alone(prompt, row: int) -> dict:
+    """Row `row` of a padded prompt batch, without its padding."""
+    real = prompt["attention_mask"][row].bool()
+    patches = prompt["image_grid_thw"].prod(1).tolist()
+    start = sum(patches[:row])
+    return {"input_ids": prompt["input_ids"][row:row + 1, real], "attention_mask": prompt["attention_mask"][row:row + 1, real],
+            "mm_token_type_ids": prompt["mm_token_type_ids"][row:row + 1, real],
+            "pixel_values": prompt["pixel_values"][start:start + patches[row]], "image_grid_thw": prompt["image_grid_thw"][row:row + 1]}

@@ -1,0 +1,196 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import alone, noise, tiny_qwen3_vl
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_vl import modeling_qwen3_vl
+
+import model as M
+
+
+def plain_hidden(model, prompt, row, response):
+    """The reference: one ordinary forward of one unpadded full sequence, sliced where it predicts the response."""
+    one = alone(prompt, row)
+    length, extra = one["input_ids"].shape[1], response[None]
+    model.model.rope_deltas = None
+    out = model.model(**one | {
+        "input_ids": torch.cat([one["input_ids"], extra], 1), "attention_mask": torch.ones(1, length + len(response), dtype=torch.long),
+        "mm_token_type_ids": torch.cat([one["mm_token_type_ids"], torch.zeros_like(extra)], 1)}).last_hidden_state
+    model.model.rope_deltas = None
+    return out[0, length - 1:-1]
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def assert_same_gradients(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-11 * want[name].norm() + 1e-13, name
+
+
+@pytest.fixture
+def float64_inside(monkeypatch):
+    """The models compute norms, rotary angles and recurrent states in float32 whatever they are given; here in float64, so
+    that an equality can be tested to 12 digits."""
+    class Torch:
+        def __getattr__(self, name):
+            return torch.float64 if name in ("float32", "float") else getattr(torch, name)
+
+    for module in (modeling_qwen3_5, modeling_qwen3_vl):
+        monkeypatch.setattr(module, "torch", Torch())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_hidden_states_and_gradients_are_those_of_a_plain_forward_of_each_sequence(lively, mixed_prompt, checkpoint, float64_inside):
+    model, _ = lively
+    model.double()
+    torch.manual_seed(0)
+    ids, lengths = torch.randint(0, 300, (6, 7)), [7, 3, 1, 5, 7, 2]
+    target = torch.randn(6, 7, model.lm_head.in_features, dtype=torch.float64)
+    shared = M.response_hidden(model, mixed_prompt, ids, checkpoint=checkpoint)
+    plain = [plain_hidden(model, mixed_prompt, row // 2, ids[row, :length]) for row, length in enumerate(lengths)]
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(shared[row, :length], plain[row], atol=1e-12, rtol=1e-12)
+    # what follows a response's end has no weight, and so must not reach the gradient
+    assert_same_gradients(
+        gradients(model, sum((shared[row, :length] * target[row, :length]).sum() for row, length in enumerate(lengths))),
+        gradients(model, sum((plain[row] * target[row, :length]).sum() for row, length in enumerate(lengths))))
+
+
+def test_one_token_one_prompt_and_one_response_take_the_same_path(lively, mixed_prompt):
+    model, _ = lively
+    for tokens in (1, 2, 3):
+        ids = torch.arange(5, 5 + tokens)[None].repeat(3, 1)
+        shared = M.response_hidden(model, mixed_prompt, ids)
+        assert shared.shape == (3, tokens, model.lm_head.in_features)
+        for row in range(3):
+            torch.testing.assert_close(shared[row], plain_hidden(model, mixed_prompt, row, ids[row]), atol=3e-5, rtol=1e-4)
+
+
+def test_neighbours_and_padding_do_not_leak_into_a_prompt(lively, mixed_prompt):
+    model, _ = lively
+    ids = torch.randint(0, 300, (3, 6), generator=torch.Generator().manual_seed(0))
+    together = M.response_hidden(model, mixed_prompt, ids)
+    for row in range(3):
+        torch.testing.assert_close(together[row:row + 1], M.response_hidden(model, alone(mixed_prompt, row), ids[row:row + 1]),
+                                   atol=3e-5, rtol=1e-4)
+
+
+def test_prompts_encoded_apart_and_joined_are_the_prompts_encoded_together(lively, mixed_prompt):
+    _, processor = lively
+    images, texts = [noise(64, 64, 1), noise(32, 48, 2)], ["what is in the red box ?", "a ?"]
+    apart = [M.encode(processor, [image], [text]) for image, text in zip(images, texts)]
+    joined, together = M.join(apart, processor.tokenizer.pad_token_id), M.encode(processor, images, texts)
+    assert joined.keys() == together.keys()
+    assert all(torch.equal(joined[key], together[key]) for key in joined)
+
+
+def test_rows_that_do_not_divide_by_the_prompts_are_refused(lively, mixed_prompt):
+    with pytest.raises(ValueError, match="4 responses cannot be shared evenly by 3 prompts"):
+        M.response_hidden(lively[0], mixed_prompt, torch.zeros(4, 2, dtype=torch.long))
+
+
+def test_the_prompt_ends_with_the_non_thinking_prefix_and_holds_one_image(lively):
+    _, processor = lively
+    prompt = M.encode(processor, [noise(64, 32)], ["what is in the red box ?"])
+    text = processor.tokenizer.decode(prompt["input_ids"][0])
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert text.count("<|vision_start|>") == 1 and text.count("<|image_pad|>") == 4 * 2
+
+
+@pytest.mark.parametrize("size", [(512, 512), (2048, 64), (64, 1024), (700, 333)])
+def test_a_prompt_over_the_limit_gets_a_smaller_image_and_keeps_its_text(size):
+    _, processor = M.tiny()
+    processor.image_processor.size = {"shortest_edge": 256, "longest_edge": 4_194_304}
+    full = M.encode(processor, [noise(*size)], ["what is in the red box ?"])
+    short = M.encode(processor, [noise(*size)], ["what is in the red box ?"], max_tokens=60)
+    assert full["input_ids"].shape[1] > 60 and not full["shrunk"].any()
+    assert short["shrunk"].all() and 30 < short["input_ids"].shape[1] <= 60
+    words = [[t for t in prompt["input_ids"][0].tolist() if t != processor.image_token_id] for prompt in (full, short)]
+    assert words[0] == words[1]
+    assert not M.encode(processor, [noise(64, 64)], ["what ?"], max_tokens=60)["shrunk"].any()
+
+
+def test_questions_that_are_too_long_or_smuggle_in_images_are_refused():
+    _, processor = M.tiny()
+    with pytest.raises(ValueError, match="prompt tokens for its image"):
+        M.encode(processor, [noise(512, 512)], ["what " * 100], max_tokens=80)
+    with pytest.raises(ValueError, match="would change the number of images"):
+        M.encode(processor, [noise(64, 64)], ["what is <|image_pad|> ?"])
+
+
+def test_the_tiny_tokenizer_reads_any_text():
+    _, processor = M.tiny()
+    for text in ("what is in the red box ?", "Ünïcode 漢字 and\nlines 123!", "a green cross with 7 ."):
+        assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("build", [M.tiny, tiny_qwen3_vl])
+def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output(tmp_path, build):
+    model, processor = build()
+    M.save(model, processor, tmp_path / "first")
+    (tmp_path / "first" / "video_preprocessor_config.json").write_text('{"from": "the original"}')
+    (tmp_path / "first" / "model.safetensors.index.json").write_text("{}")
+    again, its_processor = M.load(str(tmp_path / "first"))
+    M.save(again, its_processor, tmp_path / "second")
+    files = {file.name for file in (tmp_path / "first").iterdir()} - {"model.safetensors.index.json"}
+    assert files == {file.name for file in (tmp_path / "second").iterdir()}
+    for name in files - {"model.safetensors", "config.json"}:                         # copied as the original had them
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "second")
+    tokenizer, vision = AutoTokenizer.from_pretrained(tmp_path / "second"), AutoImageProcessor.from_pretrained(tmp_path / "second")
+    prompt = M.encode(processor, [noise(64, 48)], ["what is in the red box ?"])
+    inputs = {key: value for key, value in prompt.items() if key != "shrunk"}
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+    assert tokenizer("what is in the red box ?")["input_ids"] == processor.tokenizer("what is in the red box ?")["input_ids"]
+    torch.testing.assert_close(vision(images=[noise(64, 48)], return_tensors="pt")["pixel_values"], prompt["pixel_values"])
+    assert (plain.lm_head.weight is plain.model.language_model.embed_tokens.weight) == (build is M.tiny)     # tied, or not
+
+
+def test_generation_settings_of_a_checkpoint_do_not_change_the_rollouts(tmp_path):
+    model, processor = M.tiny()
+    M.save(model, processor, tmp_path)
+    eos = model.generation_config.eos_token_id
+    (tmp_path / "generation_config.json").write_text(json.dumps(
+        {"do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "repetition_penalty": 1.5, "eos_token_id": [eos, 0]}))
+    loaded, _ = M.load(str(tmp_path))
+    assert loaded.generation_config.eos_token_id == [eos, 0]
+    for name in ("do_sample", "top_k", "top_p", "temperature", "repetition_penalty"):
+        assert not getattr(loaded.generation_config, name)
+
+
+def test_what_is_no_checkpoint_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a directory here nor a model the hub gave us"):
+        M.load("nobody/no-such-model")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(FileNotFoundError, match="has no config.json.*notes.txt"):
+        M.load(str(tmp_path))
+    model, processor = M.tiny()
+    M.save(model, processor, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "whole" / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="does not load as a Qwen3.5"):
+        M.load(str(tmp_path / "cut"))
+    (tmp_path / "cut" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="does not load as a Qwen3.5"):
+        M.load(str(tmp_path / "cut"))
+
+
+def test_a_missing_weight_is_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+    model, processor = M.tiny()
+    M.save(model, processor, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("model.language_model.norm.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="missing_keys.*language_model.norm.weight"):
+        M.load(str(tmp_path))

@@ -1,0 +1,527 @@
+"""synth.py: the released format in and out, archives, pictures of every kind, and the toy world."""
+import errno
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import synth  # noqa: E402
+
+HINT = "\n\nOnly focus on the objects inside the red bounding box in the image to answer this question."
+
+
+def sample(name="a", **changes):
+    noise = np.random.default_rng(sum(map(ord, name)))
+    picture = lambda side: Image.fromarray(noise.integers(0, 256, (side, side, 3), dtype=np.uint8))
+    return {"id": name, "question": f"What colour is the sign?{HINT}\n\nA. grün\nB. red", "answer": "A", "image": picture(40),
+            "crop": picture(16), "bbox": [1, 2, 9, 10], "extra": {"source": "x"}} | changes
+
+
+def row(**changes):
+    return {"problem": "<image>\nWhat?", "images": ["images/a.png"], "teacher_images": ["teacher_images/a.png"]} | changes
+
+
+def data_set(folder, *rows):
+    """A folder with a.png in both image folders and the given lines (dicts or raw text) in train.jsonl."""
+    for key in synth.FOLDERS:
+        (folder / key).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(folder / key / "a.png")
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in rows]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def pixels(image):
+    return np.asarray(image, dtype=int)
+
+
+# ---------------------------------------------------------------------------------------------------- the format on disk
+
+def test_a_written_data_set_has_the_released_keys_and_layout(tmp_path):
+    assert synth.write_triplets(tmp_path, [sample("a"), sample("b", answer=None, bbox=None)]) == 2
+    first, second = map(json.loads, (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines())
+    question = sample()["question"]
+    assert first == {"problem": "<image>\n" + question, "answer": "A", "images": ["images/a.png"],
+                     "teacher_images": ["teacher_images/a.png"], "bbox": [1, 2, 9, 10],
+                     "extra_info": {"source": "x", "id": "a", "question": question, "answer": "A"}}
+    assert second["answer"] == second["extra_info"]["answer"] == "" and second["bbox"] is None
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
+        "images/a.png", "images/b.png", "teacher_images/a.png", "teacher_images/b.png", "train.jsonl"]
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    written = [sample("b"), sample("a", answer=None, bbox=None)]
+    synth.write_triplets(tmp_path, iter(written))
+    for before, after in zip(written, synth.read_triplets(str(tmp_path)), strict=True):
+        assert [before[k] for k in ("id", "question", "answer", "bbox")] == [after[k] for k in ("id", "question", "answer", "bbox")]
+        assert after["extra"]["source"] == "x"
+        for key in ("image", "crop"):
+            assert (pixels(synth.load_image(after[key])) == pixels(before[key])).all()
+
+
+def test_full_images_can_be_jpeg_in_full_colour_resolution(tmp_path):
+    synth.write_triplets(tmp_path, [sample(image=Image.new("RGB", (8, 8), "red"))], suffix=".jpg")
+    [read] = synth.read_triplets(tmp_path)
+    with Image.open(read["image"]) as image:
+        assert (image.format, read["image"].suffix, read["crop"].suffix) == ("JPEG", ".jpg", ".png")
+        assert all(component[1:3] == (1, 1) for component in image.layer)
+        assert abs(pixels(image) - (255, 0, 0)).max() <= 2
+
+
+def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
+    other = row(problem=f"<image>\nWhat?{HINT}", answer="D", original_images=["x"], extra_info={"answer": "D", "question": "What?"})
+    first, second = synth.read_triplets(data_set(tmp_path, row(), other, ""))
+    assert (first["id"], second["id"]) == ("000000", "000001")
+    assert first["answer"] is None and first["bbox"] is None and first["extra"] == {}
+    assert second["question"] == f"What?{HINT}" and second["extra"]["question"] == "What?"
+    assert second["crop"] == tmp_path / "teacher_images" / "a.png"
+
+
+@pytest.mark.parametrize("line, found", [
+    ('{"problem": "<im', "no JSON"),
+    ("version https://git-lfs.github.com/spec/v1", "git-lfs"),
+    ("[]", "found list"),
+    ('{"problem": "<image>\\nWhat?"}', "found ['problem']"),
+    (row(problem="What?"), "image tags []"),
+    (row(problem="<image>\nWhat is <image>?"), "['<image>', '<image>']"),
+    (row(problem="What? <image>"), "Expected one <image>, at the start"),
+    (row(problem="<image>\n "), "Expected one <image>"),
+    (row(problem="<image>\n<|image_pad|>?"), "<|image_pad|>"),
+    (row(problem=7), "Expected one <image>"),
+    (row(images=[]), "images is []"),
+    (row(images="images/a.png"), "Expected a list of one file name"),
+    (row(images=["images/a.png"] * 2), "Expected a list of one file name"),
+    (row(teacher_images=[None]), "teacher_images is [None]"),
+    (row(bbox=[1, 2, 3]), "bbox is [1, 2, 3]"),
+    (row(images=["images/b.png"]), "images[0] is 'images/b.png', and no such file"),
+    (row(teacher_images=["crops/a.png"]), "teacher_images[0] is 'crops/a.png'"),
+    (row(extra_info={"id": "000000"}), "is that of line 1 too"),
+])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, found):
+    data_set(tmp_path, row(), line)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        synth.read_triplets(tmp_path)
+    assert f"{tmp_path / 'train.jsonl'}, line 2: " in str(error.value) and found in str(error.value)
+
+
+def test_an_empty_data_set_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="holds no rows"):
+        synth.read_triplets(data_set(tmp_path, ""))
+
+
+def test_reading_lists_directories_instead_of_asking_for_every_file(tmp_path, monkeypatch):
+    data_set(tmp_path, *[row() for _ in range(500)])
+    calls, listdir = [], os.listdir
+    monkeypatch.setattr(synth.os, "listdir", lambda place: calls.append(place) or listdir(place))
+    assert len(synth.read_triplets(tmp_path)) == 500
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("samples, found", [
+    ([sample(), sample()], "repeated"), ([sample("../a")], "no plain file name"), ([sample("")], "no plain file name"),
+    ([sample(question="<image> what?")], "image tag"), ([sample(question=" ")], "is empty"), ([], "no samples")])
+def test_what_could_not_be_read_is_not_written(tmp_path, samples, found):
+    with pytest.raises(ValueError, match=found):
+        synth.write_triplets(tmp_path, samples)
+    assert not [p for p in tmp_path.iterdir() if p.is_file()]
+
+
+def test_a_data_set_is_not_overwritten(tmp_path):
+    data_set(tmp_path, row())
+    with pytest.raises(FileExistsError, match="another folder"):
+        synth.write_triplets(tmp_path, [sample()])
+
+
+@pytest.mark.parametrize("full_at", ["images/b.png", "teacher_images/b.png", "train.jsonl"])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, full_at):
+    replace = os.replace
+
+    def replace_until_full(source, target):
+        if Path(target) == tmp_path / full_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(synth.os, "replace", replace_until_full)
+    with pytest.raises(OSError, match="MB free.*make room") as error:
+        synth.write_triplets(tmp_path, [sample("a"), sample("b")])
+    assert error.value.errno == errno.ENOSPC
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} <= {"a.png", "b.png"}                  # no train.jsonl, nothing temporary
+    for path in files:
+        synth.load_image(path)
+    monkeypatch.undo()
+    assert synth.write_triplets(tmp_path, [sample("a"), sample("b")]) == 2
+
+
+# -------------------------------------------------------------------------------------------------------------- fetching
+
+def tar_gz(members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                archive.addfile(content)
+            else:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def hub_layout(folder, prefixes=("", ""), names=("images.tar.gz00", "images.tar.gz01", "images.tar.gz02"), extra=None):
+    """The released layout of three samples, images split over several parts. Returns the samples."""
+    source = folder.with_name(folder.name + "-source")
+    synth.write_triplets(source, samples := [sample(name) for name in "abc"])
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes((source / "train.jsonl").read_bytes())
+    for key, prefix in zip(synth.FOLDERS, prefixes):
+        (folder / key).mkdir()
+        data = tar_gz({prefix + p.name: p.read_bytes() for p in sorted((source / key).iterdir())} | (extra or {}))
+        files = names if key == "images" else ["teacher_images.tar.gz"]
+        step = -(-len(data) // len(files))
+        for k, name in reversed(list(enumerate(files))):
+            (folder / key / name).write_bytes(data[k * step:(k + 1) * step])
+    return samples
+
+
+@pytest.mark.parametrize("prefixes", [("", ""), ("images/", "teacher_images/"), ("./images/", "./")])
+@pytest.mark.parametrize("names", [("images.tar.gz",), ("images.tar.gz00", "images.tar.gz01", "images.tar.gz02"),
+                                   ("images.tar.gz.part-aa", "images.tar.gz.part-ab")])
+def test_split_archives_of_either_layout_are_unpacked(tmp_path, prefixes, names):
+    samples = hub_layout(tmp_path / "set", prefixes, names)
+    assert synth.fetch(str(tmp_path / "set")) == tmp_path / "set"
+    for before, after in zip(samples, synth.read_triplets(tmp_path / "set"), strict=True):
+        assert (pixels(synth.load_image(after["image"])) == pixels(before["image"])).all()
+    assert not list((tmp_path / "set").glob(".*"))
+
+
+def test_unpacked_images_need_no_archives_any_more(tmp_path, monkeypatch):
+    hub_layout(tmp_path / "set")
+    synth.fetch(tmp_path / "set")
+    monkeypatch.setattr(synth, "unpack", lambda *_: pytest.fail("unpacked twice"))
+    for archive in (tmp_path / "set").rglob("*.tar.gz*"):
+        archive.unlink()
+    assert synth.fetch(tmp_path / "set") == tmp_path / "set"
+
+
+@pytest.mark.parametrize("member", ["../../evil.png", "a/../../../evil.png", "link", "hard", "device"])
+def test_archives_that_reach_out_of_their_folder_are_refused(tmp_path, member):
+    kinds = {"link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}
+    evil = b"evil"
+    if member in kinds:
+        evil = tarfile.TarInfo(member)
+        evil.type, evil.linkname = kinds[member], "/etc/passwd" if member == "link" else "a.png"
+    hub_layout(tmp_path / "set", extra={member: evil})
+    with pytest.raises(ValueError, match="cannot be unpacked"):
+        synth.fetch(tmp_path / "set")
+    assert not list(tmp_path.rglob("evil.png")) and not list((tmp_path / "set").rglob("*.png"))
+    assert not list((tmp_path / "set").glob(".*"))
+
+
+def test_absolute_member_names_stay_inside(tmp_path):
+    hub_layout(tmp_path / "set", extra={f"{tmp_path}/evil.png": b"evil"})
+    synth.fetch(tmp_path / "set")
+    assert not (tmp_path / "evil.png").exists()
+
+
+@pytest.mark.parametrize("damage", ["first part missing", "middle part missing", "last part missing", "checksum", "pointer"])
+def test_a_damaged_archive_is_noticed_and_nothing_of_it_kept(tmp_path, damage):
+    hub_layout(tmp_path / "set")
+    parts = sorted((tmp_path / "set" / "images").iterdir())
+    if damage == "checksum":
+        data = parts[-1].read_bytes()
+        parts[-1].write_bytes(data[:-8] + b"\0\0\0\0" + data[-4:])
+    elif damage == "pointer":
+        for part in parts:
+            part.write_text("version https://git-lfs.github.com/spec/v1\n")
+    else:
+        parts[["first", "middle", "last"].index(damage.split()[0])].unlink()
+    with pytest.raises(ValueError, match=r"images\.tar\.gz0.*cannot be unpacked.*fetch it again"):
+        synth.fetch(tmp_path / "set")
+    assert not list((tmp_path / "set").rglob("*.png")) and not list((tmp_path / "set").glob(".*"))
+
+
+@pytest.mark.parametrize("when", ["while unpacking", "while moving"])
+def test_an_interrupted_unpacking_starts_over(tmp_path, monkeypatch, when):
+    samples = hub_layout(tmp_path / "set")
+    calls, replace, extract = [], os.replace, tarfile.TarFile.extractall
+
+    def killed(*args, **kwargs):
+        calls.append(args)
+        if when == "while unpacking":
+            extract(*args, **kwargs)
+        if when == "while unpacking" or len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(*((tarfile.TarFile, "extractall") if when == "while unpacking" else (synth.os, "replace")), killed)
+    monkeypatch.setattr(synth.shutil, "rmtree", lambda *args, **kwargs: None)   # a killed process tidies nothing up
+    with pytest.raises(KeyboardInterrupt):
+        synth.fetch(tmp_path / "set")
+    monkeypatch.undo()
+    assert list((tmp_path / "set").glob(".unpacking-*"))
+    (tmp_path / "set" / ".unpacking-images" / "torn.png").write_bytes(b"half")
+    synth.fetch(tmp_path / "set")
+    read = synth.read_triplets(tmp_path / "set")
+    assert all((pixels(synth.load_image(r["image"])) == pixels(s["image"])).all() for r, s in zip(read, samples, strict=True))
+    assert not list((tmp_path / "set").rglob("torn.png")) and not list((tmp_path / "set").glob(".*"))
+
+
+def test_a_disk_that_fills_up_while_unpacking_says_so_and_is_tidied(tmp_path, monkeypatch):
+    hub_layout(tmp_path / "set")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "makefile", full)
+    with pytest.raises(OSError, match="MB free") as error:
+        synth.fetch(tmp_path / "set")
+    assert error.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "set").rglob("*.png")) and not list((tmp_path / "set").glob(".*"))
+
+
+def test_fetching_what_is_not_there_says_what_is(tmp_path):
+    (tmp_path / "other.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match=r"has no train.jsonl.*other\.jsonl"):
+        synth.fetch(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither a folder here nor a hub data set's id"):
+        synth.fetch(str(tmp_path / "nowhere"))
+
+
+def test_a_hub_data_set_is_downloaded_once_into_the_working_directory(tmp_path, monkeypatch):
+    import huggingface_hub
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def snapshot_download(hub_id, repo_type, local_dir, allow_patterns):
+        asked.append((hub_id, repo_type))
+        Path(local_dir).parent.mkdir(parents=True)
+        hub_layout(Path(local_dir))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for _ in range(2):
+        assert synth.fetch("owner/Set-1.0") == Path("data/owner/Set-1.0")
+    assert asked == [("owner/Set-1.0", "dataset")]
+    assert len(synth.read_triplets(Path("data/owner/Set-1.0"))) == 3
+
+
+def test_a_failed_download_names_the_id_and_the_ways_out(tmp_path, monkeypatch):
+    import huggingface_hub
+    monkeypatch.chdir(tmp_path)
+
+    def snapshot_download(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError, match=r"'data/mien' is neither a folder.*no route.*hf auth login"):
+        synth.fetch("data/mien")
+
+
+# -------------------------------------------------------------------------------------------------------------- pictures
+
+def test_sixteen_bit_pictures_are_shifted_not_saturated(tmp_path):
+    values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    for name in ("deep.png", "deep.tiff"):
+        Image.fromarray(values).save(tmp_path / name)
+        read = synth.load_image(tmp_path / name)
+        assert read.mode == "RGB" and pixels(read)[0].tolist() == [[v, v, v] for v in (0, 0, 1, 128, 255)]
+
+
+@pytest.mark.parametrize("mode, colour, expected", [
+    ("RGBA", (0, 0, 0, 0), (255, 255, 255)), ("RGBA", (255, 0, 0, 255), (255, 0, 0)), ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
+    ("LA", (0, 0), (255, 255, 255)), ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("1", 1, (255, 255, 255)), ("L", 7, (7, 7, 7)),
+    ("P", 3, None)])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, expected):
+    image = Image.new(mode, (3, 2), colour)
+    if mode == "P":
+        image.putpalette(list(range(30)))
+        image.save(tmp_path / "x.png", transparency=3)                           # a see-through palette entry
+    else:
+        image.save(tmp_path / ("x.tiff" if mode == "CMYK" else "x.png"))
+    read = synth.load_image(next(tmp_path.iterdir()))
+    assert read.mode == "RGB" and read.size == (3, 2)
+    assert read.getpixel((0, 0)) == (expected or (255, 255, 255))
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image, exif = Image.new("RGB", (20, 10), "white"), Image.Exif()
+    exif[0x0112] = 6                                                            # shown turned by 90 degrees, clockwise
+    image.paste("black", (0, 0, 10, 10))
+    image.save(tmp_path / "x.png", exif=exif)
+    read = synth.load_image(tmp_path / "x.png")
+    assert read.size == (10, 20) and read.getpixel((5, 2)) == (0, 0, 0) and read.getpixel((5, 17)) == (255, 255, 255)
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "x.gif", save_all=True, append_images=[Image.new("RGB", (4, 4), "blue")])
+    assert synth.load_image(tmp_path / "x.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_pictures_that_are_not_whole_are_errors_that_name_the_file(tmp_path):
+    noise = sample()["image"].resize((200, 200))
+    for suffix in (".jpg", ".png"):
+        noise.save(tmp_path / f"x{suffix}")
+        data = (tmp_path / f"x{suffix}").read_bytes()
+        for content in (data[:len(data) // 2], b"", b"<html>not found</html>"):
+            (tmp_path / f"x{suffix}").write_bytes(content)
+            with pytest.raises(ValueError, match=rf"x\{suffix} \({len(content):,} bytes\) cannot be read whole.*again"):
+                synth.load_image(tmp_path / f"x{suffix}")
+    with pytest.raises(FileNotFoundError, match="not there"):
+        synth.load_image(tmp_path / "none.png")
+    with pytest.raises(FileNotFoundError, match="a folder"):
+        synth.load_image(tmp_path)
+    Image.new("F", (2, 2)).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match="floating point"):
+        synth.load_image(tmp_path / "x.tiff")
+
+
+# --------------------------------------------------------------------------------------------------------- the toy world
+
+def scenes(count=60, split="train", seed=0):
+    return [synth.toy_scene(seed, index, large, split) for index in range(count) for large in (False, True)]
+
+
+def test_a_scene_depends_on_its_seed_and_index_alone():
+    forward, backward = scenes(20), scenes(20)[::-1]
+    for a, b in zip(forward, backward[::-1], strict=True):
+        assert {**a, "image": a["image"].tobytes(), "crop": a["crop"].tobytes()} == {
+            **b, "image": b["image"].tobytes(), "crop": b["crop"].tobytes()}
+    other = subprocess.run([sys.executable, "-c", "import hashlib, synth; s = synth.toy_scene(3, 5, True, 'eval'); "
+                            "print(hashlib.sha256(s['image'].tobytes()).hexdigest(), s['answer'])"],
+                           cwd=Path(synth.__file__).parent, capture_output=True, text=True, check=True).stdout.split(" ", 1)
+    import hashlib
+    again = synth.toy_scene(3, 5, True, "eval")
+    assert other == [hashlib.sha256(again["image"].tobytes()).hexdigest(), again["answer"] + "\n"]
+
+
+def test_the_splits_and_seeds_share_no_scene():
+    sets = [{s["image"].tobytes() for s in scenes(100, split, seed)} for split in synth.TOY_SPLITS for seed in (0, 1)]
+    assert len(set.union(*sets)) == sum(map(len, sets)) == 6 * 200
+    ids = [{s["id"] for s in scenes(5, split, seed)} for split in synth.TOY_SPLITS for seed in (0, 1)]
+    assert len(set.union(*ids)) == 6 * 10
+
+
+def test_the_crop_is_the_evidence_and_only_the_full_view_has_the_box():
+    for scene in scenes():
+        left, top, right, bottom = scene["bbox"]
+        full, crop, size = pixels(scene["image"]), pixels(scene["crop"]), right - left
+        assert full.shape == (64, 64, 3) and crop.shape == (32, 32, 3)
+        assert size == bottom - top == (32 if scene["extra"]["size"] == "large" else 16) and left % 16 == top % 16 == 0
+        assert size ** 2 / 64 ** 2 == (0.25 if scene["extra"]["size"] == "large" else 0.0625)
+        cell = crop[::32 // size, ::32 // size]
+        assert (pixels(Image.fromarray(cell.astype(np.uint8)).resize((32, 32), Image.Resampling.NEAREST)) == crop).all()
+        inside = full[top + 1:bottom - 1, left + 1:right - 1]
+        assert (inside == cell[1:-1, 1:-1]).all()
+        red = (full == synth.RED).all(-1)
+        frame = np.zeros_like(red)
+        frame[top:bottom, left:right] = True
+        frame[top + 1:bottom - 1, left + 1:right - 1] = False
+        assert (red == frame).all()                                             # 1 px, closed, nothing else is red
+
+
+def test_nothing_but_the_box_is_reddish():
+    for scene in scenes():
+        for picture in (pixels(scene["crop"]), np.where((pixels(scene["image"]) == synth.RED).all(-1, keepdims=True), 0,
+                                                        pixels(scene["image"]))):
+            assert (picture[..., 0] - picture[..., 1:].max(-1)).max() <= 40
+
+
+def test_the_answer_is_what_the_crop_shows():
+    """Read back by template: the crop's pixels match the sprite of the answer, and of no other object, where it is drawn."""
+    sprites, masks = synth.toy_sprites()
+    for scene in scenes():
+        _, colour, shape, _, digit, _ = scene["answer"].split()
+        cell = pixels(scene["crop"])[::2, ::2]
+        found = [(c, s, d) for c in range(6) for s in range(5) for d in range(10)
+                 if (cell == sprites[c, d])[masks[s][..., 0]].all()]
+        best = max(found, key=lambda kind: masks[kind[1]].sum())                # a small silhouette may lie in a larger one
+        assert best == (list(synth.TOY_COLOURS).index(colour), synth.TOY_SHAPES.index(shape), int(digit))
+
+
+def test_the_300_objects_are_distinct_and_their_digits_stand_out():
+    sprites, masks = synth.toy_sprites()
+    drawn = {np.where(masks[s], sprites[c, d], 40).tobytes() for c in range(6) for s in range(5) for d in range(10)}
+    assert len(drawn) == 300
+    assert not masks[:, [0, -1]].any() and not masks[:, :, [0, -1]].any()       # the box's ring stays free
+    gray = sprites.astype(float) @ (0.299, 0.587, 0.114)                        # (6, 10, 16, 16)
+    varies = (gray.max(1) - gray.min(1)) > 0
+    assert varies.any() and (gray.max(1) - gray.min(1))[varies].min() > 90      # where two digits differ, they differ much
+    assert (masks[..., 0] | ~varies.any(0)).all()                               # and every shape carries all of its digit
+
+
+def test_scenes_hold_4_to_12_objects_and_all_sorts_of_targets():
+    counts, answers, boxes = set(), set(), set()
+    for scene in scenes(300):
+        cells = pixels(scene["image"]).reshape(4, 16, 4, 16, 3).swapaxes(1, 2)[:, :, 1:15, 1:15]    # without the box's ring
+        bright = (cells.max(-1) >= 120) & ~(cells == synth.RED).all(-1)
+        occupied = int(bright.any((2, 3)).sum())
+        counts.add(occupied - 3 if scene["extra"]["size"] == "large" else occupied)
+        answers.update(scene["answer"].split())
+        boxes.add(tuple(scene["bbox"]))
+    assert counts == set(range(4, 13))
+    assert len(boxes) == 16 + 9
+    assert answers | set(scene["question"].split()) == set(synth.TOY_WORDS)
+    assert len(synth.TOY_WORDS) == len(set(synth.TOY_WORDS))
+
+
+@pytest.mark.parametrize("share, n, large", [(0, 8, 0), (1, 8, 8), (0.5, 8, 4), (0.88, 50, 44)])
+def test_large_targets_get_their_share(share, n, large):
+    sizes = [scene["extra"]["size"] for scene in synth.toy_scenes(n, 0, share)]
+    assert sizes.count("large") == large and len(sizes) == n
+
+
+def test_a_toy_set_is_kept_when_it_is_the_same_and_refused_when_not(tmp_path):
+    assert synth.toy(tmp_path, 6, 0, 0.5) == tmp_path
+    rows, before = synth.read_triplets(tmp_path), (tmp_path / "train.jsonl").stat().st_mtime_ns
+    for row_, scene in zip(rows, synth.toy_scenes(6, 0, 0.5), strict=True):
+        assert row_["id"] == scene["id"] and row_["answer"] == scene["answer"]
+        assert synth.load_image(row_["image"]).tobytes() == scene["image"].tobytes()
+    synth.toy(tmp_path, 6, 0, 0.5)
+    assert (tmp_path / "train.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(FileExistsError, match=r"'n': \(6, 7\)"):
+        synth.toy(tmp_path, 7, 0, 0.5)
+    (tmp_path / "train.jsonl").unlink()                                         # as if killed before the end
+    (tmp_path / "images" / f"{rows[0]['id']}.png").unlink()
+    synth.toy(tmp_path, 6, 0, 0.5)
+    assert len(synth.read_triplets(tmp_path)) == 6
+    data_set(tmp_path / "other", row())
+    with pytest.raises(FileExistsError, match="another data set"):
+        synth.toy(tmp_path / "other", 6, 0, 0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------- command line
+
+def run(*args):
+    return subprocess.run([sys.executable, synth.__file__, *map(str, args)], capture_output=True, text=True)
+
+
+def test_the_command_line_draws_a_toy_set_and_its_contact_sheet(tmp_path):
+    done = run("--toy", "--out", tmp_path / "set", "--n", 30, "--seed", 1, "--large-share", 0.5)
+    assert done.returncode == 0 and str(tmp_path / "set" / "preview.png") in done.stdout, done.stderr
+    assert len(synth.read_triplets(tmp_path / "set")) == 30
+    sheet = pixels(synth.load_image(tmp_path / "set" / "preview.png"))
+    assert (sheet == synth.RED).all(-1).sum() > 24 * 4 * 60                     # 24 boxes, enlarged
+
+
+def test_the_contact_sheet_takes_any_data_set(tmp_path):
+    wide, tall = Image.new("RGB", (3000, 500), "blue"), Image.new("RGB", (7, 900), "green")
+    words = "word " * 200
+    synth.write_triplets(tmp_path, [sample("a", image=wide, crop=tall, question=words, bbox=None, answer=None),
+                                    sample("b", question="x" * 500, answer="y" * 500)])
+    assert synth.preview(tmp_path) == tmp_path / "preview.png"
+    assert synth.load_image(tmp_path / "preview.png").width < 1500
+
+
+def test_a_command_line_that_asks_for_nothing_or_too_little_says_so(tmp_path):
+    for args in ([], ["--toy"], ["--toy", "--out", tmp_path, "--n", 0], ["--toy", "--out", tmp_path, "--large-share", 2]):
+        assert run(*args).returncode == 2
+    assert "--pre" in run("--pre", tmp_path).stderr                             # no abbreviations

@@ -1,0 +1,322 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, livelier
+from safetensors.torch import load_file
+
+import loss
+import model as M
+import synth
+import train
+
+SMALL = ["--toy", "--prompts", "4", "--group", "2", "--max-new-tokens", "6", "--schedule", "constant", "--warmup", "2", "--lr", "1e-3",
+         "--micro-prompts", "2", "--workers", "0", "--save-every", "100", "--show-every", "1", "--steps", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with twelve triplets and a base model with random weights."""
+    folder = tmp_path_factory.mktemp("world")
+    synth.toy(folder / "data", 12, 0, large_share=0.5)
+    model, processor = M.tiny(0)
+    M.save(livelier(model, 3.0), processor, folder / "base")
+    return folder
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    """run(name, *flags) trains in tmp_path/name and returns the final weights; without the toy's own drawing and judging."""
+    def go(name, *flags):
+        args = train.parse([*SMALL, "--model", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / name), *flags])
+        rank, size, device = train.setup(args.device)
+        return load_file(train.train(args, rank, size, device) / "model.safetensors")
+    return go
+
+
+def in_processes(world, out, *flags, ranks=1):
+    """The command line that starts the same run as `run`, on `ranks` processes."""
+    code = "import sys, train; a = train.parse(sys.argv[1:]); train.torch.set_num_threads(1); train.train(a, *train.setup(a.device))"
+    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    script = out.parent / f"{out.name}.py"
+    script.write_text(code)
+    return [*start, str(script), *SMALL, "--model", str(world / "base"), "--data", str(world / "data"), "--out", str(out), *flags]
+
+
+def launch(command, check=True):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_update(got, want, world, tolerance=2e-3):
+    """The distance between two results, as a share of what training changed (AdamW turns the noise of a gradient of about 0
+    into a full step, so single weights may differ by more than rounding)."""
+    base = load_file(world / "base" / "model.safetensors")
+    assert got.keys() == want.keys() == base.keys()
+    distance = lambda a, b: math.sqrt(sum((a[name] - b[name]).double().square().sum().item() for name in a))
+    assert distance(want, base) > 0.1 and distance(got, want) < tolerance * distance(want, base)
+
+
+def assert_equal(got, want):
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+# ---------------------------------------------------------------------------------------------------------- the step
+
+def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(run, world, tmp_path):
+    """One whole step again, from the equation: every sequence alone, full logits, torch's own clipping and AdamW."""
+    weights = run("fast", "--steps", "1", "--clip", "0.02", "--weight-decay", "0.1", "--ema-rate", "0.25", "--show-every", "1")
+    entry = log(tmp_path / "fast")[0]
+    student, processor = M.load(str(world / "base"))
+    teacher, _ = M.load(str(world / "base"))
+    args = train.parse([*SMALL, "--out", "unused"])
+    rows = synth.read_triplets(world / "data")
+    chosen = [rows[i] for i in train.schedule(len(rows), 4, 0, 0)]
+    seeds = [train.random.Random(f"0/0/{row['id']}").getrandbits(63) for row in chosen]
+    total, count = 0.0, 0
+    for row, seed in zip(chosen, seeds):
+        full, crop = (M.encode(processor, [synth.load_image(row[view])], [row["question"]]) for view in ("image", "crop"))
+        rollout = train.sample(student, processor, full, 2, max_new_tokens=6, seeds=[seed])
+        for ids, mask in zip(rollout.ids, rollout.mask):
+            logits = []
+            for model, prompt in ((student, full), (teacher, crop)):
+                length, extra = prompt["input_ids"].shape[1], ids[mask][None]
+                model.model.rope_deltas = None
+                out = model(**{k: v for k, v in prompt.items() if k != "shrunk"} | {
+                    "input_ids": torch.cat([prompt["input_ids"], extra], 1), "attention_mask": None,
+                    "mm_token_type_ids": torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(extra)], 1)}).logits
+                logits.append(out[0, length - 1:-1])
+            total, count = total + loss.divergence(*logits, k=args.top_k).sum(), count + int(mask.sum())
+    (total / count).backward()
+    assert entry["loss"] == pytest.approx((total / count).item(), rel=1e-4) and entry["tokens"] == count
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.02)
+    assert entry["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.02           # so clipping is at work
+    flatten = lambda tensors: torch.cat([torch.nn.functional.pad(t.detach().flatten(), (0, -t.numel() % 64)) for t in tensors])
+    state = load_file(tmp_path / "fast" / "checkpoint-000001" / "state" / "0-of-1.safetensors")
+    gradient = flatten(weight.grad for weight in student.parameters())
+    assert (state["exp_avg"] - 0.1 * gradient).norm() < 1e-4 * (0.1 * gradient).norm()
+    torch.optim.AdamW(student.parameters(), lr=1e-3 * 1 / 2, betas=(0.9, 0.999), weight_decay=0.1).step()
+    sure = gradient.abs() > 1e-6                                                      # the sign of a gradient of about 0 is noise
+    torch.testing.assert_close(state["master"][sure], flatten(student.parameters())[sure], atol=1e-5, rtol=0)
+    assert sure.float().mean() > 0.5
+    flat = flatten(M.load(str(tmp_path / "fast" / "checkpoint-000001"))[0].parameters())
+    assert torch.equal(flat, state["master"]) and weights
+    start = flatten(teacher.parameters())
+    torch.testing.assert_close(state["ema"], 0.75 * start + 0.25 * state["master"], atol=1e-7, rtol=1e-6)
+
+
+def test_the_ema_teacher_has_its_closed_form_after_many_steps():
+    model, _ = M.tiny()
+    state = train.State(train.Flat(model, 0, 1, grads=True), train.parse([*SMALL]))
+    start, masters = state.ema.clone(), []
+    for _ in range(7):
+        state.master.grad.normal_()
+        state.update(1e-2, 1.0, 0.05, state.master.grad.norm().item())
+        masters.append(state.master.detach().clone())
+    want = 0.95 ** 7 * start + sum(0.05 * 0.95 ** (6 - i) * master for i, master in enumerate(masters))
+    torch.testing.assert_close(state.ema, want)
+
+
+def test_speed_and_memory_flags_do_not_change_the_update(run, world):
+    want = run("plain")
+    for name, flags in {"micro 1": ["--micro-prompts", "1"], "micro 4": ["--micro-prompts", "4"], "uneven": ["--micro-prompts", "3"],
+                        "chunk": ["--chunk", "3"], "decode 2": ["--gen-prompts", "2"], "decode 1": ["--micro-prompts", "1", "--gen-prompts", "1"],
+                        "offload": ["--offload-teacher"], "keep": ["--no-checkpointing"], "workers": ["--workers", "2"]}.items():
+        assert_same_update(run(name, *flags), want, world)
+
+
+def test_the_first_step_learns_and_the_schedules_have_their_shape(run, tmp_path):
+    args = train.parse(["--warmup", "4", "--schedule", "constant", "--steps", "8"])
+    assert [train.learning_rate(step, args) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    args = train.parse(["--warmup", "2", "--schedule", "cosine", "--steps", "12"])
+    assert train.learning_rate(2, args) == 1 and train.learning_rate(12, args) == pytest.approx(0.1)
+    assert train.learning_rate(7, args) == pytest.approx(0.55)
+    run("x")
+    assert [entry["lr"] for entry in log(tmp_path / "x")] == [5e-4, 1e-3, 1e-3]
+
+
+def test_the_crop_reaches_only_the_teacher(run, world, tmp_path):
+    """Other crops: the same student answers at the first step, another divergence from the teacher."""
+    run("a", "--steps", "1")
+    for crop in (world / "data" / "teacher_images").iterdir():
+        (tmp_path / "data" / "teacher_images").mkdir(parents=True, exist_ok=True)
+        synth.load_image(crop).rotate(90).save(tmp_path / "data" / "teacher_images" / crop.name)
+    (tmp_path / "data" / "images").symlink_to(world / "data" / "images")
+    (tmp_path / "data" / "train.jsonl").write_bytes((world / "data" / "train.jsonl").read_bytes())
+    run("b", "--steps", "1", "--data", str(tmp_path / "data"))
+    a, b = ([json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()] for name in "ab")
+    assert a and [row["tokens"] for row in a] == [row["tokens"] for row in b]
+    assert [row["divergence"] for row in a] != [row["divergence"] for row in b]
+
+
+def test_every_row_is_seen_once_an_epoch_in_an_order_given_by_the_seed():
+    epochs = [[train.schedule(10, 3, 0, 3 * e + s) for s in range(3)] for e in range(2)]
+    for epoch in epochs:
+        seen = sum(epoch, [])
+        assert len(set(seen)) == 9 and set(seen) < set(range(10))                     # the last, incomplete batch is dropped
+    assert epochs[0] != epochs[1] and train.schedule(10, 3, 1, 0) != train.schedule(10, 3, 0, 0)
+
+
+# -------------------------------------------------------------------------------------------------- ranks and resuming
+
+def test_two_ranks_make_the_same_update_as_one(run, world, tmp_path):
+    want = run("one", "--micro-prompts", "1")
+    launch(in_processes(world, tmp_path / "two", "--micro-prompts", "1", "--offload-teacher", ranks=2))
+    assert_same_update(load_file(tmp_path / "two" / "checkpoint-000003" / "model.safetensors"), want, world)
+    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert one["tokens"] == two["tokens"] and one["length"] == two["length"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-3) and one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-3)
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(run, world, tmp_path):
+    want = run("straight", "--steps", "6", "--save-every", "2")
+    command = in_processes(world, tmp_path / "killed", "--steps", "6", "--save-every", "2")
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "log.jsonl").exists() or len(log(tmp_path / "killed")) < 3:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with open(tmp_path / "killed" / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 0.1')                                         # a line torn by the kill
+    launch(command)
+    assert_equal(load_file(tmp_path / "killed" / "checkpoint-000006" / "model.safetensors"), want)
+    assert [e["step"] for e in log(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6]
+    assert [e["loss"] for e in log(tmp_path / "killed")] == [e["loss"] for e in log(tmp_path / "straight")]
+    states = [load_file(tmp_path / n / "checkpoint-000006" / "state" / "0-of-1.safetensors") for n in ("killed", "straight")]
+    assert_equal(*states)
+    assert not torch.equal(states[0]["ema"], states[0]["master"])
+
+
+def test_a_run_may_resume_on_another_number_of_ranks(run, world, tmp_path):
+    want = run("straight", "--steps", "4")
+    launch(in_processes(world, tmp_path / "moved", "--steps", "2", ranks=2))
+    assert len(list((tmp_path / "moved" / "checkpoint-000002" / "state").glob("*-of-2.safetensors"))) == 2
+    run("moved", "--steps", "3")
+    launch(in_processes(world, tmp_path / "moved", "--steps", "4", ranks=2))
+    assert_same_update(load_file(tmp_path / "moved" / "checkpoint-000004" / "model.safetensors"), want, world)
+    kept = sorted(path.parent.name for path in (tmp_path / "moved").glob("checkpoint-*/state"))
+    assert kept == ["checkpoint-000004"]                                              # older ones keep the model alone
+    assert (tmp_path / "moved" / "checkpoint-000002" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_half_written_is_as_if_it_were_not_there(run, tmp_path, monkeypatch):
+    want = run("straight", "--steps", "4", "--save-every", "2")
+    real = train.save
+
+    def full_disk(model, processor, folder, weights):
+        if "checkpoint" in str(folder) and (tmp_path / "full" / "checkpoint-000002").exists():
+            raise OSError(28, "No space left on device")
+        real(model, processor, folder, weights)
+
+    monkeypatch.setattr(train, "save", full_disk)
+    with pytest.raises(OSError, match=r"Could not write .*checkpoint-000004 \(.*GB free.*make room, then start the same command"):
+        run("full", "--steps", "4", "--save-every", "2")
+    assert sorted(path.name for path in (tmp_path / "full").glob("checkpoint*")) == ["checkpoint-000002"]
+    monkeypatch.setattr(train, "save", real)
+    (tmp_path / "full" / "checkpoint.partial" / "state").mkdir(parents=True)          # what a kill during a save leaves
+    assert_equal(run("full", "--steps", "4", "--save-every", "2"), want)
+
+
+def test_resuming_with_another_objective_seed_or_data_is_refused_with_the_difference(run, world, tmp_path):
+    run("x", "--steps", "1")
+    with pytest.raises(ValueError, match="beta: 0.5 -> 0.25; .*ema_rate: 0.005 -> 0.1|ema_rate: 0.005 -> 0.1; .*beta: 0.5 -> 0.25"):
+        run("x", "--beta", "0.25", "--ema-rate", "0.1")
+    synth.toy(tmp_path / "other", 8, 1, large_share=0.5)
+    with pytest.raises(ValueError, match="data_sha256"):
+        run("x", "--data", str(tmp_path / "other"))
+    run("x", "--steps", "2", "--chunk", "7")                                          # speed may change
+
+
+def test_a_non_finite_gradient_stops_with_the_samples_and_updates_nothing(run, world, tmp_path, monkeypatch):
+    real = train.topk_divergence
+
+    def poisoned(*args, **kwargs):
+        value, *rest = real(*args, **kwargs)
+        return value * (math.nan if (tmp_path / "x" / "checkpoint-000002").exists() else 1), *rest
+
+    monkeypatch.setattr(train, "topk_divergence", poisoned)
+    with pytest.raises(FloatingPointError, match=r"Step 3: loss nan.*Nothing was updated.*train-0-\d+-(small|large)"):
+        run("x", "--save-every", "1")
+    assert [e["step"] for e in log(tmp_path / "x")] == [1, 2]
+    monkeypatch.setattr(train, "topk_divergence", real)
+    assert_equal(run("x", "--save-every", "1"), run("straight", "--save-every", "1"))
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+@pytest.mark.parametrize("flags, message", [
+    (["--step", "3"], "unrecognized arguments: --step"), (["--learning-rate", "1"], "unrecognized arguments"),
+    (["--beta", "1"], "--beta must lie in"), (["--group", "0"], "--group must be at least 1"),
+    (["--steps", "0"], "--steps must be at least 1"), (["--divergence", "kl"], "invalid choice: 'kl'")])
+def test_wrong_flags_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_asked_for_and_absent_is_said(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--device", "cuda"])
+    assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_bad_data_is_named_before_anything_is_trained(run, world, tmp_path):
+    with pytest.raises(ValueError, match="has 12 triplets, fewer than one batch.*--prompts"):
+        run("x", "--prompts", "16")
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        run("x", "--data", str(tmp_path / "nowhere"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_corrupt_image_stops_the_run_with_its_name_and_the_run_goes_on_once_it_is_mended(run, world, tmp_path):
+    import shutil
+    want = run("straight")
+    shutil.copytree(world / "data", tmp_path / "data")
+    row = synth.read_triplets(tmp_path / "data")[train.schedule(12, 4, 0, 2)[1]]
+    good = row["image"].read_bytes()
+    row["image"].write_bytes(good[:len(good) // 2])
+    with pytest.raises((ValueError, OSError), match=row["image"].name):
+        run("x", "--data", str(tmp_path / "data"), "--save-every", "1")
+    row["image"].write_bytes(good)
+    assert_equal(run("x", "--data", str(tmp_path / "data"), "--save-every", "1"), want)
+
+
+def test_ranks_that_do_not_share_a_batch_evenly_are_refused(world, tmp_path):
+    done = launch(in_processes(world, tmp_path / "x", "--prompts", "3", ranks=2), check=False)
+    assert done.returncode != 0 and "--prompts 3 cannot be shared evenly by 2 ranks" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- the toy
+
+def test_the_toy_command_leaves_a_table_results_two_models_and_a_page(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train.BASE, "steps", 2)
+    monkeypatch.setattr(train, "TOY_ROWS", 24)
+    out = tmp_path / "toy"
+    flags = ["--toy", "--out", str(out), "--steps", "2", "--workers", "0", "--device", "cpu"]
+    train.main(flags)
+    printed = capsys.readouterr().out
+    assert "full image, small target" in printed and "step    2/2 | loss" in printed
+    result = json.loads((out / "result.json").read_text())
+    assert result.keys() >= {"before", "after"} and result["after"]["n"] == 500 and result["after"]["n_large"] == 300
+    for name in ("log.jsonl", "args.json", "rollouts.jsonl", "report.html", "base/config.json", "checkpoint-000002/config.json"):
+        assert (out / name).exists(), name
+    assert json.loads((out / "args.json").read_text())["versions"]["torch"] == torch.__version__
+    base = (out / "base" / "model.safetensors").stat().st_mtime_ns
+    train.main(flags)                                                                 # again: nothing left to do
+    assert (out / "base" / "model.safetensors").stat().st_mtime_ns == base and len(log(out)) == 2
