@@ -46,7 +46,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, *, k: int = 100, 
         forward_kl   KL(T || S)
         reverse_kl   KL(S || T)
 
-    student_logits, teacher_logits: (n, V), any float dtype; k > V counts as V, and k = V has no tail.
+    student_logits, teacher_logits: (n, V), any float dtype. k = V - 1: the tail is the last token. k >= V: no tail.
     Returns (n,) in fp32 (float64 for float64 logits). No gradient flows to the teacher.
     """
     check_options(kind, beta, k)

@@ -22,10 +22,10 @@ class Rollout:
     mask: Tensor                    # (N, T) bool, True on the response's own tokens, its EOS included
     ended: Tensor                   # (N,) bool, False where max_new_tokens cut the response off
 
-    def rows(self, start: int, stop: int) -> "Rollout":
-        """Rows start..stop, as narrow as their longest response."""
-        width = int(self.mask[start:stop].sum(1).max())
-        return Rollout(self.ids[start:stop, :width], self.mask[start:stop, :width], self.ended[start:stop])
+    def split(self, sizes: list[int]) -> list["Rollout"]:
+        """Consecutive parts of `sizes` rows, each as narrow as its longest response."""
+        parts = zip(self.ids.split(sizes), self.mask.split(sizes), self.ended.split(sizes))
+        return [Rollout(ids[:, :(width := int(mask.sum(1).max()))], mask[:, :width], ended) for ids, mask, ended in parts]
 
 
 class InverseCDF(LogitsProcessor):

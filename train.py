@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import re
 import resource
 import shutil
 import subprocess
@@ -23,8 +22,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy
-import PIL
 import torch
 import torch.distributed as dist
 import transformers
@@ -43,12 +40,14 @@ from rollout import Rollout, sample
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-# What --toy changes (ours: the toy world is trained from scratch in minutes, and see the README on its EMA rate).
+# What --toy changes (ours: a tiny model trained from scratch in minutes).
 TOY = dict(prompts=16, group=2, steps=200, max_new_tokens=10, lr=5e-4, weight_decay=0.0, schedule="cosine", top_k=16,
            ema_rate=0.005, micro_prompts=16, workers=1, threads=1, save_every=50, show_every=25, out="runs/toy")
-# A resumed run must agree with the stopped one on everything but these: they change speed, memory or when it stops.
-FREE = {"out", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
-        "checkpointing", "workers", "threads", "device", "model", "data"}
+TOY_ROWS = 6000
+BASE = dict(steps=400, crops=48, fulls=20, scenes=12_000, large_share=0.88)          # the toy's supervised base model
+# A resumed run must agree with the stopped one on everything but these, which change speed, memory or where it stops.
+FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
+        "checkpointing", "workers", "threads", "device"}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,32 +75,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--lr", type=float, default=2e-6, help="AdamW with betas 0.9 / 0.999")
     p.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's, on all weights")
     p.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
-    p.add_argument("--warmup", type=int, default=10, help="linear warm-up steps; the first step has lr / warmup, not 0")
+    p.add_argument("--warmup", type=int, default=10, help="linear warm-up steps; the first has lr / warmup, not 0")
     p.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="cosine falls to 10%% (ours: for --toy)")
-    # speed and memory: change speed, never results
+    # speed and memory: never change results
     p.add_argument("--micro-prompts", type=int, default=1, help="prompts (with their responses) in one forward and backward")
     p.add_argument("--gen-prompts", type=int, help="prompts decoded at once (default: all of this rank's)")
     p.add_argument("--chunk", type=int, default=512, help="response tokens whose logits exist at once")
     p.add_argument("--offload-teacher", action=flag, default=False,
-                   help="drop the teacher's live weights outside its own phase; they are rebuilt from the sharded EMA")
+                   help="free the teacher's live weights outside its own phase; they are rebuilt from the sharded EMA")
     p.add_argument("--checkpointing", action=flag, default=True, help="recompute each layer's activations in the backward pass")
-    p.add_argument("--workers", type=int, default=4, help="processes per rank that decode images ahead of the step")
+    p.add_argument("--workers", type=int, default=4, help="processes a rank that decode images ahead of the step; 0: none")
     p.add_argument("--threads", type=int, help="CPU threads of torch (--toy: 1, so that the bits do not depend on the machine)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cuda: bf16 live weights; cpu: fp32")
     # what is kept
-    p.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (ours: an hour lost at most)")
-    p.add_argument("--show-every", type=int, default=5, help="steps between rollouts kept for the report")
+    p.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (ours: little is lost to a crash)")
+    p.add_argument("--show-every", type=int, default=5, help="steps between rollouts kept for the report (ours)")
     if "--toy" in (sys.argv[1:] if argv is None else argv):
         p.set_defaults(**TOY)
     args = p.parse_args(argv)
     args.model = args.model or (f"{args.out}/base" if args.toy else "Qwen/Qwen3.5-4B")
     args.data = args.data or (f"{args.out}/data" if args.toy else "yuanqianhao/Vision-OPD-6K")
-    for name in ("prompts", "group", "max_new_tokens", "micro_prompts", "chunk", "top_k", "save_every", "show_every"):
-        if getattr(args, name) < 1:
+    for name in ("steps", "prompts", "group", "max_new_tokens", "micro_prompts", "gen_prompts", "chunk", "top_k", "save_every", "show_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.steps is not None and args.steps < 1:
-        p.error(f"--steps must be at least 1, got {args.steps}")
     if not 0 < args.beta < 1 or not 0 <= args.ema_rate <= 1:
         p.error(f"--beta must lie in (0, 1) and --ema-rate in [0, 1], got {args.beta} and {args.ema_rate}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -113,8 +110,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def setup(device: str) -> tuple[int, int, torch.device]:
     """(rank, world, device) from torchrun's environment; plain python is rank 0 of 1."""
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     here = torch.device(device, local) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(here)
@@ -123,7 +119,7 @@ def setup(device: str) -> tuple[int, int, torch.device]:
     return rank, world, here
 
 
-def total(values: list[float], device, op=dist.ReduceOp.SUM if dist.is_available() else None) -> list[float]:
+def total(values: list[float], device, op=dist.ReduceOp.SUM) -> list[float]:
     """Each value summed (or reduced by `op`) over all ranks, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
@@ -144,14 +140,14 @@ class Flat:
 
     def __init__(self, model, rank: int, world: int, grads: bool):
         params = list(model.parameters())                                             # tied weights appear once
-        offsets = [0]
+        starts = [0]
         for param in params:
-            offsets.append(offsets[-1] + math.ceil(param.numel() / 64) * 64)          # aligned for fast kernels
-        self.numel, self.size = offsets[-1], math.ceil(offsets[-1] / (64 * world)) * 64
+            starts.append(starts[-1] + math.ceil(param.numel() / 64) * 64)            # aligned for fast kernels
+        self.numel, self.size = starts[-1], math.ceil(starts[-1] / (64 * world)) * 64
         self.rank, self.world, self.own = rank, world, slice(rank * self.size, (rank + 1) * self.size)
         self.weights = torch.zeros(self.size * world, dtype=params[0].dtype, device=params[0].device)
         self.grads = torch.zeros_like(self.weights) if grads else None
-        for param, start in zip(params, offsets):
+        for param, start in zip(params, starts):
             view = self.weights[start:start + param.numel()].view_as(param)
             param.data = view.copy_(param.data)
             if grads:
@@ -165,33 +161,32 @@ class Flat:
 
     def reduce_into(self, own: Tensor) -> None:
         """Add the sum of all ranks' gradients to this rank's fp32 slice `own`, and clear them."""
+        piece = self.grads
         if self.world > 1:
             piece = torch.empty_like(self.grads[self.own])
             reduce_scatter(piece, self.grads)
-        own.add_(piece if self.world > 1 else self.grads)
+        own.add_(piece)
         self.grads.zero_()
 
     def allocate(self, there: bool) -> None:
         """Give the live weights' memory back, or take it again (contents undefined until the next publish)."""
-        storage = self.weights.untyped_storage()
-        storage.resize_(self.weights.nbytes if there else 0)
+        self.weights.untyped_storage().resize_(self.weights.nbytes if there else 0)
 
 
 class State:
-    """This rank's fp32 slices: master weights, AdamW's moments, the EMA teacher (paper, section 3.3)."""
+    """This rank's fp32 slices: master weights and their gradient, AdamW's moments, the EMA teacher (paper, section 3.3)."""
 
     def __init__(self, student: Flat, args):
         self.master = torch.nn.Parameter(student.weights[student.own].float())
         self.master.grad = torch.zeros_like(self.master)
         self.ema = self.master.detach().clone()
         self.adam = torch.optim.AdamW([self.master], lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
-        self.adam.state[self.master] = {"step": torch.zeros((), device=self.master.device),
-                                        "exp_avg": torch.zeros_like(self.master.data),
-                                        "exp_avg_sq": torch.zeros_like(self.master.data)}
+        self.moments = self.adam.state[self.master] = {
+            "step": torch.zeros((), device=self.master.device),
+            "exp_avg": torch.zeros_like(self.ema), "exp_avg_sq": torch.zeros_like(self.ema)}
 
     def tensors(self) -> dict[str, Tensor]:
-        moments = self.adam.state[self.master]
-        return {"master": self.master.data, "ema": self.ema, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+        return {"master": self.master.data, "ema": self.ema} | {name: self.moments[name] for name in ("exp_avg", "exp_avg_sq")}
 
     def update(self, lr: float, clip: float, ema_rate: float, norm: float) -> None:
         self.master.grad.mul_(min(1.0, clip / (norm + 1e-6)))
@@ -201,7 +196,7 @@ class State:
         self.ema.lerp_(self.master.data, ema_rate)                    # teacher <- (1 - rate) teacher + rate student
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------------------- checkpoint, resume
 
 def save_checkpoint(out: Path, step: int, student, processor, flat: Flat, state: State) -> None:
     """out/checkpoint-STEP: a model directory plus every rank's fp32 state; written beside, then renamed, so it is whole or
@@ -215,56 +210,50 @@ def save_checkpoint(out: Path, step: int, student, processor, flat: Flat, state:
         save_file(state.tensors(), partial / "state" / f"{flat.rank}-of-{flat.world}.safetensors")
         if flat.rank == 0:
             save(student, processor, partial, {name: weight.detach().to("cpu", copy=True) for name, weight in student.named_parameters()})
-            (partial / "state" / "state.json").write_text(json.dumps({"step": step, "world": flat.world, "numel": flat.numel}))
+            write_json(partial / "state" / "state.json", {"step": step, "world": flat.world, "numel": flat.numel})
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(out).free / 1e9
-        raise OSError(f"Could not write {final} ({free:.1f} GB free on its disk): {error}. Earlier checkpoints are whole: "
-                      "make room, then start the same command again.") from error
+        raise OSError(f"Could not write {final} ({shutil.disk_usage(out).free / 1e9:.1f} GB free on its disk): {error}. Earlier "
+                      "checkpoints are whole: make room, then start the same command again.") from error
     barrier()
     if flat.rank == 0:
         partial.rename(final)
-        for older in out.glob("checkpoint-*/state"):
-            if older.parent != final:
-                shutil.rmtree(older)
-    barrier()
+        for older in set(out.glob("checkpoint-*/state")) - {final / "state"}:
+            shutil.rmtree(older)
 
 
 def resume(out: Path, flat: Flat, state: State) -> int:
     """Load the newest whole checkpoint into `state`, re-sliced when the number of ranks changed. Returns its step, or 0."""
-    files = sorted(out.glob("checkpoint-*/state/state.json"))
-    if not files:
+    newest = max(out.glob("checkpoint-*/state/state.json"), default=None)
+    if newest is None:
         return 0
-    saved = json.loads(files[-1].read_text())
+    saved = json.loads(newest.read_text())
     if saved["numel"] != flat.numel:
-        raise ValueError(f"{files[-1].parent} holds the state of {saved['numel']:,} weights, this model has {flat.numel:,}.")
-    size = math.ceil(saved["numel"] / (64 * saved["world"])) * 64                     # the slices of the saving run
-    start, stop = flat.rank * flat.size, min((flat.rank + 1) * flat.size, flat.numel)
+        raise ValueError(f"{newest.parent} holds the state of {saved['numel']:,} weights, but this model has {flat.numel:,}.")
+    size = math.ceil(saved["numel"] / (64 * saved["world"])) * 64                     # of a slice then
+    start, stop = flat.own.start, min(flat.own.stop, flat.numel)                      # of this rank's slice now
     for old in range(saved["world"]):
         low, high = max(start, old * size), min(stop, (old + 1) * size)
-        if low >= high:
-            continue
-        with safe_open(files[-1].parent / f"{old}-of-{saved['world']}.safetensors", "pt") as file:
-            for name, own in state.tensors().items():
-                own[low - start:high - start].copy_(file.get_slice(name)[low - old * size:high - old * size])
-    state.adam.state[state.master]["step"].fill_(saved["step"])
+        if low < high:
+            with safe_open(newest.parent / f"{old}-of-{saved['world']}.safetensors", "pt") as file:
+                for name, own in state.tensors().items():
+                    own[low - start:high - start].copy_(file.get_slice(name)[low - old * size:high - old * size])
+    state.moments["step"].fill_(saved["step"])
     return saved["step"]
 
 
-def claim(args, out: Path, fingerprint: str) -> None:
-    """Write args.json, or compare it with the one there: a resumed run must be the same run."""
-    now = {**vars(args), "data_sha256": fingerprint}
-    path = out / "args.json"
-    if path.exists():
-        then = json.loads(path.read_text())
-        free = FREE - ({"steps"} if args.schedule == "cosine" else set())
-        differ = [f"{key}: {then.get(key)!r} -> {value!r}" for key, value in now.items() if key not in free and then.get(key) != value]
-        if differ:
-            raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}). Resume it with the same ones, or "
-                             "choose another --out.")
+def claim(args, out: Path, rows: list[dict]) -> None:
+    """Write args.json with commit and versions; refuse a folder whose run had other settings or data."""
+    rows_sha256 = hashlib.sha256(json.dumps([[row["id"], row["question"]] for row in rows]).encode()).hexdigest()
+    now, path = {**vars(args), "rows_sha256": rows_sha256}, out / "args.json"
+    then = json.loads(path.read_text()) if path.exists() else now
+    free = FREE - ({"steps"} if args.schedule == "cosine" else set())
+    if differ := [f"{key}: {then.get(key)!r} -> {value!r}" for key, value in now.items() if key not in free and then.get(key) != value]:
+        raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}). Resume it with the same ones, or choose "
+                         "another --out.")
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, numpy, PIL)} | {"python": sys.version.split()[0]}
-    write_json(path, now | {"commit": commit.stdout.strip() or None, "versions": versions})
+    write_json(path, now | {"commit": commit.stdout.strip() or None, "versions": {
+        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}})
 
 
 def write_json(path: Path, value) -> None:
@@ -275,7 +264,7 @@ def write_json(path: Path, value) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- data
 
-def schedule(n: int, prompts: int, seed: int, step: int) -> list[int]:
+def batch_rows(n: int, prompts: int, seed: int, step: int) -> list[int]:
     """Row numbers of a step, a function of (seed, step): epochs are shuffled, each one's last incomplete batch is dropped."""
     epoch, index = divmod(step, n // prompts)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
@@ -283,44 +272,40 @@ def schedule(n: int, prompts: int, seed: int, step: int) -> list[int]:
 
 
 class Micros(torch.utils.data.Dataset):
-    """This rank's micro-batches in order: (row numbers, the students' prompts, the teachers' prompts)."""
+    """This rank's micro-batches in order: (row numbers, the student's prompts, the teacher's prompts)."""
 
     def __init__(self, rows: list[dict], micros: list[list[int]], processor, args, dtype: torch.dtype):
-        self.rows, self.micros, self.processor, self.args, self.dtype = rows, micros, processor, args, dtype
+        self.rows, self.micros, self.processor, self.dtype = rows, micros, processor, dtype
+        self.views = {"image": args.max_prompt, "crop": args.max_crop_prompt}
 
     def __len__(self) -> int:
         return len(self.micros)
 
     def __getitem__(self, i: int):
-        rows, views = [self.rows[j] for j in self.micros[i]], []
-        for view, limit in (("image", self.args.max_prompt), ("crop", self.args.max_crop_prompt)):
-            images = [synth.load_image(row[view]) for row in rows]
-            prompt = encode(self.processor, images, [row["question"] for row in rows], max_tokens=limit)
-            views.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
-        return self.micros[i], *views
+        rows, prompts = [self.rows[j] for j in self.micros[i]], []
+        for view, limit in self.views.items():
+            prompt = encode(self.processor, [synth.load_image(row[view]) for row in rows], [row["question"] for row in rows], max_tokens=limit)
+            prompts.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
+        return self.micros[i], *prompts
 
 
 # -------------------------------------------------------------------------------------------------------------- step
 
 def learn(args, step: int, micros: list, student, teacher, processor, flat: Flat, teacher_flat: Flat, state: State, rows):
-    """One optimizer step (paper, Eq. 3 and 4). Returns (log entry, rollouts to show)."""
-    device, clock, G = flat.weights.device, [time.perf_counter()], args.group
+    """One optimizer step (paper, Eq. 3 and 4) on this rank's share of the batch. Returns (log entry, rollouts to show)."""
+    device, G, clock = flat.weights.device, args.group, [time.perf_counter()]
     numbers, fulls, crops = zip(*[(n, to_device(full, device), to_device(crop, device)) for n, full, crop in micros])
 
     # 1. The student answers from the full image.
-    seeds = [random.Random(f"{args.seed}/{step}/{rows[j]['id']}").getrandbits(63) for micro in numbers for j in micro]
-    per_call = max(1, (args.gen_prompts or len(seeds)) // args.micro_prompts)
-    pieces = []
-    with tqdm(total=args.max_new_tokens * math.ceil(len(fulls) / per_call), desc=f"step {step + 1} rollouts", unit="tok",
-              leave=False, disable=flat.rank > 0) as bar:
-        for i in range(0, len(fulls), per_call):
-            rollout = sample(student, processor, join(fulls[i:i + per_call], processor.tokenizer.pad_token_id), G, bar=bar,
-                             max_new_tokens=args.max_new_tokens, seeds=seeds[i * args.micro_prompts:][:per_call * args.micro_prompts])
-            start = 0
-            for micro in numbers[i:i + per_call]:
-                pieces.append(rollout.rows(start, start + len(micro) * G))
-                start += len(micro) * G
-    tokens, = total([sum(int(p.mask.sum()) for p in pieces)], device)
+    pieces, calls = [], max(1, (args.gen_prompts or args.prompts) // args.micro_prompts)
+    with tqdm(desc=f"step {step + 1} rollouts", total=args.max_new_tokens * math.ceil(len(fulls) / calls), unit="tok", leave=False,
+              disable=flat.rank > 0) as bar:
+        for i in range(0, len(fulls), calls):
+            seeds = [random.Random(f"{args.seed}/{step}/{rows[j]['id']}").getrandbits(63) for micro in numbers[i:i + calls] for j in micro]
+            rollout = sample(student, processor, join(fulls[i:i + calls], processor.tokenizer.pad_token_id), G,
+                             max_new_tokens=args.max_new_tokens, seeds=seeds, bar=bar)
+            pieces += rollout.split([len(micro) * G for micro in numbers[i:i + calls]])
+    tokens, ended = total([sum(int(p.mask.sum()) for p in pieces), sum(int(p.ended.sum()) for p in pieces)], device)
     clock.append(time.perf_counter())
 
     # 2. The teacher, shown only the crop, reads the same answers. It leaves hidden states, not logits.
@@ -338,33 +323,30 @@ def learn(args, step: int, micros: list, student, teacher, processor, flat: Flat
     shown, sums = [], torch.zeros(2, dtype=torch.float64, device=device)
     for i, (full, piece, target) in enumerate(zip(fulls, pieces, targets)):
         hidden = response_hidden(student, full, piece, checkpoint=args.checkpointing)[piece.mask]              # (n, D)
-        weights = torch.full((len(hidden),), 1 / tokens, device=device)
         loss, per_token, agree = topk_divergence(
-            hidden, student.lm_head.weight, [(target, head, 1.0)], weights, k=args.top_k, beta=args.beta,
-            divergence=args.divergence, chunk=args.chunk, agreement=True)
+            hidden, student.lm_head.weight, [(target, head, 1.0)], torch.full((len(hidden),), 1 / tokens, device=device),
+            k=args.top_k, beta=args.beta, divergence=args.divergence, chunk=args.chunk, agreement=True)
         loss.backward()
         flat.reduce_into(state.master.grad)
         sums += torch.stack([loss.detach().double(), agree.double().sum() / tokens])
-        if i == 0 and (step % args.show_every == 0 or step == args.steps - 1):
-            shown = show(step, piece, per_token, [rows[j] for j in numbers[0]], processor, G)
-    value, agreement, squares, length, ended = total(
-        sums.tolist() + [state.master.grad.double().square().sum().item(), sum(p.mask.sum().item() for p in pieces),
-                         sum(p.ended.sum().item() for p in pieces)], device)
-    norm = math.sqrt(squares)
-    if not math.isfinite(norm) or not math.isfinite(value):
+        if i == 0 and (step % args.show_every == 0 or step + 1 == args.steps):
+            shown = show(args, step, piece, per_token, [rows[j] for j in numbers[0]], processor)
+    squares = torch.linalg.vector_norm(state.master.grad, dtype=torch.float64).square().item()
+    value, agreement, squares = total([*sums.tolist(), squares], device)
+    if not math.isfinite(value) or not math.isfinite(squares):
         raise FloatingPointError(
-            f"Step {step + 1}: loss {value}, gradient norm {norm}. Nothing was updated. This rank's samples: "
+            f"Step {step + 1}: loss {value}, squared gradient norm {squares}. Nothing was updated. This rank's samples: "
             f"{[rows[j]['id'] for micro in numbers for j in micro]}. Look at them, then resume from the last checkpoint.")
-    lr = args.lr * learning_rate(step, args)
+    lr, norm = args.lr * learning_rate(step, args), math.sqrt(squares)
     state.update(lr, args.clip, args.ema_rate, norm)
     flat.publish(state.master.data)
     clock.append(time.perf_counter())
     memory, = total([peak_memory(device)], device, dist.ReduceOp.MAX)
+    gen, teach, learning = (after - before for before, after in zip(clock, clock[1:]))
     n = args.prompts * G
-    gen, teach, learn_s = (b - a for a, b in zip(clock, clock[1:]))
-    return {"step": step + 1, "steps": args.steps, "loss": value, "grad_norm": norm, "lr": lr, "length": length / n,
+    return {"step": step + 1, "steps": args.steps, "loss": value, "grad_norm": norm, "lr": lr, "length": tokens / n,
             "eos": ended / n, "truncated": 1 - ended / n, "agreement": agreement, "tokens": int(tokens), "gen_s": gen,
-            "teach_s": teach, "learn_s": learn_s, "mem_gb": memory}, shown
+            "teach_s": teach, "learn_s": learning, "mem_gb": memory}, shown
 
 
 def learning_rate(step: int, args) -> float:
@@ -376,35 +358,36 @@ def learning_rate(step: int, args) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup))
 
 
-def show(step: int, piece: Rollout, per_token: Tensor, rows: list[dict], processor, group: int) -> list[dict]:
+def show(args, step: int, piece: Rollout, per_token: Tensor, rows: list[dict], processor) -> list[dict]:
     """The first response to each of up to 4 prompts, token by token with the teacher's disagreement, for the report."""
-    shown, starts = [], [0, *piece.mask.sum(1).cumsum(0).tolist()]
+    shown, per_row = [], per_token.split(piece.mask.sum(1).tolist())
     for i, row in enumerate(rows[:4]):
-        ids = piece.ids[i * group][piece.mask[i * group]].tolist()
-        shown.append({"step": step + 1, "id": row["id"], "question": row["question"], "image": str(row["image"]),
-                      "crop": str(row["crop"]), "answer": row["answer"], "tokens": [processor.tokenizer.decode([t]) for t in ids],
-                      "divergence": [round(d, 5) for d in per_token[starts[i * group]:starts[i * group + 1]].tolist()]})
+        ids = piece.ids[i * args.group][piece.mask[i * args.group]].tolist()
+        paths = {view: os.path.relpath(row[view], args.out) for view in ("image", "crop")}
+        shown.append({"step": step + 1, "id": row["id"], "question": row["question"], "answer": row["answer"], **paths,
+                      "tokens": [processor.tokenizer.decode([token]) for token in ids],
+                      "divergence": [round(d, 5) for d in per_row[i * args.group].tolist()]})
     return shown
 
 
 def peak_memory(device: torch.device) -> float:
-    """Largest memory in use so far, in GB: the GPU's, or this process's on a CPU."""
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+    """Most memory in use so far, in GB: the GPU's, or on a CPU this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)
 
 
 def line(entry: dict) -> str:
     seconds = sum(entry[key] for key in ("gen_s", "teach_s", "learn_s", "other_s"))
-    share = " ".join(f"{name} {entry[key]:.1f}s {entry[key] / seconds:.0%}" for name, key in
-                     (("gen", "gen_s"), ("teach", "teach_s"), ("learn", "learn_s"), ("other", "other_s")))
+    phases = " ".join(f"{key[:-2]} {entry[key]:.1f}s {entry[key] / seconds:.0%}" for key in ("gen_s", "teach_s", "learn_s", "other_s"))
     return (f"step {entry['step']:4d}/{entry['steps']} | loss {entry['loss']:.4f} | grad {entry['grad_norm']:.2f} | "
-            f"len {entry['length']:.0f} | eos {entry['eos']:.2f} | agree {entry['agreement']:.2f} | {share} | "
+            f"len {entry['length']:.0f} | eos {entry['eos']:.2f} | agree {entry['agreement']:.2f} | {phases} | "
             f"mem {entry['mem_gb']:.1f}G" + (f" | shrunk {entry['shrunk']}" if entry["shrunk"] else ""))
 
 
 def train(args, rank: int, world: int, device: torch.device) -> Path:
     """The run: load, resume, step, log, save. Returns the final checkpoint's folder."""
-    out = Path(args.out)
-    rows = synth.read_triplets(synth.fetch(args.data))
+    out, rows = Path(args.out), synth.read_triplets(synth.fetch(args.data))
     args = argparse.Namespace(**vars(args) | {"steps": args.steps or len(rows) // args.prompts})
     if len(rows) < args.prompts:
         raise ValueError(f"{args.data} has {len(rows)} triplets, fewer than one batch. Lower --prompts ({args.prompts}).")
@@ -412,47 +395,43 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
         raise ValueError(f"--prompts {args.prompts} cannot be shared evenly by {world} ranks. Choose a multiple of {world}.")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        claim(args, out, hashlib.sha256(json.dumps([[r["id"], r["question"]] for r in rows]).encode()).hexdigest())
+        claim(args, out, rows)
     student, processor = load(args.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     teacher = copy.deepcopy(student).requires_grad_(False)
     flat, teacher_flat = Flat(student, rank, world, grads=True), Flat(teacher, rank, world, grads=False)
     state = State(flat, args)
     begin = resume(out, flat, state)
     flat.publish(state.master.data)
-    if args.offload_teacher:
-        teacher_flat.allocate(False)
-    log, shown_log, board = out / "log.jsonl", out / "rollouts.jsonl", None
+    teacher_flat.allocate(not args.offload_teacher)
+    log, shown_log = out / "log.jsonl", out / "rollouts.jsonl"
     if rank == 0:
-        for path in (log, shown_log):                                                # steps after the checkpoint are redone
-            keep = [entry for entry in evaluate.read_jsonl(path, []) if entry["step"] <= begin]
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in keep))
-        board = tensorboard(out)
+        for path in (log, shown_log):                                                # what came after the checkpoint is redone
+            path.write_text("".join(json.dumps(entry) + "\n" for entry in evaluate.read_jsonl(path, []) if entry["step"] <= begin))
         print(f"{len(rows):,} triplets, {flat.numel / 1e6:,.1f}M weights, {world} rank(s), steps {begin + 1} to {args.steps}", flush=True)
+    board = tensorboard(out) if rank == 0 else None
 
-    mine = args.prompts // world
-    micros = []
+    mine, micros = args.prompts // world, []
     for step in range(begin, args.steps):
-        batch = schedule(len(rows), args.prompts, args.seed, step)[rank * mine:(rank + 1) * mine]
+        batch = batch_rows(len(rows), args.prompts, args.seed, step)[rank * mine:(rank + 1) * mine]
         micros += [batch[i:i + args.micro_prompts] for i in range(0, mine, args.micro_prompts)]
     per_step = math.ceil(mine / args.micro_prompts)
     loader = iter(torch.utils.data.DataLoader(
         Micros(rows, micros, processor, args, flat.weights.dtype), batch_size=None, num_workers=args.workers,
-        prefetch_factor=max(2, math.ceil(per_step / args.workers)) if args.workers else None, pin_memory=device.type == "cuda"))
+        prefetch_factor=math.ceil(2 * per_step / args.workers) if args.workers else None, pin_memory=device.type == "cuda"))
     before = time.perf_counter()
     for step in range(begin, args.steps):
         batch = [next(loader) for _ in range(per_step)]
         entry, shown = learn(args, step, batch, student, teacher, processor, flat, teacher_flat, state, rows)
-        entry["shrunk"], = (int(n) for n in total([sum(int(m[1]["shrunk"].sum() + m[2]["shrunk"].sum()) for m in batch)], device))
-        now = time.perf_counter()
-        entry["other_s"], before = max(0.0, now - before - entry["gen_s"] - entry["teach_s"] - entry["learn_s"]), now
+        entry["shrunk"] = int(total([sum(float(prompt["shrunk"].sum()) for micro in batch for prompt in micro[1:])], device)[0])
+        elapsed, before = time.perf_counter() - before, time.perf_counter()
+        entry["other_s"] = elapsed - entry["gen_s"] - entry["teach_s"] - entry["learn_s"]
         if rank == 0:
             with open(log, "a") as file, open(shown_log, "a") as shown_file:
                 file.write(json.dumps(entry) + "\n")
                 shown_file.writelines(json.dumps(row) + "\n" for row in shown)
             tqdm.write(line(entry), file=sys.stdout)
-            if board:
-                for key, value in entry.items():
-                    board.add_scalar(key, value, step + 1)
+            for key, value in entry.items() if board else ():
+                board.add_scalar(key, value, step + 1)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(out, step + 1, student, processor, flat, state)
     return out / f"checkpoint-{args.steps:06d}"
@@ -471,57 +450,49 @@ def tensorboard(out: Path):
 def train_base(folder: Path, seed: int, device: torch.device) -> None:
     """The toy's base model, supervised on drawn scenes (labels known): it reads crops well and full images badly, because
     only a few of the small targets it sees are in full view. Cross-entropy on the answer."""
-    torch.manual_seed(seed)
     model, processor = tiny(seed)
     model.to(device)
-    steps, rng = BASE["steps"], random.Random(seed)
+    steps, rng, tokenizer = BASE["steps"], random.Random(seed), processor.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    factor = lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    for step in tqdm(range(steps), desc="base model", unit="step"):
-        loss = 0.0
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    for _ in tqdm(range(steps), desc="base model", unit="step"):
         for view, count in (("crop", BASE["crops"]), ("image", BASE["fulls"])):
             scenes = [synth.toy_scene(seed, rng.randrange(BASE["scenes"]), rng.random() < BASE["large_share"], "base") for _ in range(count)]
             prompt = to_device(encode(processor, [s[view] for s in scenes], [s["question"] for s in scenes]), device)
-            ids = processor.tokenizer([s["answer"] + processor.tokenizer.eos_token for s in scenes], return_tensors="pt")["input_ids"].to(device)
-            logits = model.lm_head(response_hidden(model, prompt, ids, checkpoint=False))            # (B, T, V)
-            loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
-        (loss / (ids.shape[1] * (BASE["crops"] + BASE["fulls"]))).backward()
+            ids = tokenizer([s["answer"] + tokenizer.eos_token for s in scenes], return_tensors="pt")["input_ids"].to(device)
+            logits = model.lm_head(response_hidden(model, prompt, ids, checkpoint=False))            # (count, T, V)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
+            (loss / ids.shape[1] / (BASE["crops"] + BASE["fulls"])).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         decay.step()
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name("base.partial")
     shutil.rmtree(partial, ignore_errors=True)
     save(model, processor, partial)
     partial.rename(folder)
 
 
-BASE = dict(steps=400, crops=48, fulls=20, scenes=12_000, large_share=0.88)
-TOY_ROWS = 6000
+def judge(args, checkpoint: str | Path, when: str, device: torch.device) -> dict:
+    """Evaluate a checkpoint on the held-out scenes; keep its answers and its part of result.json, and return all of that."""
+    out, path = Path(args.out), Path(args.out) / "result.json"
+    results = json.loads(path.read_text()) if path.exists() else {"seconds": {}}
+    results[when], answers = evaluate.evaluate_toy(*load(str(checkpoint), device=device), synth.read_triplets(out / "eval"))
+    (out / f"answers-{when}.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    write_json(path, results)
+    return results
 
 
 def prepare_toy(args, device: torch.device) -> None:
     """Draw the scenes, train the base model and evaluate it, each only if it is not there yet."""
     out = Path(args.out)
-    synth.toy(out / "data", TOY_ROWS, args.seed, large_share=0.5, split="train")
+    synth.toy(out / "data", TOY_ROWS, args.seed, large_share=0.5)
     synth.toy(out / "eval", 800, args.seed, large_share=0.375, split="eval")
-    if args.model == f"{args.out}/base" and not Path(args.model).exists():
+    if not Path(args.model).exists() and args.model == f"{args.out}/base":
         train_base(Path(args.model), args.seed, device)
-    if not (out / "answers-before.jsonl").exists():
+    if not (out / "result.json").exists():
         judge(args, args.model, "before", device)
-
-
-def judge(args, checkpoint: str | Path, when: str, device: torch.device) -> dict:
-    """Evaluate a checkpoint on the held-out scenes; keep its answers and its part of result.json."""
-    out = Path(args.out)
-    student, processor = load(checkpoint, device=device)
-    result, answers = evaluate.evaluate_toy(student, processor, synth.read_triplets(out / "eval"))
-    path = out / "result.json"
-    results = (json.loads(path.read_text()) if path.exists() else {}) | {when: result}
-    write_json(path, results)
-    (out / f"answers-{when}.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-    return results
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -529,6 +500,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     rank, world, device = setup(args.device)
     try:
         if args.toy and rank == 0:

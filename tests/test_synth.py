@@ -1,6 +1,6 @@
 """synth.py: the released format in and out, archives, pictures of every kind, and the toy world."""
 import errno
-import gzip
+import hashlib
 import io
 import json
 import os
@@ -105,6 +105,7 @@ def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
     (row(images=["images/b.png"]), "images[0] is 'images/b.png', and no such file"),
     (row(teacher_images=["crops/a.png"]), "teacher_images[0] is 'crops/a.png'"),
     (row(extra_info={"id": "000000"}), "is that of line 1 too"),
+    (row(extra_info="x"), "extra_info is 'x'"),
 ])
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, found):
     data_set(tmp_path, row(), line)
@@ -398,7 +399,6 @@ def test_a_scene_depends_on_its_seed_and_index_alone():
     other = subprocess.run([sys.executable, "-c", "import hashlib, synth; s = synth.toy_scene(3, 5, True, 'eval'); "
                             "print(hashlib.sha256(s['image'].tobytes()).hexdigest(), s['answer'])"],
                            cwd=Path(synth.__file__).parent, capture_output=True, text=True, check=True).stdout.split(" ", 1)
-    import hashlib
     again = synth.toy_scene(3, 5, True, "eval")
     assert other == [hashlib.sha256(again["image"].tobytes()).hexdigest(), again["answer"] + "\n"]
 

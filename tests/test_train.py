@@ -84,7 +84,7 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     teacher, _ = M.load(str(world / "base"))
     args = train.parse([*SMALL, "--out", "unused"])
     rows = synth.read_triplets(world / "data")
-    chosen = [rows[i] for i in train.schedule(len(rows), 4, 0, 0)]
+    chosen = [rows[i] for i in train.batch_rows(len(rows), 4, 0, 0)]
     seeds = [train.random.Random(f"0/0/{row['id']}").getrandbits(63) for row in chosen]
     total, count = 0.0, 0
     for row, seed in zip(chosen, seeds):
@@ -163,11 +163,11 @@ def test_the_crop_reaches_only_the_teacher(run, world, tmp_path):
 
 
 def test_every_row_is_seen_once_an_epoch_in_an_order_given_by_the_seed():
-    epochs = [[train.schedule(10, 3, 0, 3 * e + s) for s in range(3)] for e in range(2)]
+    epochs = [[train.batch_rows(10, 3, 0, 3 * e + s) for s in range(3)] for e in range(2)]
     for epoch in epochs:
         seen = sum(epoch, [])
         assert len(set(seen)) == 9 and set(seen) < set(range(10))                     # the last, incomplete batch is dropped
-    assert epochs[0] != epochs[1] and train.schedule(10, 3, 1, 0) != train.schedule(10, 3, 0, 0)
+    assert epochs[0] != epochs[1] and train.batch_rows(10, 3, 1, 0) != train.batch_rows(10, 3, 0, 0)
 
 
 # -------------------------------------------------------------------------------------------------- ranks and resuming
@@ -237,7 +237,7 @@ def test_resuming_with_another_objective_seed_or_data_is_refused_with_the_differ
     with pytest.raises(ValueError, match="beta: 0.5 -> 0.25; .*ema_rate: 0.005 -> 0.1|ema_rate: 0.005 -> 0.1; .*beta: 0.5 -> 0.25"):
         run("x", "--beta", "0.25", "--ema-rate", "0.1")
     synth.toy(tmp_path / "other", 8, 1, large_share=0.5)
-    with pytest.raises(ValueError, match="data_sha256"):
+    with pytest.raises(ValueError, match="rows_sha256"):
         run("x", "--data", str(tmp_path / "other"))
     run("x", "--steps", "2", "--chunk", "7")                                          # speed may change
 
@@ -288,7 +288,7 @@ def test_a_corrupt_image_stops_the_run_with_its_name_and_the_run_goes_on_once_it
     import shutil
     want = run("straight")
     shutil.copytree(world / "data", tmp_path / "data")
-    row = synth.read_triplets(tmp_path / "data")[train.schedule(12, 4, 0, 2)[1]]
+    row = synth.read_triplets(tmp_path / "data")[train.batch_rows(12, 4, 0, 2)[1]]
     good = row["image"].read_bytes()
     row["image"].write_bytes(good[:len(good) // 2])
     with pytest.raises((ValueError, OSError), match=row["image"].name):

@@ -99,30 +99,24 @@ def measure(args):
     print(json.dumps({"seconds": min(seconds[args.warmup:]), "bytes": peak() - before}))
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of hidden states and heads")
-    p.add_argument("--tokens", type=int, default=1024)
-    p.add_argument("--vocab", type=int, default=248320, help="Qwen3.5's")
-    p.add_argument("--hidden", type=int, default=2560, help="Qwen3.5-4B's")
-    p.add_argument("--chunk", type=int, default=512, help="tokens at once, for ours and Liger-Kernel")
-    p.add_argument("--repeats", type=int, default=1, help="runs; the best counts")
-    p.add_argument("--warmup", type=int, default=0, help="runs before those that are not timed; 1 or more on a GPU")
-    p.add_argument("--clock", default="wall", choices=["wall", "cpu"],
-                   help="cpu: processor seconds, for a machine shared with others; set OMP_NUM_THREADS=1, since waiting threads spin")
-    p.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+def add_arguments(p):
+    p.add_argument("--tokens", type=int, default=1024, help="loss: response tokens")
+    p.add_argument("--vocab", type=int, default=248320, help="loss: Qwen3.5's")
+    p.add_argument("--hidden", type=int, default=2560, help="loss: Qwen3.5-4B's")
+    p.add_argument("--chunk", type=int, default=512, help="loss: tokens at once, for ours and Liger-Kernel")
+    p.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="loss: cpu counts processor seconds; set OMP_NUM_THREADS=1")
+    p.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), help="loss: compare these")
     p.add_argument("--only", choices=list(CONTENDERS), help="used by the script itself: measure this one here")
-    args = p.parse_args()
-    if args.only:
-        return measure(args)
+
+
+def run(args):
     threads = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    print(f"{args.tokens:,} tokens, V = {args.vocab:,}, D = {args.hidden:,}, {args.dtype}, {threads}, chunk {args.chunk}, {args.clock} time\n")
+    print(f"loss and its gradient, {args.tokens:,} tokens, V = {args.vocab:,}, D = {args.hidden:,}, {args.dtype}, {threads}, chunk {args.chunk}, {args.clock} time\n")
     print(f"{'':44} {'time':>10} {'ratio':>7} {'peak':>10}")
     floor = None
     for name in ["matmuls"] + [c for c in args.contenders if c != "matmuls"]:
         _, line, package = CONTENDERS[name]
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *sys.argv, "--only", name], capture_output=True, text=True)
         if done.returncode:
             print(f"{line:44} failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
             continue
@@ -133,7 +127,3 @@ def main():
         floor = floor or found["seconds"]
         print(f"{line:44} {found['seconds'] * 1e3:7,.0f} ms {found['seconds'] / floor:6.2f}x {found['bytes'] / 2**30:7.2f} GB", flush=True)
     print(f"\n{NOTES}")
-
-
-if __name__ == "__main__":
-    main()
