@@ -53,8 +53,9 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
         processor = ImageTextProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} does not load as a Qwen3.5 / Qwen3-VL style checkpoint: {error}") from error
-    wrong = {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}
-    if wrong:
+    if not (hasattr(model.model, "visual") and hasattr(model.model, "language_model") and hasattr(model.model, "get_rope_index")):
+        raise ValueError(f"{path} is a {type(model).__name__}, expected a Qwen3.5 / Qwen3-VL style model.")
+    if wrong := {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}:
         raise ValueError(f"{path} does not fit {type(model).__name__}: {wrong}. Loading is strict; repair the checkpoint.")
     processor.source = folder
     return prepare(model.to(device)), processor
@@ -63,10 +64,9 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
 def download(hub_id: str) -> Path:
     """Folder of the hub repository `hub_id`, downloaded on first use."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
     try:
         return Path(snapshot_download(hub_id))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:                                                        # network, name, gate, disk
         raise FileNotFoundError(
             f"--model {hub_id!r} is neither a directory here nor a model the hub gave us ({type(error).__name__}: {error}). "
             "Check the name, the network, and `hf auth login` for gated models.") from error

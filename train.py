@@ -41,10 +41,10 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # What --toy changes (ours: a tiny model trained from scratch in minutes).
-TOY = dict(prompts=16, group=2, steps=200, max_new_tokens=10, lr=5e-4, weight_decay=0.0, schedule="cosine", top_k=16,
+TOY = dict(prompts=16, group=2, steps=200, max_new_tokens=10, lr=3e-4, weight_decay=0.0, schedule="cosine", top_k=16,
            ema_rate=0.005, micro_prompts=16, workers=1, threads=1, save_every=50, show_every=25, out="runs/toy")
 TOY_ROWS = 6000
-BASE = dict(steps=400, crops=48, fulls=20, scenes=12_000, large_share=0.88)          # the toy's supervised base model
+BASE = dict(steps=400, crops=48, fulls=20, scenes=12_000, large_share=0.5)          # the toy's supervised base model
 # A resumed run must agree with the stopped one on everything but these, which change speed, memory or where it stops.
 FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
         "checkpointing", "workers", "threads", "device"}
@@ -138,20 +138,22 @@ class Flat:
     """All parameters of a model as views into one vector, and their gradients into another, so that gradients reduce and
     weights publish without a copy. Rank r owns slice r of `world` equal ones. Offsets do not depend on the world size."""
 
-    def __init__(self, model, rank: int, world: int, grads: bool):
-        params = list(model.parameters())                                             # tied weights appear once
+    def __init__(self, model, rank: int, world: int):
+        self.params = list(model.parameters())                                        # tied weights appear once
         starts = [0]
-        for param in params:
+        for param in self.params:
             starts.append(starts[-1] + math.ceil(param.numel() / 64) * 64)            # aligned for fast kernels
         self.numel, self.size = starts[-1], math.ceil(starts[-1] / (64 * world)) * 64
         self.rank, self.world, self.own = rank, world, slice(rank * self.size, (rank + 1) * self.size)
-        self.weights = torch.zeros(self.size * world, dtype=params[0].dtype, device=params[0].device)
-        self.grads = torch.zeros_like(self.weights) if grads else None
-        for param, start in zip(params, starts):
-            view = self.weights[start:start + param.numel()].view_as(param)
-            param.data = view.copy_(param.data)
-            if grads:
-                param.grad = self.grads[start:start + param.numel()].view_as(param)
+        self.weights = torch.zeros(self.size * world, dtype=self.params[0].dtype, device=self.params[0].device)
+        self.spans = [slice(start, start + param.numel()) for param, start in zip(self.params, starts)]
+        for param, span in zip(self.params, self.spans):
+            param.data = self.weights[span].view_as(param).copy_(param.data)
+
+    def track_gradients(self) -> None:
+        self.grads = torch.zeros_like(self.weights)
+        for param, span in zip(self.params, self.spans):
+            param.grad = self.grads[span].view_as(param)
 
     def publish(self, own: Tensor) -> None:
         """Every rank's fp32 slice `own` -> the live weights of all ranks."""
@@ -387,7 +389,11 @@ def line(entry: dict) -> str:
 
 def train(args, rank: int, world: int, device: torch.device) -> Path:
     """The run: load, resume, step, log, save. Returns the final checkpoint's folder."""
-    out, rows = Path(args.out), synth.read_triplets(synth.fetch(args.data))
+    out = Path(args.out)
+    if os.environ.get("LOCAL_RANK", "0") == "0":                                      # one process a machine downloads and unpacks
+        synth.fetch(args.data)
+    barrier()
+    rows = synth.read_triplets(synth.fetch(args.data))
     args = argparse.Namespace(**vars(args) | {"steps": args.steps or len(rows) // args.prompts})
     if len(rows) < args.prompts:
         raise ValueError(f"{args.data} has {len(rows)} triplets, fewer than one batch. Lower --prompts ({args.prompts}).")
@@ -398,11 +404,12 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
         claim(args, out, rows)
     student, processor = load(args.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    flat, teacher_flat = Flat(student, rank, world, grads=True), Flat(teacher, rank, world, grads=False)
+    flat, teacher_flat = Flat(student, rank, world), Flat(teacher, rank, world)
+    teacher_flat.allocate(not args.offload_teacher)
+    flat.track_gradients()
     state = State(flat, args)
     begin = resume(out, flat, state)
     flat.publish(state.master.data)
-    teacher_flat.allocate(not args.offload_teacher)
     log, shown_log = out / "log.jsonl", out / "rollouts.jsonl"
     if rank == 0:
         for path in (log, shown_log):                                                # what came after the checkpoint is redone
@@ -487,7 +494,7 @@ def judge(args, checkpoint: str | Path, when: str, device: torch.device) -> dict
 def prepare_toy(args, device: torch.device) -> None:
     """Draw the scenes, train the base model and evaluate it, each only if it is not there yet."""
     out = Path(args.out)
-    synth.toy(out / "data", TOY_ROWS, args.seed, large_share=0.5)
+    synth.preview(synth.toy(out / "data", TOY_ROWS, args.seed, large_share=0.5))
     synth.toy(out / "eval", 800, args.seed, large_share=0.375, split="eval")
     if not Path(args.model).exists() and args.model == f"{args.out}/base":
         train_base(Path(args.model), args.seed, device)

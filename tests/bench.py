@@ -146,7 +146,8 @@ def bench_step(model, processor, args) -> None:
              "--device", args.device, "--gen-prompts", "1"]
     options = train.parse(flags)
     teacher = copy.deepcopy(model).requires_grad_(False)
-    flat, teacher_flat = train.Flat(model, 0, 1, grads=True), train.Flat(teacher, 0, 1, grads=False)
+    flat, teacher_flat = train.Flat(model, 0, 1), train.Flat(teacher, 0, 1)
+    flat.track_gradients()
     state, rows = train.State(flat, options), [{"id": "0", "question": "", "image": "", "crop": "", "answer": None}]
     micro = ([0], photo(processor, args.prompt_tokens), photo(processor, args.prompt_tokens, 0.4))
     print(f"one step, {args.prompt_tokens} / {int(args.prompt_tokens * 0.4)} prompt tokens (student / teacher), {args.response_tokens} "

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from conftest import alone, noise, tiny_qwen3_vl
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_vl import modeling_qwen3_vl
@@ -185,12 +186,28 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
         M.load(str(tmp_path / "cut"))
 
 
-def test_a_missing_weight_is_not_made_up(tmp_path):
-    from safetensors.torch import load_file, save_file
+def test_a_missing_weight_is_not_made_up_and_a_strange_one_not_ignored_but_for_the_draft_head(tmp_path):
     model, processor = M.tiny()
     M.save(model, processor, tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights.pop("model.language_model.norm.weight")
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    whole = load_file(tmp_path / "model.safetensors")
+    write = lambda weights: save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    write({name: weight for name, weight in whole.items() if name != "model.language_model.norm.weight"})
     with pytest.raises(ValueError, match="missing_keys.*language_model.norm.weight"):
+        M.load(str(tmp_path))
+    write(whole | {"model.adapter.weight": torch.ones(2)})
+    with pytest.raises(ValueError, match="unexpected_keys.*adapter"):
+        M.load(str(tmp_path))
+    write(whole | {"mtp.norm.weight": torch.ones(2)})                                 # released checkpoints hold it; not trained
+    M.load(str(tmp_path))
+
+
+def test_other_vision_language_models_are_refused_by_name(tmp_path):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8),
+        text_config=LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=64))
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    for part in (M.tiny()[1].tokenizer, M.tiny()[1].image_processor):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Llava|does not load as a Qwen3.5"):
         M.load(str(tmp_path))

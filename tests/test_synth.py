@@ -22,8 +22,8 @@ HINT = "\n\nOnly focus on the objects inside the red bounding box in the image t
 def sample(name="a", **changes):
     noise = np.random.default_rng(sum(map(ord, name)))
     picture = lambda side: Image.fromarray(noise.integers(0, 256, (side, side, 3), dtype=np.uint8))
-    return {"id": name, "question": f"What colour is the sign?{HINT}\n\nA. grün\nB. red", "answer": "A", "image": picture(40),
-            "crop": picture(16), "bbox": [1, 2, 9, 10], "extra": {"source": "x"}} | changes
+    return {"id": name, "question": f"What colour is the sign?{HINT}\n\nA. grün\nB. red", "answer": "A",
+            "image": picture(40), "crop": picture(16), "bbox": [1, 2, 9, 10], "extra": {"source": "x"}} | changes
 
 
 def row(**changes):
@@ -62,7 +62,8 @@ def test_what_is_written_is_read_back(tmp_path):
     written = [sample("b"), sample("a", answer=None, bbox=None)]
     synth.write_triplets(tmp_path, iter(written))
     for before, after in zip(written, synth.read_triplets(str(tmp_path)), strict=True):
-        assert [before[k] for k in ("id", "question", "answer", "bbox")] == [after[k] for k in ("id", "question", "answer", "bbox")]
+        for key in ("id", "question", "answer", "bbox"):
+            assert before[key] == after[key]
         assert after["extra"]["source"] == "x"
         for key in ("image", "crop"):
             assert (pixels(synth.load_image(after[key])) == pixels(before[key])).all()
@@ -78,7 +79,8 @@ def test_full_images_can_be_jpeg_in_full_colour_resolution(tmp_path):
 
 
 def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
-    other = row(problem=f"<image>\nWhat?{HINT}", answer="D", original_images=["x"], extra_info={"answer": "D", "question": "What?"})
+    other = row(problem=f"<image>\nWhat?{HINT}", answer="D", original_images=["x"],
+                extra_info={"answer": "D", "question": "What?"})
     first, second = synth.read_triplets(data_set(tmp_path, row(), other, ""))
     assert (first["id"], second["id"]) == ("000000", "000001")
     assert first["answer"] is None and first["bbox"] is None and first["extra"] == {}
@@ -273,7 +275,8 @@ def test_an_interrupted_unpacking_starts_over(tmp_path, monkeypatch, when):
     (tmp_path / "set" / ".unpacking-images" / "torn.png").write_bytes(b"half")
     synth.fetch(tmp_path / "set")
     read = synth.read_triplets(tmp_path / "set")
-    assert all((pixels(synth.load_image(r["image"])) == pixels(s["image"])).all() for r, s in zip(read, samples, strict=True))
+    for after, before in zip(read, samples, strict=True):
+        assert (pixels(synth.load_image(after["image"])) == pixels(before["image"])).all()
     assert not list((tmp_path / "set").rglob("torn.png")) and not list((tmp_path / "set").glob(".*"))
 
 
@@ -338,8 +341,8 @@ def test_sixteen_bit_pictures_are_shifted_not_saturated(tmp_path):
 
 
 @pytest.mark.parametrize("mode, colour, expected", [
-    ("RGBA", (0, 0, 0, 0), (255, 255, 255)), ("RGBA", (255, 0, 0, 255), (255, 0, 0)), ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
-    ("LA", (0, 0), (255, 255, 255)), ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("1", 1, (255, 255, 255)), ("L", 7, (7, 7, 7)),
+    ("RGBA", (0, 0, 0, 0), (255, 255, 255)), ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+    ("RGBA", (0, 0, 0, 51), (204, 204, 204)), ("LA", (0, 0), (255, 255, 255)), ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("1", 1, (255, 255, 255)), ("L", 7, (7, 7, 7)),
     ("P", 3, None)])
 def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, expected):
     image = Image.new(mode, (3, 2), colour)

@@ -120,7 +120,7 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
 
 def test_the_ema_teacher_has_its_closed_form_after_many_steps():
     model, _ = M.tiny()
-    state = train.State(train.Flat(model, 0, 1, grads=True), train.parse([*SMALL]))
+    state = train.State(train.Flat(model, 0, 1), train.parse([*SMALL]))
     start, masters = state.ema.clone(), []
     for _ in range(7):
         state.master.grad.normal_()
