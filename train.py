@@ -41,10 +41,10 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # What --toy changes (ours: a tiny model trained from scratch in minutes).
-TOY = dict(prompts=16, group=2, steps=200, max_new_tokens=10, lr=3e-4, weight_decay=0.0, schedule="cosine", top_k=16,
+TOY = dict(prompts=16, group=2, steps=300, max_new_tokens=10, lr=3e-4, weight_decay=0.0, schedule="cosine", top_k=16,
            ema_rate=0.005, micro_prompts=16, workers=1, threads=1, save_every=50, show_every=25, out="runs/toy")
 TOY_ROWS = 6000
-BASE = dict(steps=400, crops=48, fulls=20, scenes=12_000, large_share=0.5)          # the toy's supervised base model
+BASE = dict(steps=400, crops=48, fulls=20, scenes=12_000, large_share=0.5, enough=0.3)    # the toy's supervised base model
 # A resumed run must agree with the stopped one on everything but these, which change speed, memory or where it stops.
 FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
         "checkpointing", "workers", "threads", "device"}
@@ -455,22 +455,26 @@ def tensorboard(out: Path):
 # --------------------------------------------------------------------------------------------------------------- toy
 
 def train_base(folder: Path, seed: int, device: torch.device) -> None:
-    """The toy's base model, supervised on drawn scenes (labels known): it reads crops well and full images badly, because
-    only a few of the small targets it sees are in full view. Cross-entropy on the answer."""
+    """The toy's base model, supervised on drawn scenes (labels known): cross-entropy on the answer. It reads crops well and
+    full images badly, because it is shown few small targets in full view once it reads `enough` of them."""
     model, processor = tiny(seed)
     model.to(device)
     steps, rng, tokenizer = BASE["steps"], random.Random(seed), processor.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    read = 0.0                                                                        # running share of small targets read in full view
     for _ in tqdm(range(steps), desc="base model", unit="step"):
+        large_share = 0.95 if read > BASE["enough"] else BASE["large_share"]
         for view, count in (("crop", BASE["crops"]), ("image", BASE["fulls"])):
-            scenes = [synth.toy_scene(seed, rng.randrange(BASE["scenes"]), rng.random() < BASE["large_share"], "base") for _ in range(count)]
+            scenes = [synth.toy_scene(seed, rng.randrange(BASE["scenes"]), rng.random() < large_share, "base") for _ in range(count)]
             prompt = to_device(encode(processor, [s[view] for s in scenes], [s["question"] for s in scenes]), device)
             ids = tokenizer([s["answer"] + tokenizer.eos_token for s in scenes], return_tensors="pt")["input_ids"].to(device)
             logits = model.lm_head(response_hidden(model, prompt, ids, checkpoint=False))            # (count, T, V)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
             (loss / ids.shape[1] / (BASE["crops"] + BASE["fulls"])).backward()
+            if small := [i for i, scene in enumerate(scenes) if view == "image" and scene["extra"]["size"] == "small"]:
+                read = 0.9 * read + 0.1 * (logits.argmax(-1) == ids)[small].all(1).float().mean().item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -481,10 +485,11 @@ def train_base(folder: Path, seed: int, device: torch.device) -> None:
     partial.rename(folder)
 
 
-def judge(args, checkpoint: str | Path, when: str, device: torch.device) -> dict:
+def judge(args, checkpoint: str | Path, when: str, device: torch.device, **seconds: float) -> dict:
     """Evaluate a checkpoint on the held-out scenes; keep its answers and its part of result.json, and return all of that."""
     out, path = Path(args.out), Path(args.out) / "result.json"
     results = json.loads(path.read_text()) if path.exists() else {"seconds": {}}
+    results["seconds"] |= seconds
     results[when], answers = evaluate.evaluate_toy(*load(str(checkpoint), device=device), synth.read_triplets(out / "eval"))
     (out / f"answers-{when}.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     write_json(path, results)
@@ -493,13 +498,13 @@ def judge(args, checkpoint: str | Path, when: str, device: torch.device) -> dict
 
 def prepare_toy(args, device: torch.device) -> None:
     """Draw the scenes, train the base model and evaluate it, each only if it is not there yet."""
-    out = Path(args.out)
+    out, start = Path(args.out), time.perf_counter()
     synth.preview(synth.toy(out / "data", TOY_ROWS, args.seed, large_share=0.5))
     synth.toy(out / "eval", 800, args.seed, large_share=0.375, split="eval")
     if not Path(args.model).exists() and args.model == f"{args.out}/base":
         train_base(Path(args.model), args.seed, device)
     if not (out / "result.json").exists():
-        judge(args, args.model, "before", device)
+        judge(args, args.model, "before", device, base=time.perf_counter() - start)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -513,10 +518,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.toy and rank == 0:
             prepare_toy(args, device)
         barrier()
+        start = time.perf_counter()
         final = train(args, rank, world, device)
         if rank == 0:
             if args.toy:
-                print(evaluate.table(judge(args, final, "after", device)))
+                print(evaluate.table(judge(args, final, "after", device, distillation=time.perf_counter() - start)))
             print(f"model: {final}   page: {evaluate.report(Path(args.out))}")
         barrier()
     except (ValueError, OSError, FloatingPointError) as error:
