@@ -1,6 +1,6 @@
 """Evaluation: how well a model answers from the full image and from the crop, the gap between the two, and the report.
 
-    python evaluate.py --bench toy --model runs/toy/model --data runs/toy/eval --out runs/toy-eval
+    python evaluate.py --bench toy --model runs/toy/checkpoint-000300 --data runs/toy/eval --out runs/toy-eval
     python evaluate.py --report runs/toy                  # (re)build runs/toy/report.html from what the run has written
 
 The gap, accuracy(crop) - accuracy(full image), is what Vision-OPD turns into a training signal (paper, section 1). It is
@@ -283,7 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from model import load
     rows, device = synth.read_triplets(args.data), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    result, answers = evaluate_toy(*load(args.model, device=device), rows, batch=args.batch)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    result, answers = evaluate_toy(*load(args.model, device=device, dtype=dtype), rows, batch=args.batch)
     print(table(result))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

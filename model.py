@@ -9,6 +9,7 @@ B prompts, G responses each, N = B G rows, L prompt tokens, T response tokens, D
 """
 import math
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +20,14 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+if not torch.cuda.is_available():                          # transformers would call these GPU kernels on CPU tensors
+    sys.modules.update(fla=None, causal_conv1d=None)
 from transformers import (AutoModelForImageTextToText, GenerationConfig, Qwen2VLImageProcessorPil, Qwen3_5Config,
                           Qwen3_5ForConditionalGeneration, Qwen3_5Tokenizer, Qwen3VLProcessor)
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+MIN_CONTINUATION = 4                                       # tokens; fewer would take the kernels of one-token decoding
 Prompt = dict[str, Tensor]
 
 
@@ -58,7 +63,7 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
     if wrong := {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}:
         raise ValueError(f"{path} does not fit {type(model).__name__}: {wrong}. Loading is strict; repair the checkpoint.")
     processor.source = folder
-    return prepare(model.to(device)), processor
+    return prepare(model.to(device), processor), processor
 
 
 def download(hub_id: str) -> Path:
@@ -72,14 +77,17 @@ def download(hub_id: str) -> Path:
             "Check the name, the network, and `hf auth login` for gated models.") from error
 
 
-def prepare(model):
+def prepare(model, processor):
     """Settings all code here relies on: no dropout, per-block checkpointing of the vision tower, and a neutral generation
-    config (the one shipped with a checkpoint holds top_k, top_p and penalties that would silently change the rollouts)."""
+    config. The one of a checkpoint may hold top_k, top_p and penalties that would silently change the rollouts, or be missing:
+    then <|im_end|>, the tokenizer's end, would not be among the ends the model's config names."""
     model.eval()
     for block in model.model.visual.blocks:                                           # active only while block.training
         block.gradient_checkpointing = True
         block._gradient_checkpointing_func = partial(recompute_in_backward, use_reentrant=False)
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.eos_token_id} - {None}
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
     return model
 
 
@@ -183,11 +191,11 @@ class LayerStates:
         self.new.append(state)                                                        # (rows, heads, key_dim, value_dim)
 
 
-def shared_layer(layer, prompt: Tensor, response: Tensor, rows: Tensor, prompt_args: dict, response_args: dict):
+def shared_layer(layer, prompt: Tensor, response: Tensor, prompt_args: dict, response_args: dict):
     """One decoder layer on B prompts, then on their N continuations. (B, L-1, D), (N, T, D) -> the same shapes."""
     states = LayerStates()
     prompt = layer(prompt, past_key_values=states, **prompt_args)
-    shared = LayerStates([state.index_select(0, rows) for state in states.new])
+    shared = LayerStates([state.repeat_interleave(len(response) // len(prompt), dim=0) for state in states.new])
     return prompt, layer(response, past_key_values=shared, **response_args)
 
 
@@ -217,7 +225,6 @@ def response_hidden(model, prompt: Prompt, ids: Tensor, *, checkpoint: bool = Tr
     embeds = text.embed_tokens(tokens[:, :-1])                                                         # (B, L-1, D)
     embeds = embeds.masked_scatter(visual[..., None], torch.cat(vision.pooler_output).to(embeds.dtype))
 
-    # A continuation of one token takes another kernel (the decoding one): pad to two, drop the rest at the end.
     continuation = torch.cat([tokens[rows, -1:], ids[:, :-1]], dim=1)                                  # (N, T)
     continuation = pad(continuation, (0, max(0, MIN_CONTINUATION - T)), value=0)
     hidden = text.embed_tokens(continuation)                                                           # (N, T, D)
@@ -234,7 +241,7 @@ def response_hidden(model, prompt: Prompt, ids: Tensor, *, checkpoint: bool = Tr
     deepstack = getattr(vision, "deepstack_features", None) or []                     # Qwen3-VL adds these early on
     for index, layer in enumerate(text.layers):
         kind = "linear" if hasattr(layer, "linear_attn") else "full"
-        args = (layer, embeds, hidden, rows, prompt_args | {"attention_mask": prompt_masks[kind]},
+        args = (layer, embeds, hidden, prompt_args | {"attention_mask": prompt_masks[kind]},
                 response_args | {"attention_mask": response_mask if kind == "full" else None})
         if checkpoint:
             embeds, hidden = recompute_in_backward(shared_layer, *args, use_reentrant=False, preserve_rng_state=False)
@@ -246,20 +253,17 @@ def response_hidden(model, prompt: Prompt, ids: Tensor, *, checkpoint: bool = Tr
     return text.norm(hidden)[:, :T]
 
 
-MIN_CONTINUATION = 4
-
-
 def attention_masks(real: Tensor, rows: Tensor, length: int) -> tuple[dict[str, Tensor | None], Tensor]:
     """Masks of the prompt by kind of layer, and of the continuation: True = may attend.
 
     real: (B, L-1) bool, False on left padding. Full attention: (B, 1, L-1, L-1), or None (plain causal) without padding;
     linear attention: (B, L-1), or None. Continuation: (N, 1, T, L-1+T): the real prompt tokens, then causal.
     """
-    width = real.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool, device=real.device).tril()
-    itself = torch.eye(width, dtype=torch.bool, device=real.device)                   # padding sees itself: no empty row
-    padded = not bool(real.all())
-    prompt = {"full": (causal & real[:, None] | itself)[:, None] if padded else None, "linear": real if padded else None}
+    prompt = {"full": None, "linear": None}
+    if not real.all():
+        square = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device)
+        itself = torch.eye(len(square), dtype=torch.bool, device=real.device)         # padding sees itself: no empty row
+        prompt = {"full": (square.tril() & real[:, None] | itself)[:, None], "linear": real}
     after = torch.ones(length, length, dtype=torch.bool, device=real.device).tril().expand(len(rows), -1, -1)
     before = real[rows][:, None].expand(-1, length, -1)
     return prompt, torch.cat([before, after], dim=2)[:, None]
@@ -274,7 +278,7 @@ TINY_CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for c in "
     "m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}")
 
 
 def tiny(seed: int = 0):
@@ -312,5 +316,4 @@ def tiny(seed: int = 0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3_5ForConditionalGeneration(config)
-    model.generation_config.eos_token_id = vocabulary["<|im_end|>"]
-    return prepare(model), processor
+    return prepare(model, processor), processor

@@ -3,8 +3,9 @@
     rollout = sample(student, processor, prompt, group=8, max_new_tokens=1024, seeds=[step_seed] * B)
 
 Sampling is at temperature 1 over the whole vocabulary (no top-p, no top-k), by inverse CDF: token = first v with
-CDF(v) > u, one uniform u per row and token drawn from that prompt's own generator. So a response depends on its seed
-alone, never on which prompts share its batch, on the number of ranks or on earlier random numbers.
+CDF(v) > u, one uniform u per row and token drawn from that prompt's own generator. So the
+random numbers of a response depend on its seed alone, never on which prompts share its batch, on the number of ranks or on
+earlier draws (the logits still differ by rounding from batch to batch).
 """
 from dataclasses import dataclass
 
@@ -34,31 +35,16 @@ class InverseCDF(LogitsProcessor):
     uniforms: (N, max_new_tokens) in [0, 1), float32 values (24 bits, so u < 1 strictly in float64).
     """
 
-    def __init__(self, uniforms: Tensor, prompt_tokens: int, temperature: float):
-        self.uniforms, self.prompt_tokens, self.temperature = uniforms, prompt_tokens, temperature
+    def __init__(self, uniforms: Tensor, prompt_tokens: int, temperature: float, bar=None):
+        self.uniforms, self.prompt_tokens, self.temperature, self.bar = uniforms, prompt_tokens, temperature, bar
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:                        # (N, L + t), (N, V)
+        if self.bar is not None:
+            self.bar.update()
         cdf = (logits.float() / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
         u = self.uniforms[:, ids.shape[1] - self.prompt_tokens].double() * cdf[:, -1]
         token = torch.searchsorted(cdf, u[:, None], right=True)                       # (N, 1); never one of probability 0
-        return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
-
-
-class Tick(LogitsProcessor):
-    """Moves a tqdm bar on by one a token."""
-
-    def __init__(self, bar):
-        self.bar = bar
-
-    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        self.bar.update()
-        return logits
-
-
-def stop_ids(model) -> list[int]:
-    """Token ids that end a response."""
-    eos = model.generation_config.eos_token_id
-    return list(eos) if isinstance(eos, (list, tuple)) else [eos]
+        return torch.full_like(logits, -torch.inf).scatter_(1, token.clamp_(max=logits.shape[1] - 1), 0.0)    # NaN gives V
 
 
 @torch.no_grad()
@@ -67,7 +53,7 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
     """G responses to each of B prompts. temperature 0 decodes greedily; seeds: one per prompt, default from torch's RNG.
 
     The first L - 1 prompt tokens are prefilled once, their cache is copied to the N rows, and `generate` goes on from the
-    last prompt token. Vision tokens are never sampled: they would break every later forward.
+    last prompt token. bar: a tqdm bar to move on by one a sampled token. Vision tokens are never sampled: they would break every later forward.
     """
     ids, mask = prompt["input_ids"], prompt["attention_mask"]                         # (B, L)
     (B, L), device = ids.shape, ids.device
@@ -85,10 +71,8 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
         seeds = torch.randint(2 ** 62, (B,)).tolist() if seeds is None else seeds
         uniforms = torch.cat([torch.rand(group, max_new_tokens, generator=torch.Generator().manual_seed(seed))
                               for seed in seeds])                                     # (N, max_new_tokens)
-        processors.append(InverseCDF(uniforms.to(device), L, temperature))
-    if bar is not None:
-        processors.append(Tick(bar))
-    tokenizer, stops = processor.tokenizer, stop_ids(model)
+        processors.append(InverseCDF(uniforms.to(device), L, temperature, bar))
+    tokenizer, stops = processor.tokenizer, model.generation_config.eos_token_id
     output = model.generate(
         input_ids=ids[rows], attention_mask=mask[rows], past_key_values=cache, logits_processor=processors,
         generation_config=GenerationConfig(

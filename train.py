@@ -20,7 +20,13 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
+from datetime import timedelta
 from pathlib import Path
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")        # caches and batches change size all the time
+if "--toy" in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""                                           # fp32 and tiny: made for the CPU
 
 import torch
 import torch.distributed as dist
@@ -36,18 +42,14 @@ from loss import topk_divergence
 from model import encode, join, load, response_hidden, save, tiny, to_device
 from rollout import Rollout, sample
 
-# torch 2.13 renamed these two
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 # What --toy changes (ours: a tiny model trained from scratch in minutes).
 TOY = dict(prompts=16, group=2, steps=300, max_new_tokens=10, lr=3e-4, weight_decay=0.0, schedule="cosine", top_k=16,
-           ema_rate=0.005, micro_prompts=16, workers=1, threads=1, save_every=50, show_every=25, out="runs/toy")
+           ema_rate=0.005, adam_eps=5e-5, micro_prompts=16, gen_prompts=16, workers=1, threads=1, save_every=50, show_every=25, out="runs/toy")
 TOY_ROWS = 6000
-BASE = dict(steps=400, crops=48, fulls=20, scenes=12_000, large_share=0.5, enough=0.3)    # the toy's supervised base model
+BASE = dict(steps=400, crops=48, fulls=20, scenes=12_000, large_share=0.25, enough=0.3)    # the toy's supervised base model
 # A resumed run must agree with the stopped one on everything but these, which change speed, memory or where it stops.
 FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
-        "checkpointing", "workers", "threads", "device"}
+        "checkpointing", "workers", "threads"}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,12 +76,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # optimizer (official run script)
     p.add_argument("--lr", type=float, default=2e-6, help="AdamW with betas 0.9 / 0.999")
     p.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's, on all weights")
+    p.add_argument("--adam-eps", type=float, default=1e-8, help="AdamW's (--toy: 5e-5, see README)")
     p.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
     p.add_argument("--warmup", type=int, default=10, help="linear warm-up steps; the first has lr / warmup, not 0")
     p.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="cosine falls to 10%% (ours: for --toy)")
     # speed and memory: never change results
     p.add_argument("--micro-prompts", type=int, default=1, help="prompts (with their responses) in one forward and backward")
-    p.add_argument("--gen-prompts", type=int, help="prompts decoded at once (default: all of this rank's)")
+    p.add_argument("--gen-prompts", type=int, default=6, help="prompts decoded at once, in whole micro-batches (ours: 48 rows "
+                   "of KV cache fit beside a 4B; 12 is faster where there is room)")
     p.add_argument("--chunk", type=int, default=512, help="response tokens whose logits exist at once")
     p.add_argument("--offload-teacher", action=flag, default=False,
                    help="free the teacher's live weights outside its own phase; they are rebuilt from the sharded EMA")
@@ -115,7 +119,8 @@ def setup(device: str) -> tuple[int, int, torch.device]:
     if device == "cuda":
         torch.cuda.set_device(here)
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=here if device == "cuda" else None)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=here if device == "cuda" else None,
+                                timeout=timedelta(hours=6))                           # rank 0 may download for long
     return rank, world, here
 
 
@@ -159,15 +164,19 @@ class Flat:
         """Every rank's fp32 slice `own` -> the live weights of all ranks."""
         self.weights[self.own].copy_(own)
         if self.world > 1:
-            all_gather(self.weights, self.weights[self.own].clone())
+            dist.all_gather_single(self.weights, self.weights[self.own].clone())
 
     def reduce_into(self, own: Tensor) -> None:
-        """Add the sum of all ranks' gradients to this rank's fp32 slice `own`, and clear them."""
-        piece = self.grads
-        if self.world > 1:
-            piece = torch.empty_like(self.grads[self.own])
-            reduce_scatter(piece, self.grads)
-        own.add_(piece)
+        """Add the sum of all ranks' gradients to this rank's fp32 slice `own`, and clear them. Summed in fp32 (a
+        reduce-scatter of bf16 gradients would round at every rank), 64M at a time."""
+        if self.world == 1:
+            own.add_(self.grads)
+        for part in self.grads.view(self.world, self.size).split(2 ** 26, dim=1) if self.world > 1 else ():
+            sent = part.contiguous()                                                  # (world, part): row r is for rank r
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(received, sent)
+            own[:sent.shape[1]].add_(received.sum(0, dtype=own.dtype))
+            own = own[sent.shape[1]:]
         self.grads.zero_()
 
     def allocate(self, there: bool) -> None:
@@ -182,7 +191,8 @@ class State:
         self.master = torch.nn.Parameter(student.weights[student.own].float())
         self.master.grad = torch.zeros_like(self.master)
         self.ema = self.master.detach().clone()
-        self.adam = torch.optim.AdamW([self.master], lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+        self.adam = torch.optim.AdamW([self.master], lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps,
+                                      weight_decay=args.weight_decay, fused=True)
         self.moments = self.adam.state[self.master] = {
             "step": torch.zeros((), device=self.master.device),
             "exp_avg": torch.zeros_like(self.ema), "exp_avg_sq": torch.zeros_like(self.ema)}
@@ -246,8 +256,8 @@ def resume(out: Path, flat: Flat, state: State) -> int:
 
 def claim(args, out: Path, rows: list[dict]) -> None:
     """Write args.json with commit and versions; refuse a folder whose run had other settings or data."""
-    rows_sha256 = hashlib.sha256(json.dumps([[row["id"], row["question"]] for row in rows]).encode()).hexdigest()
-    now, path = {**vars(args), "rows_sha256": rows_sha256}, out / "args.json"
+    told = [[row["id"], row["question"], row["bbox"], row["image"].name, row["crop"].name] for row in rows]
+    now, path = {**vars(args), "rows_sha256": hashlib.sha256(json.dumps(told).encode()).hexdigest()}, out / "args.json"
     then = json.loads(path.read_text()) if path.exists() else now
     free = FREE - ({"steps"} if args.schedule == "cosine" else set())
     if differ := [f"{key}: {then.get(key)!r} -> {value!r}" for key, value in now.items() if key not in free and then.get(key) != value]:
@@ -285,9 +295,13 @@ class Micros(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int):
         rows, prompts = [self.rows[j] for j in self.micros[i]], []
-        for view, limit in self.views.items():
-            prompt = encode(self.processor, [synth.load_image(row[view]) for row in rows], [row["question"] for row in rows], max_tokens=limit)
-            prompts.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
+        try:
+            for view, limit in self.views.items():
+                images, texts = [synth.load_image(row[view]) for row in rows], [row["question"] for row in rows]
+                prompt = encode(self.processor, images, texts, max_tokens=limit)
+                prompts.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
+        except ValueError as error:
+            raise ValueError(f"samples {[row['id'] for row in rows]}: {error}") from error
         return self.micros[i], *prompts
 
 
@@ -299,7 +313,7 @@ def learn(args, step: int, micros: list, student, teacher, processor, flat: Flat
     numbers, fulls, crops = zip(*[(n, to_device(full, device), to_device(crop, device)) for n, full, crop in micros])
 
     # 1. The student answers from the full image.
-    pieces, calls = [], max(1, (args.gen_prompts or args.prompts) // args.micro_prompts)
+    pieces, calls = [], max(1, args.gen_prompts // args.micro_prompts)
     with tqdm(desc=f"step {step + 1} rollouts", total=args.max_new_tokens * math.ceil(len(fulls) / calls), unit="tok", leave=False,
               disable=flat.rank > 0) as bar:
         for i in range(0, len(fulls), calls):
@@ -333,7 +347,7 @@ def learn(args, step: int, micros: list, student, teacher, processor, flat: Flat
         sums += torch.stack([loss.detach().double(), agree.double().sum() / tokens])
         if i == 0 and (step % args.show_every == 0 or step + 1 == args.steps):
             shown = show(args, step, piece, per_token, [rows[j] for j in numbers[0]], processor)
-    squares = torch.linalg.vector_norm(state.master.grad, dtype=torch.float64).square().item()
+    squares = sum(part.double().square().sum() for part in state.master.grad.split(2 ** 24)).item()
     value, agreement, squares = total([*sums.tolist(), squares], device)
     if not math.isfinite(value) or not math.isfinite(squares):
         raise FloatingPointError(
@@ -390,7 +404,7 @@ def line(entry: dict) -> str:
 def train(args, rank: int, world: int, device: torch.device) -> Path:
     """The run: load, resume, step, log, save. Returns the final checkpoint's folder."""
     out = Path(args.out)
-    if os.environ.get("LOCAL_RANK", "0") == "0":                                      # one process a machine downloads and unpacks
+    if rank == 0:                                                                     # downloads and unpacks, onto a shared disk
         synth.fetch(args.data)
     barrier()
     rows = synth.read_triplets(synth.fetch(args.data))
@@ -409,13 +423,16 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     flat.track_gradients()
     state = State(flat, args)
     begin = resume(out, flat, state)
+    if [begin] != total([begin], device, dist.ReduceOp.MIN) or begin > args.steps:
+        raise ValueError(f"rank {rank} finds step {begin} in {out}. Expected at most --steps {args.steps}, the same on all ranks: "
+                         "--out must lie on a disk that all machines share.")
     flat.publish(state.master.data)
     log, shown_log = out / "log.jsonl", out / "rollouts.jsonl"
     if rank == 0:
         for path in (log, shown_log):                                                # what came after the checkpoint is redone
             path.write_text("".join(json.dumps(entry) + "\n" for entry in evaluate.read_jsonl(path, []) if entry["step"] <= begin))
         print(f"{len(rows):,} triplets, {flat.numel / 1e6:,.1f}M weights, {world} rank(s), steps {begin + 1} to {args.steps}", flush=True)
-    board = tensorboard(out) if rank == 0 else None
+    board = tensorboard(out, begin) if rank == 0 else None
 
     mine, micros = args.prompts // world, []
     for step in range(begin, args.steps):
@@ -424,7 +441,7 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     per_step = math.ceil(mine / args.micro_prompts)
     loader = iter(torch.utils.data.DataLoader(
         Micros(rows, micros, processor, args, flat.weights.dtype), batch_size=None, num_workers=args.workers,
-        prefetch_factor=math.ceil(2 * per_step / args.workers) if args.workers else None, pin_memory=device.type == "cuda"))
+        prefetch_factor=max(2, math.ceil(per_step / args.workers)) if args.workers else None, pin_memory=device.type == "cuda"))
     before = time.perf_counter()
     for step in range(begin, args.steps):
         batch = [next(loader) for _ in range(per_step)]
@@ -444,12 +461,12 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     return out / f"checkpoint-{args.steps:06d}"
 
 
-def tensorboard(out: Path):
+def tensorboard(out: Path, begin: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(out / "tensorboard")
+    return SummaryWriter(out / "tensorboard", purge_step=begin + 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- toy
@@ -511,8 +528,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if args.device == "cpu":                                                          # on a GPU its warning of slow kernels matters
+        transformers.utils.logging.set_verbosity_error()
     rank, world, device = setup(args.device)
     try:
         if args.toy and rank == 0:
@@ -526,10 +544,11 @@ def main(argv: list[str] | None = None) -> None:
             print(f"model: {final}   page: {evaluate.report(Path(args.out))}")
         barrier()
     except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"train.py: {error}") from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        where = traceback.extract_tb(error.__traceback__)[-1]                         # said at once: the other ranks still wait
+        print(f"train.py: {error} ({Path(where.filename).name}, line {where.lineno})", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+    if dist.is_initialized():                                                         # not after an error: it could block
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

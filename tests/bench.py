@@ -55,8 +55,9 @@ def build(size: str, vocab: int, device, dtype):
         torch.set_default_dtype(dtype)
         model = transformers.Qwen3_5ForConditionalGeneration(config)
         torch.set_default_dtype(torch.float32)
-    model.generation_config.eos_token_id = config.vision_start_token_id               # suppressed: no response ends early
-    return M.prepare(model.to(device)), processor
+    M.prepare(model.to(device), processor)
+    model.generation_config.eos_token_id = [config.vision_start_token_id]             # suppressed: no response ends early
+    return model, processor
 
 
 def photo(processor, prompt_tokens: int, share: float = 1.0) -> M.Prompt:
@@ -116,7 +117,7 @@ def bench_train(model, processor, args) -> None:
         model.train()
         floor = measure(plain, args)
         model.activation_checkpointing_disable()
-        M.prepare(model)
+        M.prepare(model, processor)                                                   # also turns the vision tower's back on
         name = "with" if checkpoint else "without"
         row(f"plain: {G} full sequences, {name} checkpointing", floor, floor)
         row(f"shared prefix, {name} checkpointing", measure(lambda: shared(checkpoint), args), floor)

@@ -1,7 +1,7 @@
 """Time and memory of the loss with its gradient, each contender in a process of its own so that peaks can be compared.
 
-    python tests/bench_loss_part.py --tokens 256                              # a few minutes on two CPU cores, about 12 GB
-    python tests/bench_loss_part.py --device cuda --dtype bfloat16 --tokens 8192 --repeats 5
+    python tests/bench.py loss --tokens 256                               # a few minutes on two CPU cores, about 12 GB
+    python tests/bench.py loss --device cuda --dtype bfloat16 --tokens 8192
 
 The yardstick is the four matmuls nobody can avoid, unchunked, into memory that is already there: student logits, teacher
 logits, dhidden, dW. `peak` is what comes on top of the inputs (hidden states and heads), gradients included.
@@ -104,6 +104,7 @@ def add_arguments(p):
     p.add_argument("--vocab", type=int, default=248320, help="loss: Qwen3.5's")
     p.add_argument("--hidden", type=int, default=2560, help="loss: Qwen3.5-4B's")
     p.add_argument("--chunk", type=int, default=512, help="loss: tokens at once, for ours and Liger-Kernel")
+    p.add_argument("--warmup", type=int, default=0, help="loss: runs that are not timed; 1 or more on a GPU")
     p.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="loss: cpu counts processor seconds; set OMP_NUM_THREADS=1")
     p.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), help="loss: compare these")
     p.add_argument("--only", choices=list(CONTENDERS), help="used by the script itself: measure this one here")

@@ -3,7 +3,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -45,8 +45,7 @@ def tiny_qwen3_vl():
         tie_word_embeddings=False, **ids)
     torch.manual_seed(1)
     model = Qwen3VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    return vision_model.prepare(model), processor
+    return vision_model.prepare(model, processor), processor
 
 
 @pytest.fixture(params=["qwen3_5", "qwen3_vl"])

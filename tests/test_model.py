@@ -10,6 +10,8 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import model as M
+from loss import topk_divergence
+from rollout import sample
 
 
 def plain_hidden(model, prompt, row, response):
@@ -94,6 +96,19 @@ def test_prompts_encoded_apart_and_joined_are_the_prompts_encoded_together(livel
     assert all(torch.equal(joined[key], together[key]) for key in joined)
 
 
+def test_everything_runs_in_bf16_and_every_weight_gets_a_gradient(lively, mixed_prompt):
+    model, processor = lively
+    model.bfloat16()
+    rollout = sample(model, processor, mixed_prompt, 2, max_new_tokens=5, seeds=[0, 1, 2])
+    hidden = M.response_hidden(model, mixed_prompt, rollout)[rollout.mask]
+    target, head = torch.randn_like(hidden), model.lm_head.weight
+    loss, per_token = topk_divergence(hidden, head, [(target, head.detach(), 1.0)], torch.full((len(hidden),), 1 / len(hidden)))
+    loss.backward()
+    assert hidden.dtype == torch.bfloat16 and loss.dtype == per_token.dtype == torch.float32 and loss.isfinite()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and weight.grad.dtype == torch.bfloat16 and weight.grad.isfinite().all(), name
+
+
 def test_rows_that_do_not_divide_by_the_prompts_are_refused(lively, mixed_prompt):
     with pytest.raises(ValueError, match="4 responses cannot be shared evenly by 3 prompts"):
         M.response_hidden(lively[0], mixed_prompt, torch.zeros(4, 2, dtype=torch.long))
@@ -162,9 +177,9 @@ def test_generation_settings_of_a_checkpoint_do_not_change_the_rollouts(tmp_path
     M.save(model, processor, tmp_path)
     eos = model.generation_config.eos_token_id
     (tmp_path / "generation_config.json").write_text(json.dumps(
-        {"do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "repetition_penalty": 1.5, "eos_token_id": [eos, 0]}))
+        {"do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "repetition_penalty": 1.5, "eos_token_id": [*eos, 0]}))
     loaded, _ = M.load(str(tmp_path))
-    assert loaded.generation_config.eos_token_id == [eos, 0]
+    assert loaded.generation_config.eos_token_id == [0, *eos]
     for name in ("do_sample", "top_k", "top_p", "temperature", "repetition_penalty"):
         assert not getattr(loaded.generation_config, name)
 

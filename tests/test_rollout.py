@@ -1,10 +1,12 @@
+import json
+
 import pytest
 import torch
 from conftest import alone
 
 import model as M
 from model import tiny
-from rollout import InverseCDF, sample, stop_ids
+from rollout import InverseCDF, sample
 
 
 def plain(prompt):
@@ -55,7 +57,7 @@ def test_the_ends_of_the_unit_interval_never_pick_an_impossible_token(u):
 
 def test_the_mask_covers_each_response_with_its_eos_and_nothing_after(lively, mixed_prompt):
     model, processor = lively
-    end = stop_ids(model)[0]
+    end = processor.tokenizer.eos_token_id
     with torch.no_grad():                                                             # make the end likely at every token
         model.get_output_embeddings().weight[end] *= 0.2
     rollout = sample(model, processor, mixed_prompt, 40, max_new_tokens=30, seeds=[1, 2, 3])
@@ -72,10 +74,26 @@ def test_the_mask_covers_each_response_with_its_eos_and_nothing_after(lively, mi
 def test_any_of_several_stop_tokens_ends_a_response(lively, mixed_prompt):
     model, processor = lively
     greedy = sample(model, processor, mixed_prompt, 1, max_new_tokens=6, temperature=0)
-    model.generation_config.eos_token_id = [stop_ids(model)[0], int(greedy.ids[0, 2])]
+    model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, int(greedy.ids[0, 2])]
     stopped = sample(model, processor, mixed_prompt, 1, max_new_tokens=6, temperature=0)
     first = greedy.ids[0].tolist().index(int(greedy.ids[0, 2])) + 1
     assert stopped.mask[0].sum() == first and stopped.ended[0]
+
+
+def test_a_response_ends_at_the_tokenizers_end_even_when_the_checkpoint_names_none(tmp_path):
+    model, processor = tiny()
+    M.save(model, processor, tmp_path)
+    (tmp_path / "generation_config.json").unlink()                                    # as in released Qwen3.5 checkpoints
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = processor.tokenizer.pad_token_id
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded, _ = M.load(str(tmp_path))
+    assert loaded.generation_config.eos_token_id == sorted([processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id])
+
+
+def test_logits_that_are_not_numbers_still_give_a_token():
+    scores = InverseCDF(torch.tensor([[0.5]]), 1, 1.0)(torch.zeros(1, 1), torch.full((1, 4), torch.nan))
+    assert torch.isfinite(scores).sum() == 1                                          # the loss then names the samples
 
 
 def test_a_vision_token_cannot_be_sampled_however_likely_it_is(mixed_prompt, lively):

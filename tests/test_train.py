@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,7 +110,7 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     state = load_file(tmp_path / "fast" / "checkpoint-000001" / "state" / "0-of-1.safetensors")
     gradient = flatten(weight.grad for weight in student.parameters())
     assert (state["exp_avg"] - 0.1 * gradient).norm() < 1e-4 * (0.1 * gradient).norm()
-    torch.optim.AdamW(student.parameters(), lr=1e-3 * 1 / 2, betas=(0.9, 0.999), weight_decay=0.1).step()
+    torch.optim.AdamW(student.parameters(), lr=1e-3 * 1 / 2, betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=0.1).step()
     sure = gradient.abs() > 1e-6                                                      # the sign of a gradient of about 0 is noise
     torch.testing.assert_close(state["master"][sure], flatten(student.parameters())[sure], atol=1e-5, rtol=0)
     assert sure.float().mean() > 0.5
@@ -239,6 +241,9 @@ def test_resuming_with_another_objective_seed_or_data_is_refused_with_the_differ
     synth.toy(tmp_path / "other", 8, 1, large_share=0.5)
     with pytest.raises(ValueError, match="rows_sha256"):
         run("x", "--data", str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="finds step 2 in .*Expected at most --steps 1"):
+        run("y", "--steps", "2")
+        run("y", "--steps", "1")
     run("x", "--steps", "2", "--chunk", "7")                                          # speed may change
 
 
@@ -255,6 +260,15 @@ def test_a_non_finite_gradient_stops_with_the_samples_and_updates_nothing(run, w
     assert [e["step"] for e in log(tmp_path / "x")] == [1, 2]
     monkeypatch.setattr(train, "topk_divergence", real)
     assert_equal(run("x", "--save-every", "1"), run("straight", "--save-every", "1"))
+
+
+def test_the_defaults_are_the_papers():
+    args = train.parse(["--device", "cpu"])
+    want = dict(model="Qwen/Qwen3.5-4B", data="yuanqianhao/Vision-OPD-6K", prompts=96, group=8, max_new_tokens=1024, max_prompt=8192,
+                max_crop_prompt=10240, divergence="jsd", beta=0.5, top_k=100, ema_rate=0.05, lr=2e-6, weight_decay=0.01, clip=1.0,
+                warmup=10, schedule="constant", steps=None)
+    assert {name: getattr(args, name) for name in want} == want
+    assert 6241 // args.prompts == 65
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -284,8 +298,19 @@ def test_bad_data_is_named_before_anything_is_trained(run, world, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_errors_reach_the_user_as_one_line(tmp_path, capsys):
+    for flags, message in ((["--data", str(tmp_path / "nowhere")], "neither a folder here nor a hub data set"),
+                           (["--data", str(tmp_path), "--out", str(tmp_path / "x")], "has no train.jsonl")):
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--device", "cpu"])
+        assert re.search(f"^train.py: .*{message}.*line \\d+\\)$", capsys.readouterr().err, re.S)
+    synth.toy(tmp_path / "data", 4, 0, large_share=0.5)
+    with pytest.raises(SystemExit):
+        train.main(["--data", str(tmp_path / "data"), "--model", "no/model", "--prompts", "2", "--out", str(tmp_path / "x"), "--device", "cpu"])
+    assert "train.py: --model 'no/model' is neither a directory here nor a model the hub gave us" in capsys.readouterr().err
+
+
 def test_a_corrupt_image_stops_the_run_with_its_name_and_the_run_goes_on_once_it_is_mended(run, world, tmp_path):
-    import shutil
     want = run("straight")
     shutil.copytree(world / "data", tmp_path / "data")
     row = synth.read_triplets(tmp_path / "data")[train.batch_rows(12, 4, 0, 2)[1]]
@@ -295,6 +320,16 @@ def test_a_corrupt_image_stops_the_run_with_its_name_and_the_run_goes_on_once_it
         run("x", "--data", str(tmp_path / "data"), "--save-every", "1")
     row["image"].write_bytes(good)
     assert_equal(run("x", "--data", str(tmp_path / "data"), "--save-every", "1"), want)
+
+
+def test_an_error_on_one_of_two_ranks_is_said_before_the_run_is_torn_down(world, tmp_path):
+    shutil.copytree(world / "data", tmp_path / "data")
+    row = synth.read_triplets(tmp_path / "data")[train.batch_rows(12, 4, 0, 0)[3]]    # the second rank's
+    row["image"].write_bytes(b"no picture")
+    command = in_processes(world, tmp_path / "x", "--data", str(tmp_path / "data"), "--micro-prompts", "1", ranks=2)
+    (tmp_path / "x.py").write_text("import train; train.prepare_toy = lambda *_: None; train.main()")
+    done = launch(command, check=False)
+    assert done.returncode != 0 and f"samples ['{row['id']}']" in done.stderr and row["image"].name in done.stderr
 
 
 def test_ranks_that_do_not_share_a_batch_evenly_are_refused(world, tmp_path):
