@@ -43,7 +43,7 @@ from model import encode, join, load, response_hidden, save, tiny, to_device
 from rollout import Rollout, sample
 
 # What --toy changes (ours: a tiny model trained from scratch in minutes).
-TOY = dict(prompts=16, group=2, steps=300, max_new_tokens=10, lr=3e-4, weight_decay=0.0, schedule="cosine", top_k=16,
+TOY = dict(prompts=16, group=2, steps=300, max_new_tokens=10, lr=5e-4, weight_decay=0.0, schedule="cosine", top_k=16,
            ema_rate=0.005, adam_eps=5e-5, micro_prompts=16, gen_prompts=16, workers=1, threads=1, save_every=50, show_every=25, out="runs/toy")
 TOY_ROWS = 6000
 BASE = dict(steps=400, crops=48, fulls=20, scenes=12_000, large_share=0.25, enough=0.3)    # the toy's supervised base model

@@ -131,7 +131,7 @@ def test_one_result_alone_makes_a_table_of_one_column():
 
 def test_the_command_prints_the_table_and_keeps_answers_and_result(folder, tmp_path, monkeypatch, capsys):
     rows = synth.read_triplets(folder)
-    monkeypatch.setattr("model.load", lambda path, *, device: (path, device))
+    monkeypatch.setattr("model.load", lambda path, *, device, dtype: (path, device))
     monkeypatch.setattr(evaluate, "answer", scripted({(row["id"], view): row["answer"] for row in rows for view in ("full", "crop")}))
     evaluate.main(["--bench", "toy", "--model", "m", "--data", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"])
     assert "full image, small target  100.0% [ 43.9%, 100.0%] 3/3" in capsys.readouterr().out
