@@ -99,11 +99,11 @@ class _TopKDivergence(torch.autograd.Function):
         weights = weights.to(dtype)
         per_token, agree = torch.zeros_like(weights), torch.zeros_like(weights, dtype=torch.bool)
         d_hidden = torch.zeros_like(hidden) if with_grad and ctx.needs_input_grad[0] else None         # (n, D)
-        d_head = torch.zeros_like(head, dtype=dtype) if with_grad and ctx.needs_input_grad[1] else None  # (V, D)
+        d_head = torch.empty_like(head, dtype=dtype) if with_grad and ctx.needs_input_grad[1] else None  # (V, D)
         rows = weights.nonzero().squeeze(-1)                                            # (tokens that count,), the one sync
         size = (min(chunk, len(rows)), vocab)
         buffers = head.new_empty(size), teachers[0][1].new_empty(size), head.new_empty(size, dtype=dtype)
-        for r in rows.split(chunk):                                                     # (c,)
+        for number, r in enumerate(rows.split(chunk)):                                  # (c,)
             x, (student, teacher, exp) = hidden[r], (b[:len(r)] for b in buffers)       # (c, D), (c, V)
             top, idx = torch.mm(x, head.t(), out=student).topk(k)                       # (c, K)
             for i, (teacher_hidden, teacher_head, coefficient) in enumerate(teachers):
@@ -125,9 +125,9 @@ class _TopKDivergence(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[r] = student @ head
             if d_head is not None and head.is_cuda and head.dtype != dtype:             # bf16 in, fp32 out, no copy
-                torch.addmm(d_head, student.t(), x, out_dtype=dtype, out=d_head)
+                torch.addmm(d_head, student.t(), x, out_dtype=dtype, beta=float(number > 0), out=d_head)
             elif d_head is not None:
-                d_head.addmm_(student.t().to(dtype), x.to(dtype))
+                d_head.addmm_(student.t().to(dtype), x.to(dtype), beta=float(number > 0))   # the first one overwrites
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(per_token, agree)
         return (weights * per_token).sum(), per_token, agree
