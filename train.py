@@ -1,8 +1,8 @@
 """Vision-OPD (arXiv 2605.18740): a multimodal LLM learns to use its full image from its own crops.
 
     python train.py --toy                       the whole method on drawn scenes: minutes on a CPU, nothing to download
-    torchrun --nproc 8 train.py                 the paper's run: Qwen3.5-4B on Vision-OPD-6K
-    torchrun --nproc 8 train.py --model DIR --data DIR --out runs/mine
+    torchrun --nproc-per-node 8 train.py        the paper's run: Qwen3.5-4B on Vision-OPD-6K
+    torchrun --nproc-per-node 8 train.py --model DIR --data DIR --out runs/mine
 
 The student sees the full image, the teacher (an EMA of the student) only the crop. Each step: the student answers (1), the
 teacher reads those answers (2), the student is pulled token by token toward what the teacher would have said (3).
