@@ -211,7 +211,7 @@ def response_hidden(model, prompt: Prompt, ids: Tensor, *, checkpoint: bool = Tr
     """
     ids = getattr(ids, "ids", ids)
     inner, text = model.model, model.model.language_model
-    (B, L), (N, T) = prompt["input_ids"].shape, ids.shape
+    B, (N, T) = len(prompt["input_ids"]), ids.shape
     if N % B:
         raise ValueError(f"{N} responses cannot be shared evenly by {B} prompts: expected rows of one prompt together.")
     rows = torch.arange(B, device=ids.device).repeat_interleave(N // B)                                # (N,) -> prompt

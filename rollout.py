@@ -26,7 +26,8 @@ class Rollout:
     def split(self, sizes: list[int]) -> list["Rollout"]:
         """Consecutive parts of `sizes` rows, each as narrow as its longest response."""
         parts = zip(self.ids.split(sizes), self.mask.split(sizes), self.ended.split(sizes))
-        return [Rollout(ids[:, :(width := int(mask.sum(1).max()))], mask[:, :width], ended) for ids, mask, ended in parts]
+        widths = [int(mask.sum(1).max()) for mask in self.mask.split(sizes)]
+        return [Rollout(ids[:, :width], mask[:, :width], ended) for (ids, mask, ended), width in zip(parts, widths)]
 
 
 class InverseCDF(LogitsProcessor):

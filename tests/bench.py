@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import bench_loss  # noqa: E402
 import model as M  # noqa: E402
 import train  # noqa: E402
-from rollout import Rollout, sample  # noqa: E402
+from rollout import sample  # noqa: E402
 
 SIZES = {  # name: text hidden, MLP, layers, heads, KV heads, head dim, linear key / value heads, vision depth, hidden, MLP
     "small": (192, 576, 4, 4, 2, 48, 4, 4, 2, 64, 128),

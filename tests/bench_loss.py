@@ -6,7 +6,6 @@
 The yardstick is the four matmuls nobody can avoid, unchunked, into memory that is already there: student logits, teacher
 logits, dhidden, dW. `peak` is what comes on top of the inputs (hidden states and heads), gradients included.
 """
-import argparse
 import json
 import resource
 import subprocess
