@@ -3,9 +3,9 @@
     rollout = sample(student, processor, prompt, group=8, max_new_tokens=1024, seeds=[step_seed] * B)
 
 Sampling is at temperature 1 over the whole vocabulary (no top-p, no top-k), by inverse CDF: token = first v with
-CDF(v) > u, one uniform u per row and token drawn from that prompt's own generator. So the
-random numbers of a response depend on its seed alone, never on which prompts share its batch, on the number of ranks or on
-earlier draws (the logits still differ by rounding from batch to batch).
+CDF(v) > u, one uniform u per row and token drawn from that prompt's own generator. So the random numbers of a response
+depend on its seed alone, never on which prompts share its batch, on the number of ranks or on earlier draws (the logits
+still differ by rounding from batch to batch).
 """
 from dataclasses import dataclass
 
@@ -54,7 +54,8 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
     """G responses to each of B prompts. temperature 0 decodes greedily; seeds: one per prompt, default from torch's RNG.
 
     The first L - 1 prompt tokens are prefilled once, their cache is copied to the N rows, and `generate` goes on from the
-    last prompt token. bar: a tqdm bar to move on by one a sampled token. Vision tokens are never sampled: they would break every later forward.
+    last prompt token. Vision tokens are never sampled: they would break every later forward. bar: a tqdm bar that moves on
+    by one a sampled token.
     """
     ids, mask = prompt["input_ids"], prompt["attention_mask"]                         # (B, L)
     (B, L), device = ids.shape, ids.device

@@ -222,7 +222,7 @@ def save_checkpoint(out: Path, step: int, student, processor, flat: Flat, state:
         save_file(state.tensors(), partial / "state" / f"{flat.rank}-of-{flat.world}.safetensors")
         if flat.rank == 0:
             save(student, processor, partial, {name: weight.detach().to("cpu", copy=True) for name, weight in student.named_parameters()})
-            write_json(partial / "state" / "state.json", {"step": step, "world": flat.world, "numel": flat.numel})
+            write_json(partial / "state" / "state.json", {"step": step, "world": flat.world, "numel": flat.numel, "size": flat.size})
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"Could not write {final} ({shutil.disk_usage(out).free / 1e9:.1f} GB free on its disk): {error}. Earlier "
@@ -242,8 +242,7 @@ def resume(out: Path, flat: Flat, state: State) -> int:
     saved = json.loads(newest.read_text())
     if saved["numel"] != flat.numel:
         raise ValueError(f"{newest.parent} holds the state of {saved['numel']:,} weights, but this model has {flat.numel:,}.")
-    size = math.ceil(saved["numel"] / (64 * saved["world"])) * 64                     # of a slice then
-    start, stop = flat.own.start, min(flat.own.stop, flat.numel)                      # of this rank's slice now
+    size, start, stop = saved["size"], flat.own.start, min(flat.own.stop, flat.numel)     # slices then, and this rank's now
     for old in range(saved["world"]):
         low, high = max(start, old * size), min(stop, (old + 1) * size)
         if low < high:
@@ -394,8 +393,8 @@ def peak_memory(device: torch.device) -> float:
 
 
 def line(entry: dict) -> str:
-    seconds = sum(entry[key] for key in ("gen_s", "teach_s", "learn_s", "other_s"))
-    phases = " ".join(f"{key[:-2]} {entry[key]:.1f}s {entry[key] / seconds:.0%}" for key in ("gen_s", "teach_s", "learn_s", "other_s"))
+    spent = {name: entry[f"{name}_s"] for name in ("gen", "teach", "learn", "other")}
+    phases = " ".join(f"{name} {seconds:.1f}s {seconds / sum(spent.values()):.0%}" for name, seconds in spent.items())
     return (f"step {entry['step']:4d}/{entry['steps']} | loss {entry['loss']:.4f} | grad {entry['grad_norm']:.2f} | "
             f"len {entry['length']:.0f} | eos {entry['eos']:.2f} | agree {entry['agreement']:.2f} | {phases} | "
             f"mem {entry['mem_gb']:.1f}G" + (f" | shrunk {entry['shrunk']}" if entry["shrunk"] else ""))
