@@ -87,6 +87,13 @@ def neutral(row: dict, name: str) -> dict:
     return row
 
 
+def triplet_row(t: dict) -> dict:
+    """The neutral row of a triplet (of synth.read_triplets). The toy's answers are compared word for word."""
+    options, size = inline_options(t["question"]), t["extra"].get("size")
+    kind = "exact" if size else "mc" if t["answer"] in options else "free"
+    return neutral(t | {"prompt": t["question"], "options": options, "group": size, "kind": kind}, t["id"])
+
+
 def translate(record: dict, bench: dict, number: int, repo: str) -> dict:
     """A source's row -> the neutral form, as benchmarks.toml says; image and crop are still what the source has."""
     r = {bench.get("rename", {}).get(key, key): value for key, value in record.items()} | record
@@ -206,10 +213,7 @@ def benchmark(name: str, root: Path) -> list[dict]:
     if name in BENCHES and not path.is_file():
         convert(name, root)
     try:
-        for t in synth.read_triplets(path) if path.is_dir() else ():            # the toy's answers are compared word for word
-            options, size = inline_options(t["question"]), t["extra"].get("size")
-            rows.append(neutral(t | {"prompt": t["question"], "options": options, "group": size,
-                                     "kind": "exact" if size else "mc" if t["answer"] in options else "free"}, t["id"]))
+        rows += map(triplet_row, synth.read_triplets(path) if path.is_dir() else ())
         for n, row in enumerate(records(path) if path.is_file() else ()):
             rows.append(neutral(row, str(n)))
             rows[n] |= {view: path.parent / row[view] for view in ("image", "crop") if rows[n][view]}

@@ -28,12 +28,14 @@ class Rollout:
     ids: Tensor                     # (N, T) int64
     mask: Tensor                    # (N, T) bool, True on the response's own tokens, its EOS included
     ended: Tensor                   # (N,) bool, False where max_new_tokens cut the response off
+    log_probs: Tensor               # (N, T) fp32, of each token where it was sampled; NaN after a response and when greedy
 
     def split(self, sizes: list[int]) -> list["Rollout"]:
         """Consecutive parts of `sizes` rows, each as narrow as its longest response."""
-        parts = zip(self.ids.split(sizes), self.mask.split(sizes), self.ended.split(sizes))
+        parts = zip(*(tensor.split(sizes) for tensor in (self.ids, self.mask, self.ended, self.log_probs)))
         widths = [int(mask.sum(1).max()) for mask in self.mask.split(sizes)]
-        return [Rollout(ids[:, :width], mask[:, :width], ended) for (ids, mask, ended), width in zip(parts, widths)]
+        return [Rollout(ids[:, :width], mask[:, :width], ended, log_probs[:, :width])
+                for (ids, mask, ended, log_probs), width in zip(parts, widths)]
 
 
 class InverseCDF(LogitsProcessor):
@@ -44,14 +46,18 @@ class InverseCDF(LogitsProcessor):
 
     def __init__(self, uniforms: Tensor, prompt_tokens: int, temperature: float, bar=None):
         self.uniforms, self.prompt_tokens, self.temperature, self.bar = uniforms, prompt_tokens, temperature, bar
+        self.log_probs = torch.full_like(uniforms, torch.nan)                         # (N, max_new_tokens), of what was sampled
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:                        # (N, L + t), (N, V)
         if self.bar is not None:
             self.bar.update()
-        cdf = (logits.float() / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
-        u = self.uniforms[:, ids.shape[1] - self.prompt_tokens].double() * cdf[:, -1]
+        p, t = (logits.float() / self.temperature).softmax(-1), ids.shape[1] - self.prompt_tokens
+        cdf = p.cumsum(-1, dtype=torch.float64)
+        u = self.uniforms[:, t].double() * cdf[:, -1]
         token = torch.searchsorted(cdf, u[:, None], right=True)                       # (N, 1); never one of probability 0
-        return torch.full_like(logits, -torch.inf).scatter_(1, token.clamp_(max=logits.shape[1] - 1), 0.0)    # NaN gives V
+        token.clamp_(max=logits.shape[1] - 1)                                         # NaN gives V
+        self.log_probs[:, t] = p.gather(1, token).log().squeeze(1)
+        return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
 
 
 @torch.no_grad()
@@ -75,11 +81,13 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
     model.model.rope_deltas = model.model.rope_deltas[rows]
 
     processors = LogitsProcessorList()
+    log_probs = torch.full((len(rows), max_new_tokens), torch.nan, device=device)
     if temperature > 0:
         seeds = torch.randint(2 ** 62, (B,)).tolist() if seeds is None else seeds
         uniforms = torch.cat([torch.rand(group, max_new_tokens, generator=torch.Generator().manual_seed(seed))
                               for seed in seeds])                                     # (N, max_new_tokens)
         processors.append(InverseCDF(uniforms.to(device), L, temperature, bar))
+        log_probs = processors[0].log_probs
     tokenizer, stops = processor.tokenizer, model.generation_config.eos_token_id
     output = model.generate(
         input_ids=ids[rows], attention_mask=mask[rows], past_key_values=cache, logits_processor=processors,
@@ -91,7 +99,8 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
     response = output[:, L:]                                                          # (N, T)
     is_stop = torch.isin(response, torch.tensor(stops, device=device))
     before = is_stop.long().cumsum(1) - is_stop.long()                                # stop tokens strictly before
-    return Rollout(response, before == 0, is_stop.any(1))
+    mask = before == 0
+    return Rollout(response, mask, is_stop.any(1), log_probs[:, :response.shape[1]].where(mask, torch.nan))
 
 
 # ---------------------------------------------------------------------------------------------------------------- answers

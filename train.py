@@ -6,6 +6,14 @@
 
 The student sees the full image, the teacher (an EMA of the student) only the crop. Each step: the student answers (1), the
 teacher reads those answers (2), the student is pulled token by token toward what the teacher would have said (3).
+The paper's other teachers and objectives (Tables 3, 4, 6) are flags; its baselines (Table 2) are `--method`, which changes who
+writes the responses, what the teacher sees, and the loss of a token:
+
+    method                writes, from          teacher sees               loss of a token
+    vision-opd            student, full image   the crop                   divergence to the teacher, or --objective
+    opsd                  student, full image   full image and the answer  the same
+    sft                   teacher, crop         -                          cross-entropy, on responses that match the label
+    grpo, dapo            student, full image   -                          clipped policy gradient, reward 1 for the label
 Killed at any moment, the same command goes on where the last checkpoint was, with any number of ranks.
 """
 import argparse
@@ -21,6 +29,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,7 +47,8 @@ from tqdm import tqdm
 
 import evaluate
 import synth
-from loss import topk_divergence
+from loss import (clipped_policy_gradient, group_advantages, overlong_penalty, sampled_token, token_log_probs,
+                  topk_divergence)
 from model import encode, join, load, response_hidden, save, tiny, to_device
 from rollout import Rollout, sample
 
@@ -47,6 +57,11 @@ TOY = dict(prompts=16, group=2, steps=300, max_new_tokens=10, lr=5e-4, weight_de
            ema_rate=0.005, adam_eps=5e-5, micro_prompts=16, gen_prompts=16, workers=1, threads=1, save_every=50, show_every=25, out="runs/toy")
 TOY_ROWS = 6000
 BASE = dict(steps=400, crops=48, fulls=20, scenes=12_000, large_share=0.25, enough=0.3)    # the toy's supervised base model
+# What becomes of the teacher's weights after each step: teacher <- (1 - rate) teacher + rate student (paper, Table 3).
+DISTIL, REWARD = ("vision-opd", "opsd"), ("grpo", "dapo")                              # families of --method; the other is sft
+RATES = {"ema": None, "initial": 0.0, "current": 1.0, "trust-region": 0.0}            # None: --ema-rate
+OPSD_HINT = ("\n\nHere is a reference solution to this problem:\n{answer}\n\nAfter understanding the reference solution, please try "
+             "to solve this problem using your own approach below:")
 # A resumed run must agree with the stopped one on everything but these, which change speed, memory or where it stops.
 FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
         "checkpointing", "workers", "threads"}
@@ -68,11 +83,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max-new-tokens", type=int, default=1024, help="longer responses are cut off and trained on all the same")
     p.add_argument("--max-prompt", type=int, default=8192, help="student's prompt tokens; larger images are scaled down to fit")
     p.add_argument("--max-crop-prompt", type=int, default=10240, help="the same for the teacher's prompt")
-    # objective (paper, section 4.1)
+    # method and objective (paper, section 4.1; the others: Tables 2, 3, 4 and 6)
+    p.add_argument("--method", choices=[*DISTIL, "sft", *REWARD], default="vision-opd", help="see above; all but "
+                   "vision-opd need answers in the data")
+    p.add_argument("--teacher", choices=[*RATES], help="whose weights (default: ema; of sft: initial, a frozen copy). current: "
+                   "the student's; trust-region: logits (1 - trust) initial + trust current")
+    p.add_argument("--trust", type=float, default=0.05, help="the current student's share in a trust-region teacher")
+    p.add_argument("--objective", choices=["topk", "sampled-token"], default="topk", help="sampled-token: policy gradient with the "
+                   "advantage log p_teacher - log p_student")
     p.add_argument("--divergence", choices=["jsd", "forward_kl", "reverse_kl"], default="jsd", help="D(teacher || student)")
     p.add_argument("--beta", type=float, default=0.5, help="JSD's weight of the teacher in the mixture, in (0, 1)")
     p.add_argument("--top-k", type=int, default=100, help="student tokens compared one by one; the rest share a tail")
     p.add_argument("--ema-rate", type=float, default=0.05, help="teacher <- (1 - rate) teacher + rate student, after each step")
+    p.add_argument("--resample", type=int, default=9, help="dapo: further batches a step at most, until enough groups are mixed")
     # optimizer (official run script)
     p.add_argument("--lr", type=float, default=2e-6, help="AdamW with betas 0.9 / 0.999")
     p.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's, on all weights")
@@ -103,8 +126,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "prompts", "group", "max_new_tokens", "micro_prompts", "gen_prompts", "chunk", "top_k", "save_every", "show_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if not 0 < args.beta < 1 or not 0 <= args.ema_rate <= 1:
-        p.error(f"--beta must lie in (0, 1) and --ema-rate in [0, 1], got {args.beta} and {args.ema_rate}")
+    if not 0 < args.beta < 1 or not 0 <= args.ema_rate <= 1 or not 0 <= args.trust <= 1 or args.resample < 0:
+        p.error(f"--beta must lie in (0, 1), --ema-rate and --trust in [0, 1], and --resample be at least 0; got {args.beta}, "
+                f"{args.ema_rate}, {args.trust}, {args.resample}")
+    rewarded, distils = args.method in REWARD, args.method in DISTIL
+    if rewarded and args.group < 2:
+        p.error(f"--method {args.method} compares the responses to a prompt: --group must be at least 2, got {args.group}")
+    given = {token.partition("=")[0] for token in (sys.argv[1:] if argv is None else argv)}
+    unused = {"--teacher": rewarded, "--offload-teacher": rewarded, "--trust": args.teacher != "trust-region", "--objective": not distils,
+              "--ema-rate": rewarded or (args.teacher or ("ema" if distils else "initial")) != "ema", "--resample": args.method != "dapo"}
+    unused |= dict.fromkeys(("--divergence", "--beta", "--top-k"), not distils or args.objective != "topk")
+    if idle := [flag for flag, without in unused.items() if without and flag in given]:
+        p.error(f"{', '.join(idle)} would change nothing with --method {args.method}, --teacher {args.teacher}, --objective "
+                f"{args.objective}. Leave it out, or correct one of them.")
+    args.teacher = args.teacher or (None if rewarded else "ema" if distils else "initial")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda, but torch sees no GPU here. Use --device cpu, or install a CUDA build of torch.")
     return args
@@ -287,7 +322,8 @@ class Micros(torch.utils.data.Dataset):
 
     def __init__(self, rows: list[dict], micros: list[list[int]], processor, args, dtype: torch.dtype):
         self.rows, self.micros, self.processor, self.dtype = rows, micros, processor, dtype
-        self.views = {"image": args.max_prompt, "crop": args.max_crop_prompt}
+        teacher = ("image", OPSD_HINT) if args.method == "opsd" else ("crop", "")
+        self.views = [("image", "", args.max_prompt), (*teacher, args.max_crop_prompt)]
 
     def __len__(self) -> int:
         return len(self.micros)
@@ -295,8 +331,9 @@ class Micros(torch.utils.data.Dataset):
     def __getitem__(self, i: int):
         rows, prompts = [self.rows[j] for j in self.micros[i]], []
         try:
-            for view, limit in self.views.items():
-                images, texts = [synth.load_image(row[view]) for row in rows], [row["question"] for row in rows]
+            for view, hint, limit in self.views:
+                images = [synth.load_image(row[view]) for row in rows]
+                texts = [row["question"] + hint.format(answer=row["answer"]) for row in rows]
                 prompt = encode(self.processor, images, texts, max_tokens=limit)
                 prompts.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
         except ValueError as error:
@@ -306,62 +343,166 @@ class Micros(torch.utils.data.Dataset):
 
 # -------------------------------------------------------------------------------------------------------------- step
 
-def learn(args, step: int, micros: list, student, teacher, processor, flat: Flat, teacher_flat: Flat, state: State, rows):
-    """One optimizer step (paper, Eq. 3 and 4) on this rank's share of the batch. Returns (log entry, rollouts to show)."""
-    device, G, clock = flat.weights.device, args.group, [time.perf_counter()]
-    numbers, fulls, crops = zip(*[(n, to_device(full, device), to_device(crop, device)) for n, full, crop in micros])
+@dataclass
+class Micro:
+    """Some of this rank's prompts, their responses, and what the method makes of them: one forward and backward."""
+    numbers: list[int]                      # rows of the data, B
+    full: dict                              # the student's prompts
+    crop: dict                              # the teacher's
+    rollout: Rollout | None = None          # N = B G responses; later only with the tokens to train on in its mask
+    keep: Tensor | None = None              # (N,) bool, which responses are trained on
+    right: Tensor | None = None             # (N,) bool, which match the label
+    advantages: Tensor | None = None        # (N,)
+    target: list | None = None              # the teacher's logits: [(hidden (n, D), head (V, D), coefficient)]
 
-    # 1. The student answers from the full image.
-    pieces, calls = [], max(1, args.gen_prompts // args.micro_prompts)
-    with tqdm(desc=f"step {step + 1} rollouts", total=args.max_new_tokens * math.ceil(len(fulls) / calls), unit="tok", leave=False,
-              disable=flat.rank > 0) as bar:
-        for i in range(0, len(fulls), calls):
-            seeds = [random.Random(f"{args.seed}/{step}/{rows[j]['id']}").getrandbits(63) for micro in numbers[i:i + calls] for j in micro]
-            rollout = sample(student, processor, join(fulls[i:i + calls], processor.tokenizer.pad_token_id), G,
+
+def respond(args, step: int, micros: list[Micro], model, processor, rows: list[dict], extra: int = 0, quiet: bool = False) -> None:
+    """G responses by `model` to each prompt: the full image's, or for sft the crop's. Graded where the method needs labels."""
+    calls, key = max(1, args.gen_prompts // args.micro_prompts), f"{args.seed}/{step}" + f"/{extra}" * (extra > 0)
+    with tqdm(desc=f"step {step + 1} rollouts", total=args.max_new_tokens * math.ceil(len(micros) / calls), unit="tok", leave=False,
+              disable=quiet) as bar:
+        for part in (micros[i:i + calls] for i in range(0, len(micros), calls)):
+            seeds = [random.Random(f"{key}/{rows[j]['id']}").getrandbits(63) for micro in part for j in micro.numbers]
+            prompts = [micro.crop if args.method == "sft" else micro.full for micro in part]
+            rollout = sample(model, processor, join(prompts, processor.tokenizer.pad_token_id), args.group,
                              max_new_tokens=args.max_new_tokens, seeds=seeds, bar=bar)
-            pieces += rollout.split([len(micro) * G for micro in numbers[i:i + calls]])
-    tokens, ended = total([sum(int(p.mask.sum()) for p in pieces), sum(int(p.ended.sum()) for p in pieces)], device)
+            for micro, piece in zip(part, rollout.split([len(micro.numbers) * args.group for micro in part])):
+                micro.rollout, micro.keep = piece, torch.ones_like(piece.ended)
+                if args.method not in DISTIL:
+                    grade(args, micro, processor, [rows[j] for j in micro.numbers])
+
+
+def grade(args, micro: Micro, processor, rows: list[dict]) -> None:
+    """Which responses match the label; sft keeps those, dapo the groups that are neither all right nor all wrong (paper, Table 2)."""
+    texts = [processor.tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(micro.rollout.ids, micro.rollout.mask)]
+    asked = [evaluate.triplet_row(row) for row in rows for _ in range(args.group)]
+    right = [evaluate.score(row | {"bench": "", "output": text})["correct"] for row, text in zip(asked, texts)]
+    micro.right = torch.tensor(right, device=micro.keep.device)
+    groups = micro.right.view(-1, args.group)                                         # (B, G)
+    if args.method == "sft":
+        micro.keep = micro.right
+        return
+    rewards = groups.float()
+    if args.method == "dapo":
+        lengths, buffer = micro.rollout.mask.sum(1).view_as(groups), max(1, args.max_new_tokens // 5)
+        rewards = rewards + overlong_penalty(lengths, args.max_new_tokens, buffer)
+        micro.keep = (groups.any(1) & ~groups.all(1)).repeat_interleave(args.group)
+    micro.advantages = group_advantages(rewards).flatten()
+
+
+def fill_up(args, micros: list[Micro], flat: Flat, further) -> list[Micro]:
+    """DAPO's dynamic sampling: further(1), further(2), .. are this rank's shares of further batches, answered and graded; they are
+    drawn until --prompts groups of all ranks are kept. Those that are over are left out, the last ones first, whatever the ranks."""
+    mine, parts, kept = args.prompts // flat.world, [micros], []
+    own = slice(flat.rank * mine, (flat.rank + 1) * mine)
+    while True:
+        found = torch.zeros(args.prompts, dtype=torch.long, device=flat.weights.device)    # of a batch, which groups are kept
+        found[own] = torch.cat([micro.keep[::args.group] for micro in parts[-1]]).long()
+        if flat.world > 1:
+            dist.all_reduce(found)
+        kept.append(found)
+        if sum(map(torch.sum, kept)) >= args.prompts or len(parts) > args.resample:
+            break
+        parts.append(further(len(parts)))
+    kept = torch.stack(kept)                                                          # (batches, prompts)
+    kept *= kept.flatten().cumsum(0).view_as(kept) <= args.prompts
+    for part, chosen in zip(parts, kept[:, own].bool()):
+        for micro, some in zip(part, chosen.split([len(micro.numbers) for micro in part])):
+            micro.keep = some.repeat_interleave(args.group)
+    return sum(parts, [])
+
+
+def token_loss(args, hidden: Tensor, head: Tensor, micro: Micro, weights: Tensor) -> tuple[Tensor, ...]:
+    """(sum of weights * loss, loss of each token), and for top-K where teacher and student agree. hidden (n, D), weights (n,)."""
+    if args.method in DISTIL and args.objective == "topk":
+        return topk_divergence(hidden, head, micro.target, weights, k=args.top_k, beta=args.beta, divergence=args.divergence,
+                               chunk=args.chunk, agreement=True)
+    mask = micro.rollout.mask
+    ids, then = micro.rollout.ids[mask], micro.rollout.log_probs[mask]                # (n,)
+    log_s = token_log_probs([(hidden, head, 1.0)], ids, args.chunk)
+    if args.method == "sft":
+        per_token = -log_s
+    elif args.objective == "sampled-token":
+        per_token = sampled_token(log_s, token_log_probs(micro.target, ids, args.chunk), then)
+    else:
+        advantages = micro.advantages[:, None].expand_as(mask)[mask]
+        per_token = clipped_policy_gradient(log_s, then, advantages, low=0.2, high=0.28 if args.method == "dapo" else 0.2)
+    return (weights * per_token).sum(), per_token.detach()
+
+
+def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat, teacher_flat: Flat, state: State, rows, further):
+    """One optimizer step (paper, Eq. 3 and 4) on this rank's share of the batch; further(step, i): its share of more (dapo).
+    Returns (log entry, rollouts to show)."""
+    device, clock = flat.weights.device, [time.perf_counter()]
+
+    # 1. The student answers from the full image (sft: the teacher from the crop).
+    def answered(batch: list, extra: int = 0) -> list[Micro]:
+        micros = [Micro(numbers, to_device(full, device), to_device(crop, device)) for numbers, full, crop in batch]
+        respond(args, step, micros, teacher if args.method == "sft" else student, processor, rows, extra, quiet=flat.rank > 0)
+        return micros
+    if args.method == "sft":
+        teacher_flat.allocate(True)
+        teacher_flat.publish(state.ema)
+    micros = answered(batch)
+    if args.method == "dapo":
+        micros = fill_up(args, micros, flat, lambda i: answered(further(step, i), i))
+    counts = [[len(m.keep), m.rollout.mask.sum(), m.rollout.ended.sum(), 0 if m.right is None else m.right.sum(), m.keep.sum(),
+               m.full["shrunk"].sum() + m.crop["shrunk"].sum()] for m in micros]
+    for micro in micros:
+        micro.rollout.mask &= micro.keep[:, None]
+    n, sampled, ended, right, kept, shrunk, tokens = total(
+        [*(float(sum(column)) for column in zip(*counts)), sum(float(m.rollout.mask.sum()) for m in micros)], device)
     clock.append(time.perf_counter())
 
     # 2. The teacher, shown only the crop, reads the same answers. It leaves hidden states, not logits.
-    teacher_flat.allocate(True)
-    teacher_flat.publish(state.ema)
-    with torch.no_grad():
-        targets = [response_hidden(teacher, crop, piece)[piece.mask] for crop, piece in zip(crops, pieces)]    # (n, D) each
-    head = teacher.lm_head.weight.detach()
+    if args.method in DISTIL:
+        teacher_flat.allocate(True)
+        teacher_flat.publish(state.ema)
+        head = teacher.lm_head.weight.detach().clone() if args.offload_teacher else teacher.lm_head.weight.detach()
+        sides = [(teacher, head, 1.0)]
+        if args.teacher == "trust-region":
+            sides = [(teacher, head, 1 - args.trust), (student, student.lm_head.weight.detach(), args.trust)]
+        with torch.no_grad():
+            for m in micros:
+                m.target = [(response_hidden(model, m.crop, m.rollout)[m.rollout.mask], head, share) for model, head, share in sides]
     if args.offload_teacher:
-        head = head.clone()
         teacher_flat.allocate(False)
     clock.append(time.perf_counter())
 
     # 3. The student is pulled toward what the teacher would have said. Weights are 1 / all tokens of all ranks.
     shown, sums = [], torch.zeros(2, dtype=torch.float64, device=device)
-    for i, (full, piece, target) in enumerate(zip(fulls, pieces, targets)):
-        hidden = response_hidden(student, full, piece, checkpoint=args.checkpointing)[piece.mask]              # (n, D)
-        loss, per_token, agree = topk_divergence(
-            hidden, student.lm_head.weight, [(target, head, 1.0)], torch.full((len(hidden),), 1 / tokens, device=device),
-            k=args.top_k, beta=args.beta, divergence=args.divergence, chunk=args.chunk, agreement=True)
-        loss.backward()
-        flat.reduce_into(state.master.grad)
-        sums += torch.stack([loss.detach().double(), agree.double().sum() / tokens])
-        if i == 0 and (step % args.show_every == 0 or step + 1 == args.steps):
-            shown = show(args, step, piece, per_token, [rows[j] for j in numbers[0]], processor)
+    for i, micro in enumerate(micros):
+        mask = micro.rollout.mask
+        if mask.any():
+            weights = torch.full_like(mask, 1 / tokens, dtype=torch.float32)
+            if args.method == "grpo":                                                 # mean of a response, then of all of them
+                weights = (1 / (mask.sum(1, keepdim=True) * n)).expand_as(mask).float()
+            hidden = response_hidden(student, micro.full, micro.rollout, checkpoint=args.checkpointing)[mask]      # (n, D)
+            loss, per_token, *agree = token_loss(args, hidden, student.lm_head.weight, micro, weights[mask])
+            loss.backward()
+            sums += torch.stack([loss.detach().double(), sum(a.double().sum() for a in agree) / tokens + 0 * loss.detach().double()])
+            if i == 0 and (step % args.show_every == 0 or step + 1 == args.steps):
+                shown = show(args, step, micro.rollout, per_token, [rows[j] for j in micro.numbers], processor)
+        flat.reduce_into(state.master.grad)                                           # all ranks, with or without tokens
     squares = sum(part.double().square().sum() for part in state.master.grad.split(2 ** 24)).item()
     value, agreement, squares = total([*sums.tolist(), squares], device)
     if not math.isfinite(value) or not math.isfinite(squares):
         raise FloatingPointError(
             f"Step {step + 1}: loss {value}, squared gradient norm {squares}. Nothing was updated. This rank's samples: "
-            f"{[rows[j]['id'] for micro in numbers for j in micro]}. Look at them, then resume from the last checkpoint.")
+            f"{[rows[j]['id'] for micro in micros for j in micro.numbers]}. Look at them, then resume from the last checkpoint.")
     lr, norm = args.lr * learning_rate(step, args), math.sqrt(squares)
-    state.update(lr, args.clip, args.ema_rate, norm)
+    rate = args.ema_rate if args.teacher == "ema" else RATES.get(args.teacher, 0.0)
+    state.update(lr, args.clip, rate, norm)
     flat.publish(state.master.data)
     clock.append(time.perf_counter())
     memory, = total([peak_memory(device)], device, dist.ReduceOp.MAX)
     gen, teach, learning = (after - before for before, after in zip(clock, clock[1:]))
-    n = args.prompts * G
-    return {"step": step + 1, "steps": args.steps, "loss": value, "grad_norm": norm, "lr": lr, "length": tokens / n,
-            "eos": ended / n, "truncated": 1 - ended / n, "agreement": agreement, "tokens": int(tokens), "gen_s": gen,
-            "teach_s": teach, "learn_s": learning, "mem_gb": memory}, shown
+    entry = {"step": step + 1, "steps": args.steps, "loss": value, "grad_norm": norm, "lr": lr, "length": sampled / n,
+             "eos": ended / n, "truncated": 1 - ended / n, "tokens": int(tokens), "shrunk": int(shrunk), "gen_s": gen,
+             "teach_s": teach, "learn_s": learning, "mem_gb": memory}
+    entry |= {"agreement": agreement} if args.method in DISTIL and args.objective == "topk" else {}
+    entry |= {"right": right / n, "kept": kept / n} if args.method not in DISTIL else {}
+    return entry, shown
 
 
 def learning_rate(step: int, args) -> float:
@@ -377,6 +518,8 @@ def show(args, step: int, piece: Rollout, per_token: Tensor, rows: list[dict], p
     """The first response to each of up to 4 prompts, token by token with the teacher's disagreement, for the report."""
     shown, per_row = [], per_token.split(piece.mask.sum(1).tolist())
     for i, row in enumerate(rows[:4]):
+        if not piece.mask[i * args.group].any():                                      # not trained on
+            continue
         ids = piece.ids[i * args.group][piece.mask[i * args.group]].tolist()
         paths = {view: os.path.relpath(row[view], args.out) for view in ("image", "crop")}
         shown.append({"step": step + 1, "id": row["id"], "question": row["question"], "answer": row["answer"], **paths,
@@ -396,8 +539,9 @@ def line(entry: dict) -> str:
     spent = {name: entry[f"{name}_s"] for name in ("gen", "teach", "learn", "other")}
     phases = " ".join(f"{name} {seconds:.1f}s {seconds / sum(spent.values()):.0%}" for name, seconds in spent.items())
     return (f"step {entry['step']:4d}/{entry['steps']} | loss {entry['loss']:.4f} | grad {entry['grad_norm']:.2f} | "
-            f"len {entry['length']:.0f} | eos {entry['eos']:.2f} | agree {entry['agreement']:.2f} | {phases} | "
-            f"mem {entry['mem_gb']:.1f}G" + (f" | shrunk {entry['shrunk']}" if entry["shrunk"] else ""))
+            f"len {entry['length']:.0f} | eos {entry['eos']:.2f}" + "".join(
+                f" | {key} {entry[name]:.2f}" for key, name in (("agree", "agreement"), ("right", "right"), ("kept", "kept"))
+                if name in entry) + f" | {phases} | mem {entry['mem_gb']:.1f}G" + (f" | shrunk {entry['shrunk']}" if entry["shrunk"] else ""))
 
 
 def train(args, rank: int, world: int, device: torch.device) -> Path:
@@ -408,6 +552,9 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     barrier()
     rows = synth.read_triplets(synth.fetch(args.data))
     args = argparse.Namespace(**vars(args) | {"steps": args.steps or len(rows) // args.prompts})
+    if args.method != "vision-opd" and (without := sum(row["answer"] is None for row in rows)):
+        raise ValueError(f"--method {args.method} needs answers, and {without} of {len(rows)} rows of {args.data} have none. "
+                         "Make the data with `synth.py --labels`, or train with --method vision-opd.")
     if len(rows) < args.prompts:
         raise ValueError(f"{args.data} has {len(rows)} triplets, fewer than one batch. Lower --prompts ({args.prompts}).")
     if args.prompts % world:
@@ -433,19 +580,25 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
         print(f"{len(rows):,} triplets, {flat.numel / 1e6:,.1f}M weights, {world} rank(s), steps {begin + 1} to {args.steps}", flush=True)
     board = tensorboard(out, begin) if rank == 0 else None
 
-    mine, micros = args.prompts // world, []
-    for step in range(begin, args.steps):
-        batch = batch_rows(len(rows), args.prompts, args.seed, step)[rank * mine:(rank + 1) * mine]
-        micros += [batch[i:i + args.micro_prompts] for i in range(0, mine, args.micro_prompts)]
+    mine = args.prompts // world
     per_step = math.ceil(mine / args.micro_prompts)
+
+    def share(step: int, seed: int) -> list[list[int]]:
+        batch = batch_rows(len(rows), args.prompts, seed, step)[rank * mine:(rank + 1) * mine]
+        return [batch[i:i + args.micro_prompts] for i in range(0, mine, args.micro_prompts)]
+
+    def further(step: int, i: int) -> list:
+        """This rank's share of the i-th further batch of a step: rows in an order of their own."""
+        data = Micros(rows, share(step * args.resample + i - 1, args.seed + 2 ** 20), processor, args, flat.weights.dtype)
+        return [data[k] for k in range(per_step)]
+    micros = sum((share(step, args.seed) for step in range(begin, args.steps)), [])
     loader = iter(torch.utils.data.DataLoader(
         Micros(rows, micros, processor, args, flat.weights.dtype), batch_size=None, num_workers=args.workers,
         prefetch_factor=max(2, math.ceil(per_step / args.workers)) if args.workers else None, pin_memory=device.type == "cuda"))
     before = time.perf_counter()
     for step in range(begin, args.steps):
         batch = [next(loader) for _ in range(per_step)]
-        entry, shown = learn(args, step, batch, student, teacher, processor, flat, teacher_flat, state, rows)
-        entry["shrunk"] = int(total([sum(float(prompt["shrunk"].sum()) for micro in batch for prompt in micro[1:])], device)[0])
+        entry, shown = learn(args, step, batch, student, teacher, processor, flat, teacher_flat, state, rows, further)
         elapsed, before = time.perf_counter() - before, time.perf_counter()
         entry["other_s"] = elapsed - entry["gen_s"] - entry["teach_s"] - entry["learn_s"]
         if rank == 0:

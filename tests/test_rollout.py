@@ -155,7 +155,8 @@ def play(monkeypatch):
             assert (group, temperature, max_new_tokens) == (1, 0, 99) and prompt["image_grid_thw"].shape[0] == sum(len(views) for views, _ in calls[-1])
             turns = [torch.tensor(tokens(script[chat[1]["content"][1]["text"]][len(chat) // 2 - 1])) for _, chat in calls[-1]]
             ids = torch.nn.utils.rnn.pad_sequence(turns, batch_first=True)
-            return rollout.Rollout(ids, torch.arange(ids.shape[1]) < torch.tensor([[len(turn)] for turn in turns]), torch.ones(len(turns), dtype=torch.bool))
+            return rollout.Rollout(ids, torch.arange(ids.shape[1]) < torch.tensor([[len(turn)] for turn in turns]), torch.ones(len(turns), dtype=torch.bool),
+                                   torch.full(ids.shape, torch.nan))
         monkeypatch.setattr(rollout, "encode", encode)
         monkeypatch.setattr(rollout, "sample", sample)
         return rollout.answers(model, processor, images, list(script), 99, rounds), calls
