@@ -39,11 +39,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import synth
+import toy
 
 TEMPLATE = Path(__file__).with_name("report.html")
 BENCHES = tomllib.loads(Path(__file__).with_name("benchmarks.toml").read_text(encoding="utf-8"))
 GROUPS = {"fine": ["vstar", "zoombench", "hrbench-4k", "hrbench-8k", "mme-realworld-lite", "mme-realworld-cn"],
-          "holdout": ["mmvp", "cv-bench", "mmstar", "pope"], "all": list(BENCHES), "toy": ["toy", "toy-large"]}
+          "holdout": ["mmvp", "cv-bench", "mmstar", "pope"], "all": list(BENCHES), "toy": list(toy.BENCHES)}
 KINDS = ("mc", "yn", "free", "exact")                      # an option's letter; yes / no; free form; word for word
 JUDGE = ("Does the response express the same meaning as the answer of the question?\nQuestion: {prompt}\nAnswer: {answer}\n"
          "Response: {output}\nReply with Yes or No only.")
@@ -89,9 +90,9 @@ def neutral(row: dict, name: str) -> dict:
 
 def triplet_row(t: dict) -> dict:
     """The neutral row of a triplet (of synth.read_triplets). The toy's answers are compared word for word."""
-    options, size = inline_options(t["question"]), t["extra"].get("size")
-    kind = "exact" if size else "mc" if t["answer"] in options else "free"
-    return neutral(t | {"prompt": t["question"], "options": options, "group": size, "kind": kind}, t["id"])
+    options, group = inline_options(t["question"]), t["extra"].get("toy")
+    kind = "exact" if group else "mc" if t["answer"] in options else "free"
+    return neutral(t | {"prompt": t["question"], "options": options, "group": group, "kind": kind}, t["id"])
 
 
 def translate(record: dict, bench: dict, number: int, repo: str) -> dict:
@@ -207,8 +208,8 @@ def benchmark(name: str, root: Path) -> list[dict]:
     ({letter: text}), group and pair (str or None). Raises FileNotFoundError / ValueError with file and line.
     """
     if name in GROUPS["toy"]:
-        rows = benchmark(synth.toy(root / "toy", 800, 0, large_share=0.375, split="eval"), root)
-        return [row for row in rows if (row["group"] == "large") == (name == "toy-large")]
+        rows = benchmark(str(toy.draw(root / "toy", 1200, 0, split="eval")), root)
+        return [row | {"crop": row["crop"] if name != "toy-holdout" else None} for row in rows if row["group"] in toy.BENCHES[name]]
     path, rows = root / f"{name}.jsonl" if name in BENCHES else Path(name), []
     if name in BENCHES and not path.is_file():
         convert(name, root)

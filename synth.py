@@ -1,10 +1,9 @@
-"""Triplets (full image with a red box, crop of what it frames, question): made from photographs (paper, section 3.2), their
-format on disk, and a toy world of them.
+"""Triplets (full image with a red box, crop of what it frames, question): made from photographs (paper, section 3.2), and
+their format on disk.
 
     python synth.py --images DIR --out data/mine [--model ID] [--labels] [--format mcq]     # or under torchrun, then --merge
     python synth.py --check data/mine                                   # is any data set whole?
     python synth.py --preview data/mine                                 # preview.png of any data set: look before you train
-    python synth.py --toy --out data/toy --n 100 --large-share 0.5      # drawn scenes: no download, no model, no labels
 
 A data set is a folder with `train.jsonl`, `images/` and `teacher_images/`, as released with the paper (Vision-OPD-6K). The
 student sees images[0], the teacher teacher_images[0], both the same question.
@@ -36,7 +35,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-RED = (255, 0, 0)                                          # the box, and nothing else in the toy world
+RED = (255, 0, 0)                                          # the box
 FOLDERS = ("images", "teacher_images")                     # of full images and of crops; keys of a row as well
 IMAGE_TAG = re.compile(r"<image>|<video>|<\|(?:image|video|vision)_\w+\|>")     # each would change the number of images
 
@@ -293,104 +292,6 @@ def unpack(parts: list[Path], target: Path) -> None:
                          "pointers), or unpack it by hand.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-# ------------------------------------------------------------------------------------------------------- the toy world
-
-TOY_SPLITS = ("train", "base", "eval")                     # their streams of scenes never meet, whatever the seeds
-TOY_COLOURS = {"green": (60, 190, 70), "blue": (70, 120, 255), "yellow": (240, 220, 60), "purple": (165, 95, 250),
-               "cyan": (60, 210, 220), "white": (240, 240, 240)}
-TOY_SHAPES = ("square", "circle", "triangle", "cross", "diamond")
-TOY_DIGITS = "75557 26227 71747 71717 55711 74717 74757 71122 75757 75717".split()     # five rows of three bits, in octal
-TOY_QUESTION = "what is in the red box ?"
-TOY_WORDS = [*TOY_QUESTION.split(), "a", *TOY_COLOURS, *TOY_SHAPES, "with", *"0123456789", "."]  # all there are
-CELL, GRID = 16, 4                                         # px a cell, cells a side
-
-
-@cache
-def toy_sprites() -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (6 colours, 10 digits, 16, 16, 3) uint8 and silhouettes (5 shapes, 16, 16, 1) bool of the 300 objects.
-
-    Up to 13 px wide; the outer ring of the cell stays free, for the red box. The digit lies on a white plate, and inside
-    one quarter of its cell: in a crop that is one image token. Centred it is cut into four, and without the plate it has
-    six contrasts; in 400 steps the tiny model then learned to read it only sometimes, or not at all (measured).
-    """
-    y, x = np.mgrid[:CELL, :CELL] - CELL // 2
-    far, near = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
-    masks = np.stack([far <= 5, x * x + y * y <= 39, (far <= 6) & (2 * abs(x) <= y + 7) & (y <= 5),
-                      (near <= 2) & (far <= 6), far + near <= 6])                           # in the order of TOY_SHAPES
-    plate, ink = np.zeros((CELL, CELL, 1), bool), np.zeros((10, CELL, CELL, 1), bool)
-    plate[7:14, 7:12] = True
-    ink[:, 8:13, 8:11, 0] = [[[int(row) >> bit & 1 for bit in (2, 1, 0)] for row in digit] for digit in TOY_DIGITS]
-    colours = np.array(list(TOY_COLOURS.values()), np.uint8)[:, None, None, None]           # (6, 1, 1, 1, 3)
-    return np.where(ink, np.uint8(12), np.where(plate, np.uint8(250), colours)), masks[..., None] | plate
-
-
-def toy_scene(seed: int, index: int, large: bool, split: str = "train") -> dict:
-    """Scene `index` of a stream as a sample for write_triplets; the same whenever and in whatever order it is drawn.
-
-    64 x 64 px, a 4 x 4 grid, 4 to 12 objects over faint lines. The target fills one cell (6.25% of the area), or 2 x 2 of
-    them when `large` (25%). image: a 1-px red box on the outer ring of these cells. crop: the cells without the box, at
-    32 x 32 px always (small: pixels doubled; large: as they are), so 4 image tokens of 16 x 16 px to the image's 16.
-    """
-    rng = np.random.default_rng((TOY_SPLITS.index(split), seed, index))
-    ground, side = rng.integers(28, 52, 3), CELL * GRID
-    scene = np.full((side, side, 3), ground, np.uint8)
-    ends = rng.integers(0, side, (2, rng.integers(3, 8), 2))                    # (ends, lines, yx)
-    y, x = np.linspace(*ends, 2 * side).round().astype(int).T                   # (lines, points) each
-    scene[y, x] = ground + rng.integers(12, 25)
-
-    span = 2 if large else 1
-    cells = [divmod(cell, GRID) for cell in rng.permutation(GRID ** 2).tolist()]                # (row, column)
-    row, column = next(cell for cell in cells if max(cell) <= GRID - span)
-    free = [(r, c) for r, c in cells if not (0 <= r - row < span and 0 <= c - column < span)]
-    kinds = rng.integers(0, (6, 5, 10), (rng.integers(4, 13), 3)).tolist()      # the target's first, then the others'
-    pixels, masks = toy_sprites()
-    for (r, c), (colour, shape, digit), s in zip([(row, column), *free], kinds, [span] + [1] * 11):
-        place = scene[r * CELL:(r + s) * CELL, c * CELL:(c + s) * CELL]
-        np.copyto(place, enlarge(pixels[colour, digit], s), where=enlarge(masks[shape], s))
-
-    top, left, size = row * CELL, column * CELL, span * CELL
-    target = scene[top:top + size, left:left + size]
-    crop = enlarge(target.copy(), 2 // span)
-    target[[0, -1]] = target[:, [0, -1]] = RED
-    (colour, shape, digit), kind = kinds[0], "large" if large else "small"
-    return {"id": f"{split}-{seed}-{index:06d}-{kind}", "question": TOY_QUESTION,
-            "bbox": [left, top, left + size, top + size],
-            "answer": f"a {list(TOY_COLOURS)[colour]} {TOY_SHAPES[shape]} with {digit} .",
-            "image": Image.fromarray(scene), "crop": Image.fromarray(crop), "extra": {"size": kind}}
-
-
-def enlarge(pixels: np.ndarray, times: int) -> np.ndarray:
-    return pixels if times == 1 else pixels.repeat(times, axis=0).repeat(times, axis=1)
-
-
-def toy_scenes(n: int, seed: int, large_share: float, split: str = "train") -> Iterator[dict]:
-    """Scenes 0 to n - 1 of a stream, each drawn when asked for; large targets spread evenly."""
-    for index in range(n):
-        yield toy_scene(seed, index, int((index + 1) * large_share) > int(index * large_share), split)
-
-
-def toy(folder: str | Path, n: int, seed: int, large_share: float, split: str = "train") -> Path:
-    """A data set of n toy triplets in `folder`; the same one drawn before is kept as it is.
-
-    Its settings lie in toy.json, with a digest of the first scene that notices changed drawing code. Raises
-    FileExistsError, with the difference, when the folder holds any other data set.
-    """
-    folder = Path(folder)
-    digest = hashlib.sha256(toy_scene(seed, 0, False, split)["image"].tobytes()).hexdigest()[:16]
-    wanted = {"n": n, "seed": seed, "large_share": large_share, "split": split, "first_scene": digest}
-    note = folder / "toy.json"
-    if (folder / "train.jsonl").is_file():
-        found = json.loads(note.read_text()) if note.is_file() else {}
-        if differs := {key: (found.get(key), wanted[key]) for key in wanted if found.get(key) != wanted[key]}:
-            raise FileExistsError(f"{folder} holds another data set; (found, wanted) is {differs}. Choose another folder, "
-                                  "or delete this one to have it drawn anew.")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(wanted))
-        write_triplets(folder, toy_scenes(n, seed, large_share, split))
-    return folder
 
 
 # ------------------------------------------------------------------------------------------------------------- preview
@@ -967,26 +868,16 @@ def main() -> None:
                    "(ours: open, the method needs no labels)")
     p.add_argument("--clean-crop", action=flag, default=False, help="crops without the red frame")
     p.add_argument("--full", choices=["jpg", "png"], default="jpg", help="full images; png keeps every bit, 20 times slower")
-    p.add_argument("--seed", type=int, default=0, help="of all that is sampled; a toy scene depends on (split, seed, i) alone")
+    p.add_argument("--seed", type=int, default=0, help="of all that is sampled")
     p.add_argument("--batch", type=int, default=16, help="photographs, and prompts, at once; halved when memory runs out")
     p.add_argument("--workers", type=int, default=4, help="threads that decode and encode images")
-    # the toy world (ours: shows and tests the whole method without a download)
-    p.add_argument("--toy", action=flag, default=False, help="draw toy triplets into --out; the same set there is kept")
-    p.add_argument("--n", type=int, default=100, help="triplets to draw")
-    p.add_argument("--split", choices=TOY_SPLITS, default="train", help="three streams of scenes that never meet")
-    p.add_argument("--large-share", type=float, default=0.5, help="targets of 2 x 2 cells, easy in the full view "
-                   "(ours: half, so that learning the small ones does not forget the large ones)")
     args = p.parse_args()
-    if not (args.toy or args.preview or args.check or args.merge or args.images):
-        p.error("nothing to do: give --images DIR --out DIR, --toy --out DIR, --check DIR, --merge DIR or --preview DIR")
-    if args.toy and (args.out is None or args.n < 1 or not 0 <= args.large_share <= 1):
-        p.error(f"--toy needs --out DIR, --n >= 1, --large-share in [0, 1]; got {args.out}, {args.n}, {args.large_share}")
-    if args.images and (args.out is None or args.toy or min(args.batch, args.workers) < 1):
-        p.error("--images needs --out DIR, --batch and --workers >= 1, and no --toy")
+    if not (args.preview or args.check or args.merge or args.images):
+        p.error("nothing to do: give --images DIR --out DIR, --check DIR, --merge DIR or --preview DIR")
+    if args.images and (args.out is None or min(args.batch, args.workers) < 1):
+        p.error("--images needs --out DIR, --batch and --workers >= 1")
     if args.images and not (args.proposer in ("mllm", "sam3") or args.proposer.endswith(".jsonl")):
         p.error(f"--proposer is {args.proposer!r}. Expected mllm, sam3, or a .jsonl file of boxes")
-    if args.toy:
-        print(f"drawn: {preview(toy(args.out, args.n, args.seed, args.large_share, args.split), font=args.font)}")
     if args.images:
         run(args)
     if args.merge:

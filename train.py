@@ -47,16 +47,15 @@ from tqdm import tqdm
 
 import evaluate
 import synth
+import toy
 from loss import (clipped_policy_gradient, group_advantages, overlong_penalty, sampled_token, token_log_probs,
                   topk_divergence)
-from model import encode, join, load, response_hidden, save, tiny, to_device
+from model import encode, join, load, response_hidden, save, to_device
 from rollout import Rollout, sample
 
 # What --toy changes (ours: a tiny model trained from scratch in minutes).
-TOY = dict(prompts=16, group=2, steps=300, max_new_tokens=10, lr=5e-4, weight_decay=0.0, schedule="cosine", top_k=16,
+TOY = dict(prompts=16, group=2, steps=300, max_new_tokens=18, lr=5e-4, weight_decay=0.0, schedule="cosine", top_k=16,
            ema_rate=0.005, adam_eps=5e-5, micro_prompts=16, gen_prompts=16, workers=1, threads=1, save_every=50, show_every=25, out="runs/toy")
-TOY_ROWS = 6000
-BASE = dict(steps=400, crops=48, fulls=20, scenes=12_000, large_share=0.25, enough=0.3)    # the toy's supervised base model
 # What becomes of the teacher's weights after each step: teacher <- (1 - rate) teacher + rate student (paper, Table 3).
 DISTIL, REWARD = ("vision-opd", "opsd"), ("grpo", "dapo")                              # families of --method; the other is sft
 RATES = {"ema": None, "initial": 0.0, "current": 1.0, "trust-region": 0.0}            # None: --ema-rate
@@ -623,43 +622,11 @@ def tensorboard(out: Path, begin: int):
 
 # --------------------------------------------------------------------------------------------------------------- toy
 
-def train_base(folder: Path, seed: int, device: torch.device) -> None:
-    """The toy's base model, supervised on drawn scenes (labels known): cross-entropy on the answer. It reads crops well and
-    full images badly, because it is shown few small targets in full view once it reads `enough` of them."""
-    model, processor = tiny(seed)
-    model.to(device)
-    steps, rng, tokenizer = BASE["steps"], random.Random(seed), processor.tokenizer
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    read = 0.0                                                                        # running share of small targets read in full view
-    for _ in tqdm(range(steps), desc="base model", unit="step"):
-        large_share = 0.95 if read > BASE["enough"] else BASE["large_share"]
-        for view, count in (("crop", BASE["crops"]), ("image", BASE["fulls"])):
-            scenes = [synth.toy_scene(seed, rng.randrange(BASE["scenes"]), rng.random() < large_share, "base") for _ in range(count)]
-            prompt = to_device(encode(processor, [s[view] for s in scenes], [s["question"] for s in scenes]), device)
-            ids = tokenizer([s["answer"] + tokenizer.eos_token for s in scenes], return_tensors="pt")["input_ids"].to(device)
-            logits = model.lm_head(response_hidden(model, prompt, ids, checkpoint=False))            # (count, T, V)
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
-            (loss / ids.shape[1] / (BASE["crops"] + BASE["fulls"])).backward()
-            if small := [i for i, scene in enumerate(scenes) if view == "image" and scene["extra"]["size"] == "small"]:
-                read = 0.9 * read + 0.1 * (logits.argmax(-1) == ids)[small].all(1).float().mean().item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay.step()
-    partial = folder.with_name("base.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save(model, processor, partial)
-    partial.rename(folder)
-
-
 def judge(args, checkpoint: str | Path, when: str, device: torch.device) -> None:
-    """Evaluate a checkpoint on the held-out scenes, small and large targets apart, into OUT/eval-WHEN."""
+    """Evaluate a checkpoint on scenes never trained on, into OUT/eval-WHEN."""
     out = Path(args.out)
-    rows = evaluate.benchmark(str(out / "eval"), out)
-    benches = {name: [row for row in rows if row["group"] == size] for name, size in (("toy", "small"), ("toy-large", "large"))}
-    evaluate.evaluate(str(checkpoint), benches, out / f"eval-{when}", views=["full", "crop"], max_new_tokens=16, batch=100,
+    benches = {name: evaluate.benchmark(name, out) for name in toy.BENCHES}
+    evaluate.evaluate(str(checkpoint), benches, out / f"eval-{when}", views=["full", "crop"], max_new_tokens=18, batch=100,
                       device=str(device))
     evaluate.summarise(out / f"eval-{when}")
 
@@ -667,10 +634,10 @@ def judge(args, checkpoint: str | Path, when: str, device: torch.device) -> None
 def prepare_toy(args, device: torch.device) -> None:
     """Draw the scenes, train the base model and evaluate it, each only if it is not there yet."""
     out, start = Path(args.out), time.perf_counter()
-    synth.preview(synth.toy(out / "data", TOY_ROWS, args.seed, large_share=0.5))
-    synth.toy(out / "eval", 800, args.seed, large_share=0.375, split="eval")
+    if args.data == f"{args.out}/data":
+        synth.preview(toy.draw(out / "data", toy.ROWS, args.seed))
     if not Path(args.model).exists() and args.model == f"{args.out}/base":
-        train_base(Path(args.model), args.seed, device)
+        toy.train_base(Path(args.model), args.seed, device)
     if not (out / "seconds.json").exists():
         seconds = {"base": time.perf_counter() - start}
         judge(args, args.model, "before", device)

@@ -26,6 +26,7 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import bench_loss  # noqa: E402
 import model as M  # noqa: E402
+import toy  # noqa: E402
 import synth  # noqa: E402
 import train  # noqa: E402
 from rollout import sample  # noqa: E402
@@ -40,10 +41,10 @@ SIZES = {  # name: text hidden, MLP, layers, heads, KV heads, head dim, linear k
 def build(size: str, vocab: int, device, dtype):
     """A Qwen3.5 of real shape with random weights, and the tiny model's processor at patch 16."""
     hidden, mlp, layers, heads, kv, dim, key_heads, value_heads, depth, vision, vision_mlp = SIZES[size]
-    _, processor = M.tiny()
+    _, processor = toy.tiny()
     processor.image_processor.patch_size = 16
     processor.image_processor.size = {"shortest_edge": 1024, "longest_edge": 16_777_216}
-    donor = M.tiny()[0].config
+    donor = toy.tiny()[0].config
     config = transformers.Qwen3_5Config(
         text_config=dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
                          num_attention_heads=heads, num_key_value_heads=kv, head_dim=dim, linear_num_key_heads=key_heads,

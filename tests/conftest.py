@@ -11,8 +11,11 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 import model as vision_model  # noqa: E402
+import toy  # noqa: E402
+import train  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -33,7 +36,7 @@ def livelier(model, factor: float = 1.7):
 def tiny_qwen3_vl():
     """A Qwen3-VL (full attention everywhere, vision features added to the first layers) with the tiny tokenizer."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-    donor, processor = vision_model.tiny()
+    donor, processor = toy.tiny()
     ids = {key: getattr(donor.config, key) for key in
            ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
     config = Qwen3VLConfig(
@@ -51,7 +54,7 @@ def tiny_qwen3_vl():
 @pytest.fixture(params=["qwen3_5", "qwen3_vl"])
 def lively(request):
     """(model, processor), of both families."""
-    model, processor = vision_model.tiny(0) if request.param == "qwen3_5" else tiny_qwen3_vl()
+    model, processor = toy.tiny(0) if request.param == "qwen3_5" else tiny_qwen3_vl()
     return livelier(model), processor
 
 
@@ -70,3 +73,37 @@ def alone(prompt, row: int) -> dict:
     return {"input_ids": prompt["input_ids"][row:row + 1, real], "attention_mask": prompt["attention_mask"][row:row + 1, real],
             "mm_token_type_ids": prompt["mm_token_type_ids"][row:row + 1, real],
             "pixel_values": prompt["pixel_values"][start:start + patches[row]], "image_grid_thw": prompt["image_grid_thw"][row:row + 1]}
+
+
+def plain_logits(model, prompt, ids):
+    """(T, V) logits that predict the tokens `ids` (T,) after a prompt of one row: a plain forward of the whole sequence."""
+    length, extra = prompt["input_ids"].shape[1], ids[None]
+    model.model.rope_deltas = None
+    out = model(**{key: value for key, value in prompt.items() if key != "shrunk"} | {
+        "input_ids": torch.cat([prompt["input_ids"], extra], 1), "attention_mask": None,
+        "mm_token_type_ids": torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(extra)], 1)}).logits
+    return out[0, length - 1:-1]
+
+
+SMALL = ["--toy", "--prompts", "4", "--group", "2", "--max-new-tokens", "6", "--schedule", "constant", "--warmup", "2", "--lr", "1e-3",
+         "--micro-prompts", "2", "--workers", "0", "--save-every", "100", "--show-every", "1", "--steps", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with twelve triplets and a base model with random weights."""
+    folder = tmp_path_factory.mktemp("world")
+    toy.draw(folder / "data", 12, 0)
+    model, processor = toy.tiny(0)
+    vision_model.save(livelier(model, 3.0), processor, folder / "base")
+    return folder
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    """run(name, *flags) trains in tmp_path/name and returns the final weights; without the toy's own drawing and judging."""
+    def go(name, *flags):
+        args = train.parse([*SMALL, "--model", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / name), *flags])
+        rank, size, device = train.setup(args.device)
+        return load_file(train.train(args, rank, size, device) / "model.safetensors")
+    return go

@@ -19,6 +19,7 @@ from PIL import Image
 
 import evaluate
 import synth
+import toy
 
 KEYS = ("id", "prompt", "answer", "kind", "options", "group", "pair", "image", "crop")
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -408,7 +409,7 @@ def test_a_broken_line_in_such_a_file_is_named(line, tmp_path):
 
 
 def test_a_folder_of_triplets_is_a_benchmark_with_crops(tmp_path):
-    synth.toy(tmp_path / "toy", 2, 0, large_share=0, split="eval")
+    toy.draw(tmp_path / "toy", 2, 0, split="eval")
     rows = evaluate.benchmark(str(tmp_path / "toy"), tmp_path)
     for r, triplet in zip(rows, synth.read_triplets(tmp_path / "toy"), strict=True):
         assert [r[key] for key in ("prompt", "answer", "image", "crop")] == [triplet[key] for key in ("question", "answer", "image", "crop")]

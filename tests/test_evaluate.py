@@ -22,6 +22,7 @@ from conftest import ROOT, livelier, noise
 
 import evaluate
 import model as M
+import toy
 import rollout
 
 COLOURS = {"A": "red", "B": "blue", "C": "green", "D": "white"}
@@ -87,7 +88,7 @@ def answer(path: Path, out: Path, batch: int = 2, **more) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    tiny, processor = M.tiny(0)
+    tiny, processor = toy.tiny(0)
     M.save(livelier(tiny), processor, folder := tmp_path_factory.mktemp("tiny") / "base")
     return folder
 
@@ -309,7 +310,7 @@ def test_the_official_scorer_leaves_all_its_misses_to_the_judge_and_none_of_its_
 
 def test_a_local_language_model_can_be_the_judge(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
-    tokenizer = M.tiny()[1].tokenizer
+    tokenizer = toy.tiny()[1].tokenizer
     judge = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
                                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     with torch.no_grad():                                                         # a layer that adds nothing; each token calls for the next:
@@ -355,7 +356,7 @@ def test_a_limit_takes_rows_from_the_whole_benchmark(model, tmp_path):
 def test_answers_of_another_model_or_other_settings_are_not_mixed(straight, checkpoint, tmp_path):
     flags, done = straight
     out = shutil.copytree(done, tmp_path / "out")
-    M.save(*M.tiny(1), tmp_path / "other")
+    M.save(*toy.tiny(1), tmp_path / "other")
     for more, message in ((["--max-new-tokens", 25], "max_new_tokens: 24 -> 25"), (["--zoom", 2], "zoom: 0 -> 2"),
                           (["--model", tmp_path / "other"], "weights: ")):
         with pytest.raises(ValueError, match=f"holds answers of {re.escape(str(checkpoint))}; .* differs in .*{message}.* Choose another --out"):
@@ -370,9 +371,9 @@ def test_the_toys_small_and_large_targets_and_ones_own_rows_share_a_folder(model
     (tmp_path / "out/answers-torn-0.jsonl").write_text('{"id": "0", "bench": "to')
     benches = evaluate.summarise(tmp_path / "out")["benches"]
     assert {name: [(view, f["n"]) for view, f in benches[name].items()] for name in benches} == {
-        name: [("full", 5), ("crop", 5), ("gap", 5)] for name in ("toy", "toy-large", "mine")}
+        name: [("full", 5), ("crop", 5), ("gap", 5)] for name in ("toy", "toy-large", "mine")} | {"toy-holdout": [("full", 5)]}
     groups = {(a["bench"], a["group"]) for a in evaluate.saved(tmp_path / "out")}
-    assert groups == {("toy", "small"), ("toy-large", "large"), ("mine", None)}
+    assert groups == {("toy", "small"), ("toy", "pair"), ("toy-large", "large"), ("toy-holdout", "colour"), ("toy-holdout", "corner"), ("mine", None)}
 
 
 def test_two_files_of_the_same_name_are_both_answered_or_refused(model, tmp_path):
@@ -414,7 +415,7 @@ def test_errors_reach_the_user_as_one_line(tmp_path):
 def test_the_checkpoints_of_a_run_make_a_trajectory(checkpoint, tmp_path):
     training, out = tmp_path / "run", tmp_path / "out"
     for step in (5, 10):
-        M.save(*M.tiny(step), training / f"checkpoint-{step:06}")
+        M.save(*toy.tiny(step), training / f"checkpoint-{step:06}")
     flags = ["--bench", own(tmp_path, ROWS[:2]), "--checkpoints", training, "--view", "both", "--max-new-tokens", 3, "--out", out]
     with pytest.raises(FileNotFoundError, match="run: no args.json there. Expected the --out folder of a train.py run"):
         run(*flags)

@@ -10,6 +10,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import model as M
+import toy
 from loss import topk_divergence
 from rollout import sample
 
@@ -124,7 +125,7 @@ def test_the_prompt_ends_with_the_non_thinking_prefix_and_holds_one_image(lively
 
 @pytest.mark.parametrize("size", [(512, 512), (2048, 64), (64, 1024), (700, 333)])
 def test_a_prompt_over_the_limit_gets_a_smaller_image_and_keeps_its_text(size):
-    _, processor = M.tiny()
+    _, processor = toy.tiny()
     processor.image_processor.size = {"shortest_edge": 256, "longest_edge": 4_194_304}
     full = M.encode(processor, [noise(*size)], ["what is in the red box ?"])
     short = M.encode(processor, [noise(*size)], ["what is in the red box ?"], max_tokens=60)
@@ -136,7 +137,7 @@ def test_a_prompt_over_the_limit_gets_a_smaller_image_and_keeps_its_text(size):
 
 
 def test_questions_that_are_too_long_or_smuggle_in_images_are_refused():
-    _, processor = M.tiny()
+    _, processor = toy.tiny()
     with pytest.raises(ValueError, match="prompt tokens for its image"):
         M.encode(processor, [noise(512, 512)], ["what " * 100], max_tokens=80)
     with pytest.raises(ValueError, match="would change the number of images"):
@@ -144,12 +145,12 @@ def test_questions_that_are_too_long_or_smuggle_in_images_are_refused():
 
 
 def test_the_tiny_tokenizer_reads_any_text():
-    _, processor = M.tiny()
+    _, processor = toy.tiny()
     for text in ("what is in the red box ?", "Ünïcode 漢字 and\nlines 123!", "a green cross with 7 ."):
         assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
 
 
-@pytest.mark.parametrize("build", [M.tiny, tiny_qwen3_vl])
+@pytest.mark.parametrize("build", [toy.tiny, tiny_qwen3_vl])
 def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output(tmp_path, build):
     model, processor = build()
     M.save(model, processor, tmp_path / "first")
@@ -169,11 +170,11 @@ def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output
         torch.testing.assert_close(plain(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
     assert tokenizer("what is in the red box ?")["input_ids"] == processor.tokenizer("what is in the red box ?")["input_ids"]
     torch.testing.assert_close(vision(images=[noise(64, 48)], return_tensors="pt")["pixel_values"], prompt["pixel_values"])
-    assert (plain.lm_head.weight is plain.model.language_model.embed_tokens.weight) == (build is M.tiny)     # tied, or not
+    assert (plain.lm_head.weight is plain.model.language_model.embed_tokens.weight) == (build is toy.tiny)     # tied, or not
 
 
 def test_generation_settings_of_a_checkpoint_do_not_change_the_rollouts(tmp_path):
-    model, processor = M.tiny()
+    model, processor = toy.tiny()
     M.save(model, processor, tmp_path)
     eos = model.generation_config.eos_token_id
     (tmp_path / "generation_config.json").write_text(json.dumps(
@@ -190,7 +191,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(FileNotFoundError, match="has no config.json.*notes.txt"):
         M.load(str(tmp_path))
-    model, processor = M.tiny()
+    model, processor = toy.tiny()
     M.save(model, processor, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "whole" / "model.safetensors").read_bytes()[:5000])
@@ -202,7 +203,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
 
 
 def test_a_missing_weight_is_not_made_up_and_a_strange_one_not_ignored_but_for_the_draft_head(tmp_path):
-    model, processor = M.tiny()
+    model, processor = toy.tiny()
     M.save(model, processor, tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
     write = lambda weights: save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -222,7 +223,7 @@ def test_other_vision_language_models_are_refused_by_name(tmp_path):
         vision_config=CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8),
         text_config=LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=64))
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
-    for part in (M.tiny()[1].tokenizer, M.tiny()[1].image_processor):
+    for part in (toy.tiny()[1].tokenizer, toy.tiny()[1].image_processor):
         part.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Llava|does not load as a Qwen3.5"):
         M.load(str(tmp_path))

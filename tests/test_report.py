@@ -16,6 +16,7 @@ from PIL import Image
 
 import evaluate
 import synth
+import toy
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{data}} \u2028 \ud800 &amp;"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -35,7 +36,7 @@ def read(path: Path) -> list[dict]:
 
 def misread(text: str, rng: random.Random) -> str:
     words = text.split()
-    for n, choices in rng.sample([(1, list(synth.TOY_COLOURS)), (2, synth.TOY_SHAPES), (4, "0123456789")], rng.choice([1, 1, 2])):
+    for n, choices in rng.sample([(1, list(toy.COLOURS)), (2, toy.SHAPES), (4, "0123456789")], rng.choice([1, 1, 2])):
         words[n] = rng.choice([c for c in choices if c != words[n]])
     return " ".join(words)
 
@@ -43,7 +44,7 @@ def misread(text: str, rng: random.Random) -> str:
 def reply(row: dict, bench: str, view: str, output: str) -> dict:
     """A line of answers-BENCH-0.jsonl."""
     return {"id": row["id"], "bench": bench, "view": view, "prompt": row["question"], "answer": row["answer"], "kind": "exact", "options": {},
-            "group": row.get("extra", {}).get("size"), "pair": None, "image": str(row["image"]), "crop": row["crop"] and str(row["crop"]),
+            "group": row.get("extra", {}).get("toy"), "pair": None, "image": str(row["image"]), "crop": row["crop"] and str(row["crop"]),
             "output": output, "tokens": 7, "truncated": False, "seconds": 0.01}
 
 
@@ -59,11 +60,12 @@ def results(folder: Path, answers: list[dict]) -> Path:
 def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed: int = 0) -> Path:
     """A run folder as train.py --toy leaves it, with plausible numbers: full 52% -> 95%, crop and large kept."""
     rng = random.Random(seed)
-    synth.toy(out / "eval", small + large, seed, large_share=large / (small + large), split="eval")
+    scenes = (toy.scene(seed, i, "small" if i < small else "large", "eval") for i in range(small + large))
+    synth.write_triplets(out / "eval", scenes)
     rows, log, saved = synth.read_triplets(out / "eval"), [], []
     for when, hit in (("before", {"full": .52, "crop": .99, "large": 1}), ("after", {"full": .95, "crop": .98, "large": .99})):
-        asked = [(row, "toy" if row["extra"]["size"] == "small" else "toy-large", view) for row in rows
-                 for view in ("full", "crop")[:1 + (row["extra"]["size"] == "small")]]
+        asked = [(row, "toy" if row["extra"]["toy"] == "small" else "toy-large", view) for row in rows
+                 for view in ("full", "crop")[:1 + (row["extra"]["toy"] == "small")]]
         results(out / f"eval-{when}", [reply(row, bench, view, row["answer"] if rng.random() < hit["large" if bench != "toy" else view] else
                                              misread(row["answer"], rng)) for row, bench, view in asked])
     (out / "seconds.json").write_text(json.dumps({"base": 144.2, "distillation": 85.2}))

@@ -8,7 +8,7 @@ from PIL import Image
 
 import model as M
 import rollout
-from model import tiny
+from toy import tiny
 from rollout import InverseCDF, sample
 
 

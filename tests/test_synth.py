@@ -1,6 +1,5 @@
-"""synth.py: the released format in and out, archives, pictures of every kind, and the toy world."""
+"""synth.py: the released format in and out, archives, and pictures of every kind."""
 import errno
-import hashlib
 import io
 import json
 import os
@@ -388,131 +387,10 @@ def test_pictures_that_are_not_whole_are_errors_that_name_the_file(tmp_path):
         synth.load_image(tmp_path / "x.tiff")
 
 
-# --------------------------------------------------------------------------------------------------------- the toy world
-
-def scenes(count=60, split="train", seed=0):
-    return [synth.toy_scene(seed, index, large, split) for index in range(count) for large in (False, True)]
-
-
-def test_a_scene_depends_on_its_seed_and_index_alone():
-    forward, backward = scenes(20), scenes(20)[::-1]
-    for a, b in zip(forward, backward[::-1], strict=True):
-        assert {**a, "image": a["image"].tobytes(), "crop": a["crop"].tobytes()} == {
-            **b, "image": b["image"].tobytes(), "crop": b["crop"].tobytes()}
-    other = subprocess.run([sys.executable, "-c", "import hashlib, synth; s = synth.toy_scene(3, 5, True, 'eval'); "
-                            "print(hashlib.sha256(s['image'].tobytes()).hexdigest(), s['answer'])"],
-                           cwd=Path(synth.__file__).parent, capture_output=True, text=True, check=True).stdout.split(" ", 1)
-    again = synth.toy_scene(3, 5, True, "eval")
-    assert other == [hashlib.sha256(again["image"].tobytes()).hexdigest(), again["answer"] + "\n"]
-
-
-def test_the_splits_and_seeds_share_no_scene():
-    sets = [{s["image"].tobytes() for s in scenes(100, split, seed)} for split in synth.TOY_SPLITS for seed in (0, 1)]
-    assert len(set.union(*sets)) == sum(map(len, sets)) == 6 * 200
-    ids = [{s["id"] for s in scenes(5, split, seed)} for split in synth.TOY_SPLITS for seed in (0, 1)]
-    assert len(set.union(*ids)) == 6 * 10
-
-
-def test_the_crop_is_the_evidence_and_only_the_full_view_has_the_box():
-    for scene in scenes():
-        left, top, right, bottom = scene["bbox"]
-        full, crop, size = pixels(scene["image"]), pixels(scene["crop"]), right - left
-        assert full.shape == (64, 64, 3) and crop.shape == (32, 32, 3)
-        assert size == bottom - top == (32 if scene["extra"]["size"] == "large" else 16) and left % 16 == top % 16 == 0
-        assert size ** 2 / 64 ** 2 == (0.25 if scene["extra"]["size"] == "large" else 0.0625)
-        cell = crop[::32 // size, ::32 // size]
-        assert (pixels(Image.fromarray(cell.astype(np.uint8)).resize((32, 32), Image.Resampling.NEAREST)) == crop).all()
-        inside = full[top + 1:bottom - 1, left + 1:right - 1]
-        assert (inside == cell[1:-1, 1:-1]).all()
-        red = (full == synth.RED).all(-1)
-        frame = np.zeros_like(red)
-        frame[top:bottom, left:right] = True
-        frame[top + 1:bottom - 1, left + 1:right - 1] = False
-        assert (red == frame).all()                                             # 1 px, closed, nothing else is red
-
-
-def test_nothing_but_the_box_is_reddish():
-    for scene in scenes():
-        for picture in (pixels(scene["crop"]), np.where((pixels(scene["image"]) == synth.RED).all(-1, keepdims=True), 0,
-                                                        pixels(scene["image"]))):
-            assert (picture[..., 0] - picture[..., 1:].max(-1)).max() <= 40
-
-
-def test_the_answer_is_what_the_crop_shows():
-    """Read back by template: the crop's pixels match the sprite of the answer, and of no other object, where it is drawn."""
-    sprites, masks = synth.toy_sprites()
-    for scene in scenes():
-        _, colour, shape, _, digit, _ = scene["answer"].split()
-        cell = pixels(scene["crop"])[::2, ::2]
-        found = [(c, s, d) for c in range(6) for s in range(5) for d in range(10)
-                 if (cell == sprites[c, d])[masks[s][..., 0]].all()]
-        best = max(found, key=lambda kind: masks[kind[1]].sum())                # a small silhouette may lie in a larger one
-        assert best == (list(synth.TOY_COLOURS).index(colour), synth.TOY_SHAPES.index(shape), int(digit))
-
-
-def test_the_300_objects_are_distinct_and_their_digits_stand_out():
-    sprites, masks = synth.toy_sprites()
-    drawn = {np.where(masks[s], sprites[c, d], 40).tobytes() for c in range(6) for s in range(5) for d in range(10)}
-    assert len(drawn) == 300
-    assert not masks[:, [0, -1]].any() and not masks[:, :, [0, -1]].any()       # the box's ring stays free
-    gray = sprites.astype(float) @ (0.299, 0.587, 0.114)                        # (6, 10, 16, 16)
-    varies = (gray.max(1) - gray.min(1)) > 0
-    assert varies.any() and (gray.max(1) - gray.min(1))[varies].min() > 90      # where two digits differ, they differ much
-    assert (masks[..., 0] | ~varies.any(0)).all()                               # and every shape carries all of its digit
-
-
-def test_scenes_hold_4_to_12_objects_and_all_sorts_of_targets():
-    counts, answers, boxes = set(), set(), set()
-    for scene in scenes(300):
-        cells = pixels(scene["image"]).reshape(4, 16, 4, 16, 3).swapaxes(1, 2)[:, :, 1:15, 1:15]    # without the box's ring
-        bright = (cells.max(-1) >= 120) & ~(cells == synth.RED).all(-1)
-        occupied = int(bright.any((2, 3)).sum())
-        counts.add(occupied - 3 if scene["extra"]["size"] == "large" else occupied)
-        answers.update(scene["answer"].split())
-        boxes.add(tuple(scene["bbox"]))
-    assert counts == set(range(4, 13))
-    assert len(boxes) == 16 + 9
-    assert answers | set(scene["question"].split()) == set(synth.TOY_WORDS)
-    assert len(synth.TOY_WORDS) == len(set(synth.TOY_WORDS))
-
-
-@pytest.mark.parametrize("share, n, large", [(0, 8, 0), (1, 8, 8), (0.5, 8, 4), (0.88, 50, 44)])
-def test_large_targets_get_their_share(share, n, large):
-    sizes = [scene["extra"]["size"] for scene in synth.toy_scenes(n, 0, share)]
-    assert sizes.count("large") == large and len(sizes) == n
-
-
-def test_a_toy_set_is_kept_when_it_is_the_same_and_refused_when_not(tmp_path):
-    assert synth.toy(tmp_path, 6, 0, 0.5) == tmp_path
-    rows, before = synth.read_triplets(tmp_path), (tmp_path / "train.jsonl").stat().st_mtime_ns
-    for row_, scene in zip(rows, synth.toy_scenes(6, 0, 0.5), strict=True):
-        assert row_["id"] == scene["id"] and row_["answer"] == scene["answer"]
-        assert synth.load_image(row_["image"]).tobytes() == scene["image"].tobytes()
-    synth.toy(tmp_path, 6, 0, 0.5)
-    assert (tmp_path / "train.jsonl").stat().st_mtime_ns == before
-    with pytest.raises(FileExistsError, match=r"'n': \(6, 7\)"):
-        synth.toy(tmp_path, 7, 0, 0.5)
-    (tmp_path / "train.jsonl").unlink()                                         # as if killed before the end
-    (tmp_path / "images" / f"{rows[0]['id']}.png").unlink()
-    synth.toy(tmp_path, 6, 0, 0.5)
-    assert len(synth.read_triplets(tmp_path)) == 6
-    data_set(tmp_path / "other", row())
-    with pytest.raises(FileExistsError, match="another data set"):
-        synth.toy(tmp_path / "other", 6, 0, 0.5)
-
-
 # ----------------------------------------------------------------------------------------------------------- command line
 
 def run(*args):
     return subprocess.run([sys.executable, synth.__file__, *map(str, args)], capture_output=True, text=True)
-
-
-def test_the_command_line_draws_a_toy_set_and_its_contact_sheet(tmp_path):
-    done = run("--toy", "--out", tmp_path / "set", "--n", 30, "--seed", 1, "--large-share", 0.5)
-    assert done.returncode == 0 and str(tmp_path / "set" / "preview.png") in done.stdout, done.stderr
-    assert len(synth.read_triplets(tmp_path / "set")) == 30
-    sheet = pixels(synth.load_image(tmp_path / "set" / "preview.png"))
-    assert (sheet == synth.RED).all(-1).sum() > 24 * 4 * 60                     # 24 boxes, enlarged
 
 
 def test_the_contact_sheet_takes_any_data_set(tmp_path):
@@ -525,6 +403,6 @@ def test_the_contact_sheet_takes_any_data_set(tmp_path):
 
 
 def test_a_command_line_that_asks_for_nothing_or_too_little_says_so(tmp_path):
-    for args in ([], ["--toy"], ["--toy", "--out", tmp_path, "--n", 0], ["--toy", "--out", tmp_path, "--large-share", 2]):
+    for args in ([], ["--images", tmp_path], ["--images", tmp_path, "--out", tmp_path / "x", "--batch", 0]):
         assert run(*args).returncode == 2
     assert "--pre" in run("--pre", tmp_path).stderr                             # no abbreviations

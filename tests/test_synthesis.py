@@ -18,6 +18,7 @@ from PIL import Image
 
 import evaluate
 import model as M
+import toy
 import rollout
 import synth
 from conftest import ROOT, noise
@@ -394,7 +395,7 @@ def test_another_configuration_is_refused_on_resume_and_in_a_merge(tmp_path, mon
     (tmp_path / "out" / ".parts" / "00001.jsonl").write_text('{"config": {"seed": 1}}\n')
     with pytest.raises(FileExistsError, match="another configuration"):
         main(monkeypatch, "--merge", tmp_path / "out")
-    synth.toy(tmp_path / "toy", 2, 0, 0.5)
+    toy.draw(tmp_path / "toy", 2, 0)
     with pytest.raises(FileExistsError, match="holds another data set"):
         main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "toy")
 
@@ -487,7 +488,7 @@ def test_sam3_boxes_names_without_torchvision_as_its_plain_forward_does(tmp_path
 
 def test_the_tiny_models_babble_is_counted_and_reproducible(tmp_path, monkeypatch):
     photos(tmp_path / "in", 2)
-    M.save(*M.tiny(), tmp_path / "model")
+    M.save(*toy.tiny(), tmp_path / "model")
     true = rollout.answers
     monkeypatch.setattr(rollout, "answers", lambda m, p, i, t, max_new_tokens, **settings: true(m, p, i, t, 48, **settings))
     for out in (tmp_path / "a", tmp_path / "b"):
@@ -498,7 +499,7 @@ def test_the_tiny_models_babble_is_counted_and_reproducible(tmp_path, monkeypatc
 
 
 def test_a_group_of_texts_depends_on_its_seed():
-    model, processor = M.tiny()
+    model, processor = toy.tiny()
     say = lambda batch: rollout.texts(model, processor, [noise(32, 32)] * 3, ["what", "is", "what"], batch, max_new_tokens=6, temperature=1.0,
                                       seeds=[1, 2, 1], group=4)
     one, two = say([1]), say([3])
@@ -512,7 +513,7 @@ def test_photographs_train_and_evaluate_a_model_end_to_end(tmp_path, monkeypatch
     main(monkeypatch, "--check", out)
     assert "6 readable rows, 6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
     monkeypatch.undo()
-    M.save(*M.tiny(), tmp_path / "model")
+    M.save(*toy.tiny(), tmp_path / "model")
     cli = lambda *args: subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
     trained = cli("train.py", "--model", tmp_path / "model", "--data", out, "--out", tmp_path / "run", "--steps", 2, "--prompts", 2, "--group", 2,
                   "--max-new-tokens", 4, "--device", "cpu", "--workers", 0, "--threads", 1)
@@ -540,7 +541,7 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, monk
                   "s4.png", "1 questions contain their answer, the first ['s2']", "6 of 6 answers are 'red', over 10%", "types are 'colour', over 35%"):
         assert found in told
     assert subprocess.run([sys.executable, synth.__file__, "--check", tmp_path], capture_output=True).returncode == 1
-    synth.toy(tmp_path / "toy", 6, 0, 0.5)
+    toy.draw(tmp_path / "toy", 6, 0)
     main(monkeypatch, "--check", tmp_path / "toy")
     assert "6 readable rows, 6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
 

@@ -10,37 +10,14 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, livelier
+from conftest import ROOT, SMALL, plain_logits
 from safetensors.torch import load_file
 
 import loss
 import model as M
+import toy
 import synth
 import train
-
-SMALL = ["--toy", "--prompts", "4", "--group", "2", "--max-new-tokens", "6", "--schedule", "constant", "--warmup", "2", "--lr", "1e-3",
-         "--micro-prompts", "2", "--workers", "0", "--save-every", "100", "--show-every", "1", "--steps", "3", "--device", "cpu"]
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A folder with twelve triplets and a base model with random weights."""
-    folder = tmp_path_factory.mktemp("world")
-    synth.toy(folder / "data", 12, 0, large_share=0.5)
-    model, processor = M.tiny(0)
-    M.save(livelier(model, 3.0), processor, folder / "base")
-    return folder
-
-
-@pytest.fixture
-def run(world, tmp_path):
-    """run(name, *flags) trains in tmp_path/name and returns the final weights; without the toy's own drawing and judging."""
-    def go(name, *flags):
-        args = train.parse([*SMALL, "--model", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / name), *flags])
-        rank, size, device = train.setup(args.device)
-        return load_file(train.train(args, rank, size, device) / "model.safetensors")
-    return go
-
 
 def in_processes(world, out, *flags, ranks=1):
     """The command line that starts the same run as `run`, on `ranks` processes."""
@@ -92,14 +69,7 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
         full, crop = (M.encode(processor, [synth.load_image(row[view])], [row["question"]]) for view in ("image", "crop"))
         rollout = train.sample(student, processor, full, 2, max_new_tokens=6, seeds=[seed])
         for ids, mask in zip(rollout.ids, rollout.mask):
-            logits = []
-            for model, prompt in ((student, full), (teacher, crop)):
-                length, extra = prompt["input_ids"].shape[1], ids[mask][None]
-                model.model.rope_deltas = None
-                out = model(**{k: v for k, v in prompt.items() if k != "shrunk"} | {
-                    "input_ids": torch.cat([prompt["input_ids"], extra], 1), "attention_mask": None,
-                    "mm_token_type_ids": torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(extra)], 1)}).logits
-                logits.append(out[0, length - 1:-1])
+            logits = [plain_logits(model, prompt, ids[mask]) for model, prompt in ((student, full), (teacher, crop))]
             total, count = total + loss.divergence(*logits, k=args.top_k).sum(), count + int(mask.sum())
     (total / count).backward()
     assert entry["loss"] == pytest.approx((total / count).item(), rel=1e-4) and entry["tokens"] == count
@@ -120,7 +90,7 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
 
 
 def test_the_ema_teacher_has_its_closed_form_after_many_steps():
-    model, _ = M.tiny()
+    model, _ = toy.tiny()
     state = train.State(train.Flat(model, 0, 1), train.parse([*SMALL]))
     start, masters = state.ema.clone(), []
     for _ in range(7):
@@ -237,7 +207,7 @@ def test_resuming_with_another_objective_seed_or_data_is_refused_with_the_differ
     run("x", "--steps", "1")
     with pytest.raises(ValueError, match="beta: 0.5 -> 0.25; .*ema_rate: 0.005 -> 0.1|ema_rate: 0.005 -> 0.1; .*beta: 0.5 -> 0.25"):
         run("x", "--beta", "0.25", "--ema-rate", "0.1")
-    synth.toy(tmp_path / "other", 8, 1, large_share=0.5)
+    toy.draw(tmp_path / "other", 8, 1)
     with pytest.raises(ValueError, match="rows_sha256"):
         run("x", "--data", str(tmp_path / "other"))
     with pytest.raises(ValueError, match="finds step 2 in .*Expected at most --steps 1"):
@@ -303,7 +273,7 @@ def test_errors_reach_the_user_as_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             train.main([*flags, "--device", "cpu"])
         assert re.search(f"^train.py: .*{message}.*line \\d+\\)$", capsys.readouterr().err, re.S)
-    synth.toy(tmp_path / "data", 4, 0, large_share=0.5)
+    toy.draw(tmp_path / "data", 4, 0)
     with pytest.raises(SystemExit):
         train.main(["--data", str(tmp_path / "data"), "--model", "no/model", "--prompts", "2", "--out", str(tmp_path / "x"), "--device", "cpu"])
     assert "train.py: --model 'no/model' is neither a directory here nor a model the hub gave us" in capsys.readouterr().err
@@ -339,8 +309,8 @@ def test_ranks_that_do_not_share_a_batch_evenly_are_refused(world, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- the toy
 
 def test_the_toy_command_leaves_a_table_results_two_models_and_a_page(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(train.BASE, "steps", 2)
-    monkeypatch.setattr(train, "TOY_ROWS", 24)
+    monkeypatch.setitem(toy.BASE, "steps", 2)
+    monkeypatch.setattr(toy, "ROWS", 24)
     out = tmp_path / "toy"
     flags = ["--toy", "--out", str(out), "--steps", "2", "--workers", "0", "--device", "cpu"]
     train.main(flags)
@@ -348,7 +318,8 @@ def test_the_toy_command_leaves_a_table_results_two_models_and_a_page(world, tmp
     assert "toy, full" in printed and "toy-large, crop" in printed and "step    2/2 | loss" in printed
     for when in ("before", "after"):
         result = json.loads((out / f"eval-{when}" / "result.json").read_text())["benches"]
-        assert [result[name][view]["n"] for name in ("toy", "toy-large") for view in ("full", "crop")] == [500, 500, 300, 300]
+        assert [result[name][view]["n"] for name in ("toy", "toy-large") for view in ("full", "crop")] == [600, 600, 300, 300]
+        assert result["toy-holdout"]["full"]["n"] == 300 and "crop" not in result["toy-holdout"]
     for name in ("log.jsonl", "args.json", "rollouts.jsonl", "report.html", "base/config.json", "checkpoint-000002/config.json"):
         assert (out / name).exists(), name
     assert json.loads((out / "args.json").read_text())["versions"]["torch"] == torch.__version__
