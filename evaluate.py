@@ -107,8 +107,7 @@ def neutral(row: dict, name: str) -> dict:
     """`row` with every key of the neutral form, checked. Raises ValueError."""
     row = {"id": name, "kind": "mc", "crop": None, "options": {}, "group": None, "pair": None} | row
     if missing := [key for key in ("image", "prompt", "answer") if row.get(key) in (None, "")]:
-        raise ValueError(f"no {', '.join(missing)}. Expected image, prompt, answer; maybe id, kind, crop, options, group, pair "
-                         "(triplets get answers from synth.py --labels)")
+        raise ValueError(f"no {', '.join(missing)}. Expected image, prompt and answer (triplets get one from synth.py --labels)")
     row |= {key: str(row[key]) for key in ("id", "prompt", "answer", "group", "pair") if row[key] is not None}
     found = dict(row["options"] or inline_options(row["prompt"]))
     options = {str(letter).upper(): str(text) for letter, text in found.items()}
@@ -129,7 +128,8 @@ def neutral(row: dict, name: str) -> dict:
 def translate(record: dict, bench: dict, number: int, repo: str) -> dict:
     """A source's row -> the neutral form, as benchmarks.toml says; image and crop are still what the source has."""
     r = {key: value.strip() if isinstance(value, str) else value for key, value in record.items()}
-    r = {bench.get("rename", {}).get(key, key): r[key] for key in r} | r | {"number": number, "repo": repo.split("_")[-1]}
+    r = {bench.get("rename", {}).get(key, key): r[key] for key in r} | r
+    r |= {"number": number, "pair": (number - 1) // 2, "repo": repo.split("_")[-1]}
     lines = r.get("multi-choice options") or r.get("Answer choices") or [f"({x}) {r[x]}" for x in "ABCD" if r.get(x)]
     r["options"] = "\n".join(map(str.strip, literal_eval(lines) if isinstance(lines, str) else lines))
     fill = lambda key, default="": bench.get(key, default).format(**r)
@@ -139,8 +139,7 @@ def translate(record: dict, bench: dict, number: int, repo: str) -> dict:
     return {"image": image[0] if isinstance(image, list) else image, "crop": r[bench["crop"]] if "crop" in bench else None,
             "prompt": prompt if prompt.endswith(tail.strip()) else prompt + tail, "answer": fill("answer", "{answer}"),
             "kind": "free" if "crop" in bench and group != "mcq" else bench.get("kind", "mc"),
-            "options": inline_options(r["options"]), "group": group or None,
-            "pair": str((number - 1) // 2) if "pairs" in bench else None}
+            "options": inline_options(r["options"]), "group": group or None, "pair": fill("pair") or None}
 
 
 def records(path: Path) -> Iterator[dict]:
@@ -167,7 +166,7 @@ def blob(value, folders: list[Path]) -> bytes:
     value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     if isinstance(value, bytes):
         return value
-    if not isinstance(value, str) or not re.search(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", value, re.I):
+    if not re.search(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", value, re.I):
         return base64.b64decode(value or "?", validate=True)
     parts = Path(value).parts
     for start in range(len(parts)):
@@ -227,8 +226,7 @@ def benchmark(name: str, root: Path) -> list[dict]:
     """The neutral rows of a benchmark of the table, of a .jsonl of one's own, or of a folder of triplets with answers.
 
     Dicts: id (str, unique), image and crop (Path; crop may be None), prompt, answer (str), kind (mc: an option's letter, yn,
-    free, exact: word for word), options ({letter: text}), group and pair (str or None). Raises FileNotFoundError / ValueError
-    with file and line.
+    free, exact: word for word), options ({letter: text}), group and pair (str or None). Errors name file and row.
     """
     if name in GROUPS["toy"]:
         rows = benchmark(synth.toy(root / "toy", 800, 0, large_share=0.375, split="eval"), root)
@@ -258,8 +256,8 @@ def answer(model, processor, name: str, rows: list[dict], out: Path, *, views: l
            rounds: int = 0, rank: int = 0, world: int = 1) -> None:
     """Append this rank's answers to benchmark `name` that `out` does not hold yet to out/answers-NAME-RANK.jsonl, a line each.
 
-    A line is the row with bench, view, output, tokens, truncated, seconds; or with error when its image cannot be read, or its
-    prompt alone cannot be encoded or does not fit in memory: counted, never scored, and tried again by the next run.
+    A line is the row with bench, view, seconds, and output, tokens, truncated; or with error when its image cannot be read, or
+    it cannot be encoded or does not fit in memory alone: counted, never scored, and tried again by the next run.
     """
     from torch import OutOfMemoryError
     import rollout
@@ -274,34 +272,28 @@ def answer(model, processor, name: str, rows: list[dict], out: Path, *, views: l
     with appending(out / f"answers-{name}-{rank}.jsonl") as file, tqdm(
             total=len(asked), initial=len(asked) - len(todo), desc=name, unit="row", disable=rank > 0) as bar:
         while todo:
-            start, part, whole, images = time.perf_counter(), todo[:size], [], []
-            for a in part:
-                try:
-                    images.append(synth.load_image(os.path.normpath(out / a["image" if a["view"] == "full" else "crop"])))
-                    whole.append(a)
-                except (OSError, ValueError) as error:
-                    a["error"] = str(error)
-            texts = [a["prompt"] for a in whole]
+            start, part = time.perf_counter(), todo[:size]
             try:
-                replies = rollout.answers(model, processor, images, texts, max_new_tokens, rounds) if whole else []
-            except (OutOfMemoryError, ValueError) as error:
-                if len(part) > 1:                                               # too many, or one that cannot be encoded: halve
+                paths = [out / a["image" if a["view"] == "full" else "crop"] for a in part]
+                images = [synth.load_image(os.path.normpath(path)) for path in paths]
+                replies = rollout.answers(model, processor, images, [a["prompt"] for a in part], max_new_tokens, rounds)
+            except (OutOfMemoryError, OSError, ValueError) as error:
+                if len(part) > 1:                                               # too many, or a bad one among them: halve
                     size = len(part) // 2
                     if isinstance(error, OutOfMemoryError):
                         batch = size
                         tqdm.write(f"{name}: out of memory with {len(part)} rows at once, going on with {batch}")
                     continue
-                part[0]["error"], replies = f"{type(error).__name__} with this row alone: {error}", []
+                replies = [{"error": f"{type(error).__name__} with this row alone: {error}"}]
             seconds = (time.perf_counter() - start) / len(part)
-            for a, reply in zip(whole, replies):
-                a |= reply | {"seconds": seconds}
+            part = [a | reply | {"seconds": seconds} for a, reply in zip(part, replies)]
             file.writelines(json.dumps(a) + "\n" for a in part)
             file.flush()
             todo, size = todo[len(part):], min(batch, 2 * size)
             states.update(score(a)["state"] for a in part)
             bar.update(len(part))
-            errors = states["error"]
-            bar.set_postfix_str(f"{states['right'] / max(1, states.total() - errors):.1%} right, {errors} errors")
+            right, errors = states["right"], states["error"]
+            bar.set_postfix_str(f"{right / max(1, states.total() - errors):.1%} right, {errors} errors")
 
 
 def saved(out: Path) -> list[dict]:
@@ -327,9 +319,8 @@ BEFORE = (rf"(?:^[^\w«‹]*|[,;:(\[=]\s*|[.!-]\s+|(?<=[^\x00-\x7f«‹])\s*|\b(
 
 
 def final_text(output: str) -> str:
-    """What an output finally says: after the last </think> ("" if thinking was cut off), in the last <answer>, of that the first
-    1,000 and the last 3,000 characters, in the last \\boxed{}; without questions, special tokens and markup, full-width forms as
-    ASCII, number words below a hundred as digits."""
+    """What an output finally says: after the last </think>, in the last <answer>, start and end of what is long, in the last
+    \\boxed{}; without questions, special tokens and markup, full-width forms as ASCII, number words below 100 as digits."""
     text = unicodedata.normalize("NFKC", output).replace("’", "'").rpartition("</think>")[2]
     text = "" if "<think>" in text else text.rpartition("<answer>")[2].partition("</answer>")[0]
     text = text if len(text) < 4000 else text[:1000] + "\n" + text[-3000:]
@@ -562,8 +553,7 @@ def figures(bench: str, answers: list[dict]) -> dict:
         hit = sum(a["correct"] for a in rows if a["answer"] == "yes")
         found |= {"f1": 2 * hit / max(1, said + gold), "precision": hit / max(1, said), "recall": hit / max(1, gold),
                   "yes_rate": said / n}
-    pairs = [pair for pair in grouped([a for a in rows if a["pair"] is not None], "pair").values() if len(pair) == 2]
-    if pairs:
+    if pairs := [pair for name, pair in grouped(rows, "pair").items() if name is not None and len(pair) == 2]:
         found["pair_accuracy"] = sum(all(a["correct"] for a in pair) for pair in pairs) / len(pairs)
     return found
 
@@ -591,16 +581,16 @@ def summarise(out: Path, *, scorer: str = "ours", judge: str | None = None, judg
     answers, failed = scored(out, how)
     if not answers:
         raise FileNotFoundError(f"{out} holds no answers-*.jsonl. Expected the --out folder of an evaluation.")
-    result = {"settings": read_json(out / "args.json", []), **how, "judge_failures": failed, "benches": {}, "averages": {}}
+    benches = {}
     for bench, views in by_view(answers).items():
-        found = result["benches"][bench] = {view: figures(bench, rows) for view, rows in views.items()}
+        found = benches[bench] = {view: figures(bench, rows) for view, rows in views.items()}
         if len(views) == 2 and (both := paired(views["full"], views["crop"]))["n"]:
             found["gap"] = {"n": both["n"], "full": both["first"], "crop": both["second"], "gap": both["difference"],
                             "interval": both["interval"]}
-    for group in ("fine", "holdout"):
-        shares = [result["benches"].get(name, {}).get("full", {}).get("accuracy") for name in GROUPS[group]]
-        if None not in shares:
-            result["averages"][group] = sum(shares) / len(shares)
+    full = lambda name: benches.get(name, {}).get("full", {}).get("accuracy")
+    shares = {group: [*map(full, GROUPS[group])] for group in ("fine", "holdout")}
+    result = {"settings": read_json(out / "args.json", []), **how, "judge_failures": failed, "benches": benches,
+              "averages": {group: sum(found) / len(found) for group, found in shares.items() if None not in found}}
     write(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
@@ -622,9 +612,9 @@ def table(result: dict) -> str:
             known = BENCHES.get(name, {}) if view == "full" else {}
             rows = f"{f['n']}/{known['rows']}" if known.get("rows", f["n"]) != f["n"] else f["n"]
             told = known.get("published", [])
-            lines.append(head(f"{name}, {view}", f["accuracy"], f["interval"], rows)
-                         + f"   {percent(f['official'])}{f['unparsed']:9}{f['judged']:7}{f['truncated']:8}{f['errors']:7}"
-                         + f"{f['seconds']:6.2f}{f['tokens']:7.0f}" + "".join(f"  {base:.1f} > {ours:.1f}" for base, ours in zip(told[::2], told[1::2])))
+            lines.append(f"{head(f'{name}, {view}', f['accuracy'], f['interval'], rows)}   {percent(f['official'])}"
+                         f"{f['unparsed']:9}{f['judged']:7}{f['truncated']:8}{f['errors']:7}{f['seconds']:6.2f}{f['tokens']:7.0f}"
+                         + "".join(f"  {base:.1f} > {ours:.1f}" for base, ours in zip(told[::2], told[1::2])))
             for group, g in f["groups"].items() if len(f["groups"]) > 1 else ():
                 lines.append(head(f"  {group[:22]}", g["accuracy"], wilson(g["right"], g["n"]), g["n"]))
             keys = [key for key in ("f1", "precision", "recall", "yes_rate", "pair_accuracy") if key in f]
@@ -716,16 +706,14 @@ def report(out: Path) -> Path:
     run's checkpoints has left; returns its path. The page says what is missing. Raises FileNotFoundError for any other folder."""
     out, notes = Path(out), []
     training, steps = (out / "log.jsonl").is_file(), [path.parent for path in sorted(out.glob("step-*/result.json"))]
-    if training:
-        folders = {when: out / f"eval-{when}" for when in ("before", "after")}
-    else:
-        folders = {path: Path(path) for path in read_json(out / "compare.json", []).get("folders", [])}
-        folders = folders or {folder.name: folder for folder in steps[:1] + steps[-1:]} or {out.resolve().name: out}
+    compared = read_json(out / "compare.json", []).get("folders", [])
+    folders = {path: Path(path) for path in compared} or {folder.name: folder for folder in steps[:1] + steps[-1:]}
+    if training or not folders:
+        folders = {when: out / f"eval-{when}" for when in ("before", "after")} if training else {out.resolve().name: out}
     results = {label: result for label, folder in folders.items() if (result := read_json(folder / "result.json", notes))}
     if not training and not results:
         found = sorted(p.name for p in out.iterdir())[:8] if out.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{out} holds neither log.jsonl nor result.json (found: {found}). Expected the --out folder of a "
-                                "train.py or evaluate.py run.")
+        raise FileNotFoundError(f"{out} has no log.jsonl or result.json (found: {found}). Expected the --out folder of a run.")
     log, rollouts = (read_jsonl(out / name, notes) if training else [] for name in ("log.jsonl", "rollouts.jsonl"))
     log = {row["step"]: row for row in log}                                     # of a step written twice, the later line
     rollouts = [row for row in rollouts if row["step"] in (rollouts[0]["step"], rollouts[-1]["step"])]
