@@ -26,10 +26,10 @@ import tomllib
 import unicodedata
 import urllib.request
 from ast import literal_eval
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import cache
 from http.client import HTTPException
 from itertools import groupby
 from pathlib import Path
@@ -39,16 +39,55 @@ from PIL import Image
 from tqdm import tqdm
 
 import synth
-import toy
 
 TEMPLATE = Path(__file__).with_name("report.html")
 BENCHES = tomllib.loads(Path(__file__).with_name("benchmarks.toml").read_text(encoding="utf-8"))
 GROUPS = {"fine": ["vstar", "zoombench", "hrbench-4k", "hrbench-8k", "mme-realworld-lite", "mme-realworld-cn"],
-          "holdout": ["mmvp", "cv-bench", "mmstar", "pope"], "all": list(BENCHES), "toy": list(toy.BENCHES)}
-KINDS = ("mc", "yn", "free", "exact")                      # an option's letter; yes / no; free form; word for word
+          "holdout": ["mmvp", "cv-bench", "mmstar", "pope"], "all": list(BENCHES), "toy": ["toy", "toy-large", "toy-holdout"]}
+TOY = {"small": "toy", "pair": "toy", "large": "toy-large", "colour": "toy-holdout", "corner": "toy-holdout"}    # scenes by kind
 JUDGE = ("Does the response express the same meaning as the answer of the question?\nQuestion: {prompt}\nAnswer: {answer}\n"
          "Response: {output}\nReply with Yes or No only.")
 Z = 1.959964                                               # of a 95% interval
+
+
+# ------------------------------------------------------------------------------------------------------------------ files
+
+def write(path: Path, content: str | bytes) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(part, path)
+
+
+def appending(path: Path):
+    """`path`, open for lines at its end; a last line that a killed run left torn is ended first."""
+    torn, file = path.exists() and not path.read_bytes().endswith(b"\n"), path.open("a")
+    file.write("\n" * torn)
+    return file
+
+
+def read_json(path: Path, notes: list[str]) -> dict:
+    """A json file's dict; {}, and a note, when it is missing or unreadable."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name} is unreadable: {error}" if path.exists() else f"{path.name} is not in this folder")
+        return {}
+
+
+def read_jsonl(path: Path, notes: list[str]) -> list[dict]:
+    """Rows of a jsonl file; NaN and infinities become None. Noted: that it is missing, or had lines that a kill left torn."""
+    rows, torn = [], 0
+    if not path.is_file():
+        notes.append(f"{path.name} is not in this folder")
+        return rows
+    for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").split("\n")):
+        try:
+            rows.append(json.loads(line, parse_constant=lambda name: None))
+        except json.JSONDecodeError:
+            torn += 1
+    notes += [f"{path.name}: {torn} unreadable line{'s' * (torn > 1)} left out"] * (torn > 0)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------- benchmarks: their rows
@@ -57,34 +96,33 @@ def inline_options(text: str) -> dict[str, str]:
     """{"A": text, …} of the options written inside a question, as (A) …, （A）…, A. … or A: …; {} when there are none."""
     marks = []
     for mark in re.finditer(r"[(（]([A-Ha-h])[)）]|\b([A-H])[.:：)](?=\s|[^\x00-\x7f])", text):
-        name = (mark[1] or mark[2]).upper()
-        marks = [] if name == "A" else marks                                    # the last list that starts at A counts
-        marks += [(name, mark)] if name == "ABCDEFGH"[len(marks):][:1] else []
-    ends = [mark.start() for _, mark in marks[1:]] + [len(text)]
-    texts = [text[mark.end():end].strip().split("\n")[0].strip(" ,;") for (_, mark), end in zip(marks, ends)]
-    return {name: option for (name, _), option in zip(marks, texts)} if len(marks) > 1 else {}
+        place = "ABCDEFGH".index((mark[1] or mark[2]).upper())
+        if place in (0, len(marks)):                                            # the last list that starts at A counts
+            marks[place:] = [mark]
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    texts = [text[mark.end():end].strip().split("\n")[0].strip(" ,;") for mark, end in zip(marks, ends)]
+    return dict(zip("ABCDEFGH", texts)) if len(texts) > 1 else {}
 
 
 def neutral(row: dict, name: str) -> dict:
     """`row` with every key of the neutral form, checked. Raises ValueError."""
     row = {"id": name, "kind": "mc", "crop": None, "options": {}, "group": None, "pair": None} | row
     if missing := [key for key in ("image", "prompt", "answer") if row.get(key) in (None, "")]:
-        raise ValueError(f"no {', '.join(missing)}. Expected image, prompt, answer; maybe id, kind, crop, options, group, pair "
-                         "(triplets get answers from synth.py --labels)")
-    if row["kind"] not in KINDS:
-        raise ValueError(f"kind is {row['kind']!r}. Expected one of {', '.join(KINDS)}")
-    row |= {key: None if row[key] is None else str(row[key]) for key in ("id", "prompt", "answer", "group", "pair")}
-    expected = None
+        raise ValueError(f"no {', '.join(missing)}. Expected image, prompt and answer (triplets get one from synth.py --labels)")
+    row |= {key: str(row[key]) for key in ("id", "prompt", "answer", "group", "pair") if row[key] is not None}
+    found = dict(row["options"] or inline_options(row["prompt"]))
+    options = {str(letter).upper(): str(text) for letter, text in found.items()}
+    unknown = dict.fromkeys("ABCDEFGH", "")                                     # options in the image, or in an unknown form
+    expected = {"mc": options if row["options"] else unknown, "yn": ("yes", "no"), "free": None, "exact": None}
+    if row["kind"] not in expected:
+        raise ValueError(f"kind is {row['kind']!r}. Expected one of {', '.join(expected)}")
     if row["kind"] == "yn":
-        row["answer"], expected = row["answer"].lower(), ["yes", "no"]
+        row["answer"] = row["answer"].lower()
     if row["kind"] == "mc":
-        options = {str(name).upper(): str(text) for name, text in dict(row["options"] or inline_options(row["prompt"])).items()}
-        expected = [letter for letter in "ABCDEFGH" if letter in options or not row["options"]]
         row["answer"] = row["answer"].strip(" \n.()（）").upper()
-        unknown = dict.fromkeys("ABCDEFGH", "")                                 # options in the image, or in an unknown form
         row["options"] = options if row["answer"] in options else unknown
-    if expected and row["answer"] not in expected:
-        raise ValueError(f"the answer is {row['answer']!r}. Expected one of {', '.join(expected)}")
+    if (allowed := expected[row["kind"]]) and row["answer"] not in allowed:
+        raise ValueError(f"the answer is {row['answer']!r}. Expected one of {', '.join(allowed)}")
     return row
 
 
@@ -97,19 +135,19 @@ def triplet_row(t: dict) -> dict:
 
 def translate(record: dict, bench: dict, number: int, repo: str) -> dict:
     """A source's row -> the neutral form, as benchmarks.toml says; image and crop are still what the source has."""
-    r = {bench.get("rename", {}).get(key, key): value for key, value in record.items()} | record
-    r = {"category": f"{r.get('Task')}/{r.get('Subtask')}", "number": number, "repo": repo.split("_")[-1]} | r
-    r = {key: value.strip() if isinstance(value, str) else value for key, value in r.items()}
+    r = {key: value.strip() if isinstance(value, str) else value for key, value in record.items()}
+    r = {bench.get("rename", {}).get(key, key): r[key] for key in r} | r
+    r |= {"number": number, "pair": (number - 1) // 2, "repo": repo.split("_")[-1]}
     lines = r.get("multi-choice options") or r.get("Answer choices") or [f"({x}) {r[x]}" for x in "ABCD" if r.get(x)]
     r["options"] = "\n".join(map(str.strip, literal_eval(lines) if isinstance(lines, str) else lines))
     fill = lambda key, default="": bench.get(key, default).format(**r)
-    prompt, tail, group = fill("prompt").replace("<image>", "").strip("\n"), bench.get("tail", ""), fill("category", "{category}")
+    prompt, tail = fill("prompt").replace("<image>", "").strip("\n"), bench.get("tail", "")
+    group = fill("category", "{category}" if "category" in r else "{Task}/{Subtask}")
     image = fill("image") if "{" in bench.get("image", "") else r[bench.get("image", "image")]
     return {"image": image[0] if isinstance(image, list) else image, "crop": r[bench["crop"]] if "crop" in bench else None,
             "prompt": prompt if prompt.endswith(tail.strip()) else prompt + tail, "answer": fill("answer", "{answer}"),
             "kind": "free" if "crop" in bench and group != "mcq" else bench.get("kind", "mc"),
-            "options": inline_options(r["options"]), "group": group or None,
-            "pair": str((number - 1) // 2) if "pairs" in bench else None}
+            "options": inline_options(r["options"]), "group": group or None, "pair": fill("pair") or None}
 
 
 def records(path: Path) -> Iterator[dict]:
@@ -130,92 +168,85 @@ def records(path: Path) -> Iterator[dict]:
         yield from map(json.loads, filter(str.strip, text.split("\n"))) if path.suffix == ".jsonl" else json.loads(text)
 
 
-@cache
-def files_by_name(folder: Path) -> dict[str, list[Path]]:
-    """The files under `folder` by their last name, its archives (maybe in parts) unpacked first."""
-    found, archives = {}, sorted(folder.glob("*.tar.gz*"))
-    if archives and not (folder / "unpacked").exists():
-        for name, parts in groupby(archives, lambda path: path.name.split(".tar.gz")[0]):
-            synth.unpack(list(parts), folder / "unpacking" / name)
-        (folder / "unpacking").rename(folder / "unpacked")
-    for path in folder.rglob("*.*"):
-        found.setdefault(path.name, []).append(path)
-    return found
-
-
-def blob(value, folder: Path) -> bytes:
-    """An image's bytes as its source has them: raw, in a struct, in base64, or in the file under `folder` whose path shares
-    most of its end with the name given (some sources prefix the repository's name)."""
+def blob(value, folders: list[Path]) -> bytes:
+    """An image's bytes as its source has them: raw, in a struct, in base64, or in a file that is named from one of `folders`
+    (some sources prefix the repository's name)."""
     value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     if isinstance(value, bytes):
         return value
-    if not isinstance(value, str) or not re.search(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", value, re.I):
+    if not re.search(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", value, re.I):
         return base64.b64decode(value or "?", validate=True)
-    shared = lambda path: len(os.path.commonprefix([path.parts[::-1], Path(value).parts[::-1]]))
-    found = sorted(files_by_name(folder).get(Path(value).name, []), key=shared)
-    if not found or len(found) > 1 and shared(found[-1]) == shared(found[-2]):
-        raise ValueError(f"{value!r} names {'several files' if found else 'no file'} under {folder}")
-    return found[-1].read_bytes()
+    parts = Path(value).parts
+    for start in range(len(parts)):
+        found = [path for folder in folders if (path := folder.joinpath(*parts[start:])).is_file()]
+        if len(found) == 1:
+            return found[0].read_bytes()
+    raise ValueError(f"{value!r} names {'several files' if found else 'no file'} under {folders[0]}")
+
+
+def fetch(repo: str, folder: Path, pattern: str | None) -> None:
+    """A hub data set -> `folder`, if it is not there, its archives (maybe in parts) unpacked."""
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        partial = folder.with_name(f"{folder.name}.partial")
+        try:
+            snapshot_download(repo, repo_type="dataset", local_dir=partial, allow_patterns=pattern)
+        except Exception as error:                                              # network, gate, disk
+            raise FileNotFoundError(f"no data set {repo} from the hub ({type(error).__name__}: {error}). Check network and "
+                                    f"`hf auth login`, or put its files into {folder} by hand.") from error
+        partial.rename(folder)
+    for name, parts in groupby(sorted(folder.glob("*.tar.gz*")), lambda path: path.name.split(".tar.gz")[0]):
+        if not (folder / name).exists():
+            synth.unpack(list(parts), folder / f"{name}.part")
+            (folder / f"{name}.part").rename(folder / name)
 
 
 def convert(name: str, root: Path) -> None:
     """root/NAME/ (downloaded if it is not there) -> root/NAME.jsonl and root/NAME-images/, in the neutral form."""
-    bench, source, images, n = BENCHES[name], root / name, root / f"{name}-images", 0
-    folders = {repo: source / repo.split("/")[1] if len(bench["repos"]) > 1 else source for repo in bench["repos"]}
-    for repo, folder in folders.items():
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-            partial = folder.with_name(f"{folder.name}.partial")
-            try:
-                snapshot_download(repo, repo_type="dataset", local_dir=partial,
-                                  allow_patterns=bench["files"][0] if bench["files"][0].endswith("parquet") else None)
-            except Exception as error:                                          # network, gate, disk
-                raise FileNotFoundError(f"{name}: no data set {repo} from the hub ({type(error).__name__}: {error}). Check "
-                                        f"network and `hf auth login`, or put its files into {folder} by hand.") from error
-            partial.rename(folder)
-    files = [(repo, path) for repo, folder in folders.items()
-             for path in next(filter(None, (sorted(folder.glob(form)) for form in bench["files"])), [])]
+    bench, images, rows = BENCHES[name], root / f"{name}-images", []
     images.mkdir(parents=True, exist_ok=True)
-    scratch = root / f"{name}.jsonl.part"
-    with synth.naming_full_disks(root), scratch.open("w", encoding="utf-8") as lines:
-        for repo, path in files:
-            first = n
+    for repo in bench["repos"]:
+        folder, forms = root / name / (repo.split("/")[1] if len(bench["repos"]) > 1 else ""), bench["files"]
+        fetch(repo, folder, forms[0] if forms[0].endswith("parquet") else None)
+        folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+        for path in next(filter(None, (sorted(folder.glob(form)) for form in forms)), []):
+            first = len(rows)
             try:
                 for record in tqdm(records(path), f"{name}: {path.name}", unit="row"):
-                    row = neutral(translate(record, bench, n + 1, repo), f"{name}/{n}")
+                    row = neutral(translate(record, bench, len(rows) + 1, repo), f"{name}/{len(rows)}")
                     for view in filter(row.get, ("image", "crop")):
-                        data = blob(row[view], folders[repo])                   # named by its content: written once
+                        data = blob(row[view], folders)                         # named by its content: written once
                         file = images / (hashlib.sha256(data).hexdigest()[:20] + (".png" if data[:4] == b"\x89PNG" else ".jpg"))
                         if not file.exists():
-                            file.with_suffix(".part").write_bytes(data)
-                            file.with_suffix(".part").rename(file)
+                            write(file, data)
                         row[view] = str(file.relative_to(root))
-                    lines.write(json.dumps(row) + "\n")
-                    n += 1
+                    rows.append(row)
             except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
-                raise ValueError(f"{path}, row {n - first + 1}: {type(error).__name__}: {error}. Expected the layout of {repo}: fetch it "
-                                 "again.") from error
-    if not n:
-        raise FileNotFoundError(f"{source} holds no rows of {name}: expected files {' or '.join(bench['files'])} of "
+                raise ValueError(f"{path}, row {len(rows) - first + 1}: {type(error).__name__}: {error}. Expected the layout of "
+                                 f"{repo}: fetch it again.") from error
+    if not rows:
+        raise FileNotFoundError(f"{root / name} holds no rows of {name}: expected files {' or '.join(bench['files'])} of "
                                 f"{', '.join(bench['repos'])}. Put them there, or delete the folder to have them downloaded.")
-    os.replace(scratch, root / f"{name}.jsonl")
+    write(root / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def benchmark(name: str, root: Path) -> list[dict]:
     """The neutral rows of a benchmark of the table, of a .jsonl of one's own, or of a folder of triplets with answers.
 
-    Dicts: id (str, unique), image and crop (Path; crop may be None), prompt, answer (str), kind (of KINDS), options
-    ({letter: text}), group and pair (str or None). Raises FileNotFoundError / ValueError with file and line.
+    Dicts: id (str, unique), image and crop (Path; crop may be None), prompt, answer (str), kind (mc: an option's letter, yn,
+    free, exact: word for word), options ({letter: text}), group and pair (str or None). Errors name file and row.
     """
     if name in GROUPS["toy"]:
+        import toy
         rows = benchmark(str(toy.draw(root / "toy", 1200, 0, split="eval")), root)
-        return [row | {"crop": row["crop"] if name != "toy-holdout" else None} for row in rows if row["group"] in toy.BENCHES[name]]
+        return [row | {"crop": None if name == "toy-holdout" else row["crop"]} for row in rows if TOY[row["group"]] == name]
     path, rows = root / f"{name}.jsonl" if name in BENCHES else Path(name), []
     if name in BENCHES and not path.is_file():
-        convert(name, root)
+        with synth.naming_full_disks(root):
+            convert(name, root)
     try:
         rows += map(triplet_row, synth.read_triplets(path) if path.is_dir() else ())
-        for n, row in enumerate(records(path) if path.is_file() else ()):
+        for n, row in enumerate(() if path.is_dir() else records(path)):
             rows.append(neutral(row, str(n)))
             rows[n] |= {view: path.parent / row[view] for view in ("image", "crop") if rows[n][view]}
     except (ValueError, TypeError) as error:
@@ -231,76 +262,60 @@ def answer(model, processor, name: str, rows: list[dict], out: Path, *, views: l
            rounds: int = 0, rank: int = 0, world: int = 1) -> None:
     """Append this rank's answers to benchmark `name` that `out` does not hold yet to out/answers-NAME-RANK.jsonl, a line each.
 
-    A line is the row with bench, view, output, tokens, truncated, seconds; or with error when its image cannot be read, or its
-    prompt alone cannot be encoded or does not fit in memory: counted, never scored, and tried again by the next run.
+    A line is the row with bench, view, seconds, and output, tokens, truncated; or with error when its image cannot be read, or
+    it cannot be encoded or does not fit in memory alone: counted, never scored, and tried again by the next run.
     """
     from torch import OutOfMemoryError
     import rollout
-    asked = [row | {"bench": name, "view": view} for row in rows[rank::world] for view in views if view == "full" or row["crop"]]
+    near = lambda row: row | {key: row[key] and os.path.relpath(row[key], out) for key in ("image", "crop")}
+    asked = [near(row) | {"bench": name, "view": view} for row in rows[rank::world] for view in views
+             if view == "full" or row["crop"]]
     done = {(a["id"], a["view"]): a for a in saved(out) if a["bench"] == name and "error" not in a}
     same = lambda a: all(done.get((a["id"], a["view"]), a)[key] == a[key] for key in ("prompt", "answer"))
     if other := sorted({a["id"] for a in asked if not same(a)}):
         raise ValueError(f"{out} holds {name} with other questions or answers under the ids {other[:3]}. Choose another --out.")
-    todo, right, errors, size = [a for a in asked if (a["id"], a["view"]) not in done], [], 0, batch
+    todo, states, size = [a for a in asked if (a["id"], a["view"]) not in done], Counter(), batch
     with appending(out / f"answers-{name}-{rank}.jsonl") as file, tqdm(
             total=len(asked), initial=len(asked) - len(todo), desc=name, unit="row", disable=rank > 0) as bar:
         while todo:
-            start, images = time.perf_counter(), []
-            part = [a | {key: a[key] and os.path.relpath(a[key], out) for key in ("image", "crop")} for a in todo[:size]]
-            for a, source in zip(part, todo):
-                try:
-                    images.append(synth.load_image(source["image" if a["view"] == "full" else "crop"]))
-                except (OSError, ValueError) as error:
-                    a["error"] = str(error)
-            whole = [a for a in part if "error" not in a]
+            start, part = time.perf_counter(), todo[:size]
             try:
-                texts = [a["prompt"] for a in whole]
-                replies = rollout.answers(model, processor, images, texts, max_new_tokens, rounds) if whole else []
-            except (OutOfMemoryError, ValueError) as error:
-                if len(part) > 1:                                               # too many, or one that cannot be encoded: halve
+                paths = [out / a["image" if a["view"] == "full" else "crop"] for a in part]
+                images = [synth.load_image(os.path.normpath(path)) for path in paths]
+                replies = rollout.answers(model, processor, images, [a["prompt"] for a in part], max_new_tokens, rounds)
+            except (OutOfMemoryError, OSError, ValueError) as error:
+                if len(part) > 1:                                               # too many, or a bad one among them: halve
                     size = len(part) // 2
                     if isinstance(error, OutOfMemoryError):
                         batch = size
                         tqdm.write(f"{name}: out of memory with {len(part)} rows at once, going on with {batch}")
                     continue
-                part[0]["error"], replies = f"{type(error).__name__} with this row alone: {error}", []
+                replies = [{"error": f"{type(error).__name__} with this row alone: {error}"}]
             seconds = (time.perf_counter() - start) / len(part)
-            for a, reply in zip(whole, replies):
-                a |= reply | {"seconds": seconds}
-                right.append(score(a)["correct"])
+            part = [a | reply | {"seconds": seconds} for a, reply in zip(part, replies)]
             file.writelines(json.dumps(a) + "\n" for a in part)
             file.flush()
-            todo, errors, size = todo[len(part):], errors + sum("error" in a for a in part), min(batch, 2 * size)
+            todo, size = todo[len(part):], min(batch, 2 * size)
+            states.update(score(a)["state"] for a in part)
             bar.update(len(part))
-            bar.set_postfix_str(f"{sum(right) / max(1, len(right)):.1%} right, {errors} errors")
-
-
-def appending(path: Path):
-    """`path`, open for lines at its end; a last line that a killed run left torn is ended first."""
-    torn, file = path.exists() and not path.read_bytes().endswith(b"\n"), path.open("a")
-    file.write("\n" * torn)
-    return file
+            right, errors = states["right"], states["error"]
+            bar.set_postfix_str(f"{right / max(1, states.total() - errors):.1%} right, {errors} errors")
 
 
 def saved(out: Path) -> list[dict]:
-    """The answers in a results folder; where there is an error and a later answer, the answer. Torn lines are left out: the next
-    run answers them again."""
-    rows = {}
-    for a in (row for path in sorted(out.glob("answers-*.jsonl")) for row in read_jsonl(path, [])):
-        key = a["bench"], a["id"], a["view"]
-        if key not in rows or "error" in rows[key]:
-            rows[key] = a
-    return list(rows.values())
+    """The answers in a results folder, one a row and view: an error only where there is no answer."""
+    answers = [a for path in sorted(out.glob("answers-*.jsonl")) for a in read_jsonl(path, [])]
+    answers.sort(key=lambda a: "error" not in a)
+    return list({(a["bench"], a["id"], a["view"]): a for a in answers}.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------- scoring
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-        "nineteen").split()
+ONES = "zero one two three four five six seven eight nine".split()
+TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMBERS = {f"{ten} {one}".strip(): str(10 * n + k) for n, ten in enumerate(TENS, 2) for k, one in enumerate(["", *ONES[1:10]])}
-NUMBERS |= {one: str(n) for n, one in enumerate(ONES)}
-NUMBER = "|".join(sorted(NUMBERS, key=len, reverse=True)).replace(" ", "[ -]")                         # the longest that fits
+NUMBERS = dict(zip([*ONES, *TEENS, *TENS], [*range(20), *range(20, 100, 10)]))
+NUMBER = rf"(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES[1:])})|{'|'.join(NUMBERS)}"
 LARGE = r"hundred|thousand|million|billion|dozen"
 NOT = r"(?:\b(?:no|not|never|neither|nor|none|cannot|without|rather than|instead of)\b|n't\b|不[是选]?|没有?|否|并非|而非|排除)"
 SAY = r"answers?|options?|choice|choose|choosing|pick|select|say|so|hence|thus|therefore|actually|think|believe"
@@ -310,9 +325,8 @@ BEFORE = (rf"(?:^[^\w«‹]*|[,;:(\[=]\s*|[.!-]\s+|(?<=[^\x00-\x7f«‹])\s*|\b(
 
 
 def final_text(output: str) -> str:
-    """What an output finally says: after the last </think> ("" if thinking was cut off), in the last <answer>, of that the first
-    1,000 and the last 3,000 characters, in the last \\boxed{}; without questions, special tokens and markup, full-width forms as
-    ASCII, number words below a hundred as digits."""
+    """What an output finally says: after the last </think>, in the last <answer>, start and end of what is long, in the last
+    \\boxed{}; without questions, special tokens and markup, full-width forms as ASCII, number words below 100 as digits."""
     text = unicodedata.normalize("NFKC", output).replace("’", "'").rpartition("</think>")[2]
     text = "" if "<think>" in text else text.rpartition("<answer>")[2].partition("</answer>")[0]
     text = text if len(text) < 4000 else text[:1000] + "\n" + text[-3000:]
@@ -321,7 +335,7 @@ def final_text(output: str) -> str:
     text = re.sub(r"<\|.*?\|>|</?\w+>|\\[a-z]*|[*_`#$\"“”{}«»‹›·]|(?<!\w)'|'(?!\w)|[^.!?。\n]*\?", " ", text)
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text).strip()
     return re.sub(rf"(?<!the )(?<!hundred )(?<!hundred and )\b(?:{NUMBER})\b(?![ -](?:{LARGE}))",
-                  lambda word: NUMBERS[word[0].lower().replace("-", " ")], text, flags=re.I)
+                  lambda m: str(sum(NUMBERS[word] for word in re.split("[ -]", m[0].lower()))), text, flags=re.I)
 
 
 def plain(text: str) -> str:
@@ -440,25 +454,25 @@ def score(a: dict, verdict: bool | None = None, scorer: str = "ours") -> dict:
 def ask_judge(judge: str, name: str | None, prompts: list[str]) -> Iterator[str | Exception]:
     """Greedy replies, in order, of an OpenAI-compatible API (judge is its URL; the key, if any, is OPENAI_API_KEY's) or of a HF
     model; where a call failed three times, the exception."""
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     if not judge.startswith("http"):
         from torch.cuda import is_available
         from transformers import AutoModelForCausalLM, AutoTokenizer
         model, tokenizer = AutoModelForCausalLM.from_pretrained(judge, dtype="auto"), AutoTokenizer.from_pretrained(judge)
         model.to("cuda" if is_available() else "cpu")
-        for prompt in prompts:
-            chat = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, enable_thinking=False, return_tensors="pt",
-                return_dict=True).to(model.device)
-            yield tokenizer.decode(model.generate(**chat, max_new_tokens=512, do_sample=False)[0, chat["input_ids"].shape[1]:])
+        for chat in chats:
+            inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False, return_tensors="pt",
+                                                   return_dict=True).to(model.device)
+            output = model.generate(**inputs, max_new_tokens=512, do_sample=False)
+            yield tokenizer.decode(output[0, inputs["input_ids"].shape[1]:])
         return
 
-    def ask(prompt: str) -> str | Exception:
-        body = {"model": name or "default", "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
-        key = os.environ.get("OPENAI_API_KEY")
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        request = urllib.request.Request(f"{judge.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    def ask(chat: list[dict]) -> str | Exception:
+        body = json.dumps({"model": name or "default", "temperature": 0, "messages": chat}).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
         for pause in (1, 4, 0):
             try:
+                request = urllib.request.Request(f"{judge.rstrip('/')}/chat/completions", body, headers)
                 with urllib.request.urlopen(request, timeout=300) as reply:
                     return str(json.load(reply)["choices"][0]["message"]["content"])
             except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
@@ -466,35 +480,29 @@ def ask_judge(judge: str, name: str | None, prompts: list[str]) -> Iterator[str 
                 time.sleep(pause)
         return failed
     with ThreadPoolExecutor(16) as pool:
-        yield from pool.map(ask, prompts)
+        yield from pool.map(ask, chats)
 
 
-def scored(out: Path, scorer: str | None = None, judge: str | None = None, name: str | None = None) -> tuple[list[dict], int]:
+def scored(out: Path, how: dict | None = None) -> tuple[list[dict], int]:
     """The answers in `out`, scored, and how many calls of the judge failed. It is asked only where the scorer is undecided, and
-    once: its verdicts are kept in out/verdicts.jsonl. Without `scorer`: as result.json says, and nobody is asked."""
-    ask, then = bool(scorer), read_json(out / "result.json", [])
-    if not ask:
-        scorer, judge, name = then.get("scorer", "ours"), then.get("judge"), then.get("judge_model")
-    prompt = lambda a: JUDGE.format(**{"output": ""} | a)
-    digest = lambda a: hashlib.sha256(json.dumps([judge, name, prompt(a)]).encode()).hexdigest()[:24]
-    known = {row["key"]: row["same"] for row in read_jsonl(out / "verdicts.jsonl", [])} if judge else {}
-    answers, failed = [score(a, known.get(digest(a)), scorer) for a in saved(out)], 0
-    asked = {digest(a): a for a in answers if a.get("undecided") and not a["judged"]} if ask and judge else {}
-    if asked:
+    once: its verdicts are kept in out/verdicts.jsonl. how: scorer, judge, judge_model; None: as in result.json, asking nobody."""
+    scorer, judge, name = map((how or read_json(out / "result.json", [])).get, ("scorer", "judge", "judge_model"))
+    prompt = lambda a: JUDGE.format_map({"output": ""} | a)
+    known = {v["prompt"]: v["same"] for v in read_jsonl(out / "verdicts.jsonl", []) if (v["judge"], v["model"]) == (judge, name)}
+    rated = lambda: [score(a, known.get(prompt(a)), scorer or "ours") for a in answers]
+    answers, failed = saved(out), 0
+    if asked := {prompt(a): a for a in rated() if a.get("undecided") and not a["judged"]} if how and judge else {}:
         with appending(out / "verdicts.jsonl") as file:
-            replies = ask_judge(judge, name, [prompt(a) for a in asked.values()])
-            for (key, a), reply in zip(asked.items(), tqdm(replies, "judge", len(asked), unit="answer")):
-                found = isinstance(reply, str) and re.search(r"\b(yes|no)\b", final_text(reply), re.I)
-                if not found:
+            replies = tqdm(ask_judge(judge, name, [*asked]), "judge", len(asked), unit="answer")
+            for (text, a), reply in zip(asked.items(), replies):
+                if isinstance(reply, str) and (said := re.search(r"\b(yes|no)\b", final_text(reply), re.I)):
+                    same = known[text] = said[0].lower() == "yes"
+                    file.write(json.dumps({"judge": judge, "model": name, "prompt": text, "reply": reply, "same": same}) + "\n")
+                    file.flush()
+                else:
                     failed += 1
                     tqdm.write(f"judge: no verdict on {a['bench']} {a['id']}: {str(reply)[:200]!r}")
-                    continue
-                known[key] = found[0].lower() == "yes"
-                entry = {"key": key, "same": known[key], "bench": a["bench"], "id": a["id"], "judge": judge, "reply": reply}
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-        answers = [score(a, known.get(digest(a)), scorer) for a in answers]
-    return answers, failed
+    return rated(), failed
 
 
 # ---------------------------------------------------------------------------------------------------------------- figures
@@ -508,12 +516,25 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z)), min(1.0, (middle + half) / (1 + z))
 
 
+def grouped(answers: list[dict], key: str) -> dict[str, list[dict]]:
+    found = {}
+    for a in answers:
+        found.setdefault(a[key], []).append(a)
+    return found
+
+
+def by_view(answers: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """{bench: {view: answers}}, benchmarks in the table's order, full before crop."""
+    place = lambda a: ((*BENCHES, a["bench"]).index(a["bench"]), a["bench"], a["view"] == "crop")
+    return {bench: grouped(rows, "view") for bench, rows in grouped(sorted(answers, key=place), "bench").items()}
+
+
 def headline(bench: str, answers: list[dict], key: str = "correct") -> tuple[float | None, tuple[float, float]]:
     """Accuracy as the paper computes it, and its 95% interval: of all rows (Wilson), or the mean over groups (bootstrap)."""
-    right = [a[key] for a in answers]
-    if not right or "macro" not in BENCHES.get(bench, {}):
-        return sum(right) / len(right) if right else None, wilson(sum(right), len(right))
-    groups = [[a[key] for a in answers if a["group"] == group] for group in sorted({a["group"] for a in answers})]
+    n, right = len(answers), sum(a[key] for a in answers)
+    if not n or "macro" not in BENCHES.get(bench, {}):
+        return right / n if n else None, wilson(right, n)
+    groups = [[a[key] for a in group] for _, group in sorted(grouped(answers, "group").items())]
     n, shares = [len(group) for group in groups], [sum(group) / len(group) for group in groups]
     draws = np.random.default_rng(0).binomial(n, shares, (10_000, len(n))) / n
     return sum(shares) / len(shares), tuple(np.percentile(draws.mean(1), [2.5, 97.5]).tolist())
@@ -521,72 +542,62 @@ def headline(bench: str, answers: list[dict], key: str = "correct") -> tuple[flo
 
 def figures(bench: str, answers: list[dict]) -> dict:
     """What result.json says of one benchmark and view, from its scored answers."""
-    scored, marks = [a for a in answers if a["state"] != "error"], {"group": {}, "pair": {}}
-    for a in scored:
-        for key, found in marks.items():
-            found.setdefault(a[key], []).append(a["correct"])
-    n, count, mean = len(scored), lambda key: sum(a[key] for a in scored), lambda key: count(key) / max(1, len(scored))
-    accuracy, interval = headline(bench, scored)
+    rows = [a for a in answers if a["state"] != "error"]
+    n, count, mean = len(rows), lambda key: sum(a[key] for a in rows), lambda key: count(key) / max(1, len(rows))
+    accuracy, interval = headline(bench, rows)
     found = {"n": n, "right": count("correct"), "accuracy": accuracy, "interval": interval,
-             "official": headline(bench, scored, "official")[0], "unparsed": sum(a["state"] == "unparsed" for a in scored),
+             "official": headline(bench, rows, "official")[0], "unparsed": sum(a["state"] == "unparsed" for a in rows),
              "judged": count("judged"), "truncated": count("truncated"), "errors": len(answers) - n, "seconds": mean("seconds"),
-             "tokens": mean("tokens")}
-    found["groups"] = {group: {"n": len(right), "right": sum(right), "accuracy": sum(right) / len(right)}
-                       for group, right in marks["group"].items() if group}
-    if n and all("calls" in a for a in scored):
+             "tokens": mean("tokens"), "groups": {}}
+    for group, part in grouped([a for a in rows if a["group"]], "group").items():
+        right = sum(a["correct"] for a in part)
+        found["groups"][group] = {"n": len(part), "right": right, "accuracy": right / len(part)}
+    if n and all("calls" in a for a in rows):
         found |= {"calls": mean("calls"), "malformed": count("malformed")}
-    if n and all(a["kind"] == "yn" for a in scored):
-        said, gold = (sum(a[key] == "yes" for a in scored) for key in ("said", "answer"))
-        hit = sum(a["correct"] for a in scored if a["answer"] == "yes")
+    if n and all(a["kind"] == "yn" for a in rows):
+        said, gold = (sum(a[key] == "yes" for a in rows) for key in ("said", "answer"))
+        hit = sum(a["correct"] for a in rows if a["answer"] == "yes")
         found |= {"f1": 2 * hit / max(1, said + gold), "precision": hit / max(1, said), "recall": hit / max(1, gold),
                   "yes_rate": said / n}
-    if pairs := [all(right) for pair, right in marks["pair"].items() if pair is not None and len(right) == 2]:
-        found["pair_accuracy"] = sum(pairs) / len(pairs)
+    if pairs := [pair for name, pair in grouped(rows, "pair").items() if name is not None and len(pair) == 2]:
+        found["pair_accuracy"] = sum(all(a["correct"] for a in pair) for pair in pairs) / len(pairs)
     return found
 
 
 def paired(first: list[dict], second: list[dict]) -> dict:
     """second - first, scored answers each, over the rows that both hold without an error and with the same question and right
     answer: accuracies, difference with 95% interval (Agresti and Min 2005), rows gained and lost, exact two-sided McNemar p."""
-    first, second = ({a["id"]: a for a in side if a["state"] != "error"} for side in (first, second))
-    both = [i for i in first if i in second and all(first[i][key] == second[i][key] for key in ("prompt", "answer"))]
-    n, a, b = len(both), [first[i]["correct"] for i in both], [second[i]["correct"] for i in both]
-    gained, lost = sum(y > x for x, y in zip(a, b)), sum(x > y for x, y in zip(a, b))
-    middle, flipped = (gained - lost) / (n + 2), gained + lost
-    half = Z * math.sqrt(((flipped + 1) / (n + 2) - middle ** 2) / (n + 2))
-    return {"n": n, "first": sum(a) / max(1, n), "second": sum(b) / max(1, n), "difference": (gained - lost) / max(1, n),
+    first, second = ({(a["id"], a["prompt"], a["answer"]): a["correct"] for a in side if a["state"] != "error"}
+                     for side in (first, second))
+    both = [row for row in first if row in second]
+    flips = [row for row in both if first[row] != second[row]]
+    n, a, b, gained = len(both), sum(first[row] for row in both), sum(second[row] for row in both), sum(map(second.get, flips))
+    middle, lost = (b - a) / (n + 2), len(flips) - gained
+    half = Z * math.sqrt(((len(flips) + 1) / (n + 2) - middle ** 2) / (n + 2))
+    return {"n": n, "first": a / max(1, n), "second": b / max(1, n), "difference": (b - a) / max(1, n),
             "interval": [max(-1.0, middle - half), min(1.0, middle + half)], "gained": gained, "lost": lost,
-            "p": min(1.0, 2 * sum(math.comb(flipped, i) for i in range(min(gained, lost) + 1)) / 2 ** flipped),
-            "flipped": [i for i, x, y in zip(both, a, b) if x != y]}
-
-
-def by_view(answers: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """{bench: {view: answers}}, benchmarks in the table's order, full before crop."""
-    found, place = {}, lambda a: ((*BENCHES, a["bench"]).index(a["bench"]), a["bench"], a["view"] == "crop")
-    for a in sorted(answers, key=place):
-        found.setdefault(a["bench"], {}).setdefault(a["view"], []).append(a)
-    return found
+            "p": min(1.0, 2 * sum(math.comb(len(flips), i) for i in range(min(gained, lost) + 1)) / 2 ** len(flips)),
+            "flipped": [name for name, *_ in flips]}
 
 
 def summarise(out: Path, *, scorer: str = "ours", judge: str | None = None, judge_model: str | None = None) -> dict:
     """Score what `out` holds, write out/result.json, and return it: {"benches": {bench: {view: figures, "gap": of the rows
     answered in both views}}, "averages" over the paper's groups where they are complete, "judge_failures", and the settings}."""
-    answers, failed = scored(out, scorer, judge, judge_model)
+    how = {"scorer": scorer, "judge": judge, "judge_model": judge_model}
+    answers, failed = scored(out, how)
     if not answers:
         raise FileNotFoundError(f"{out} holds no answers-*.jsonl. Expected the --out folder of an evaluation.")
-    benches, averages = {}, {}
+    benches = {}
     for bench, views in by_view(answers).items():
-        benches[bench] = {view: figures(bench, rows) for view, rows in views.items()}
+        found = benches[bench] = {view: figures(bench, rows) for view, rows in views.items()}
         if len(views) == 2 and (both := paired(views["full"], views["crop"]))["n"]:
-            names = {"n": "n", "first": "full", "second": "crop", "difference": "gap", "interval": "interval"}
-            benches[bench]["gap"] = {names[key]: both[key] for key in names}
-    for group in ("fine", "holdout"):
-        shares = [benches.get(name, {}).get("full", {}).get("accuracy") for name in GROUPS[group]]
-        if None not in shares:
-            averages[group] = sum(shares) / len(shares)
-    result = {"settings": read_json(out / "args.json", []), "scorer": scorer, "judge": judge, "judge_model": judge_model,
-              "judge_failures": failed, "benches": benches, "averages": averages}
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+            found["gap"] = {"n": both["n"], "full": both["first"], "crop": both["second"], "gap": both["difference"],
+                            "interval": both["interval"]}
+    full = lambda name: benches.get(name, {}).get("full", {}).get("accuracy")
+    shares = {group: [*map(full, GROUPS[group])] for group in ("fine", "holdout")}
+    result = {"settings": read_json(out / "args.json", []), **how, "judge_failures": failed, "benches": benches,
+              "averages": {group: sum(found) / len(found) for group, found in shares.items() if None not in found}}
+    write(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -600,16 +611,16 @@ def table(result: dict) -> str:
     lines = [f"{'accuracy [95% interval], %':<48}rows official unparsed judged cut off errors s/row tokens  published 4B, 9B"]
     head = lambda name, share, interval, rows: f"{name:<24} {percent(share, interval)} {rows:>10}"
     for name, views in result["benches"].items():
-        known = BENCHES.get(name, {})
-        published = "  ".join(f"{base:.1f} > {ours:.1f}" for base, ours in zip(*[iter(known.get("published", []))] * 2))
         for view, f in views.items():
             if view == "gap":
                 lines.append(head("  gap: crop - full", f["gap"], f["interval"], f["n"]))
                 continue
-            rows = f"{f['n']}/{known['rows']}" if known and view == "full" and f["n"] != known["rows"] else f["n"]
-            line = (f"{head(f'{name}, {view}', f['accuracy'], f['interval'], rows)}   {percent(f['official'])}{f['unparsed']:9}"
-                    f"{f['judged']:7}{f['truncated']:8}{f['errors']:7}{f['seconds']:6.2f}{f['tokens']:7.0f}")
-            lines.append(f"{line}  {published}" if published and view == "full" else line)
+            known = BENCHES.get(name, {}) if view == "full" else {}
+            rows = f"{f['n']}/{known['rows']}" if known.get("rows", f["n"]) != f["n"] else f["n"]
+            told = known.get("published", [])
+            lines.append(f"{head(f'{name}, {view}', f['accuracy'], f['interval'], rows)}   {percent(f['official'])}"
+                         f"{f['unparsed']:9}{f['judged']:7}{f['truncated']:8}{f['errors']:7}{f['seconds']:6.2f}{f['tokens']:7.0f}"
+                         + "".join(f"  {base:.1f} > {ours:.1f}" for base, ours in zip(told[::2], told[1::2])))
             for group, g in f["groups"].items() if len(f["groups"]) > 1 else ():
                 lines.append(head(f"  {group[:22]}", g["accuracy"], wilson(g["right"], g["n"]), g["n"]))
             keys = [key for key in ("f1", "precision", "recall", "yes_rate", "pair_accuracy") if key in f]
@@ -624,11 +635,10 @@ def table(result: dict) -> str:
 def compare(a: Path, b: Path) -> tuple[str, dict]:
     """Two results folders, row by row: text, and {bench: {view: `paired` figures}}."""
     first, second = (by_view(scored(folder)[0]) for folder in (a, b))
-    found = {name: {view: paired(rows, second[name][view]) for view, rows in first[name].items() if view in second[name]}
-             for name in first if name in second}
-    lines = [f"{f'% right: {a.name}, {b.name}':<40}  difference [95%]          rows gained  lost McNemar p"]
-    for name, views in found.items():
-        for view, f in views.items():
+    found, lines = {}, [f"{f'% right: {a.name}, {b.name}':<40}  difference [95%]          rows gained  lost McNemar p"]
+    for name in filter(second.get, first):
+        found[name] = {view: paired(rows, second[name][view]) for view, rows in first[name].items() if view in second[name]}
+        for view, f in found[name].items():
             lines.append(f"{f'{name}, {view}':<26} {percent(f['first'])} {percent(f['second'])}   "
                          f"{percent(f['difference'], f['interval'])}{f['n']:9}{f['gained']:7}{f['lost']:6}{f['p']:10.2g}")
         gaps = [paired(side[name]["full"], side[name]["crop"]) for side in (first, second) if len(side[name]) == 2]
@@ -641,32 +651,6 @@ def compare(a: Path, b: Path) -> tuple[str, dict]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- report
-
-def read_json(path: Path, notes: list[str]) -> dict:
-    """A json file's dict; {}, and a note, when it is missing or unreadable."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
-    except (OSError, ValueError) as error:
-        notes.append(f"{path.name} is unreadable: {error}" if path.exists() else f"{path.name} is not in this folder")
-        return {}
-
-
-def read_jsonl(path: Path, notes: list[str]) -> list[dict]:
-    """Rows of a jsonl file; NaN and infinities become None. A missing file, and lines left out because a run was killed
-    while writing them, are said in `notes`."""
-    if not path.is_file():
-        notes.append(f"{path.name} is not in this folder")
-        return []
-    rows, torn = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            rows += [json.loads(line, parse_constant=lambda name: None)] if line.strip() else []
-        except json.JSONDecodeError:
-            torn += 1
-    if torn:
-        notes.append(f"{path.name}: {torn} unreadable line{'s' * (torn > 1)} left out")
-    return rows
-
 
 def pictures(out: Path, paths: list[str | None], notes: list[str], budget: int = 14_000_000) -> dict[str, str]:
     """{path relative to `out`: data URI}: PNGs below 8 kB, else JPEGs whose size falls with their number, so that the page
@@ -704,10 +688,9 @@ def gallery(out: Path, folders: dict[str, Path], most: int = 2000) -> dict:
     samples = {}
     for label, folder in folders.items():
         for a in scored(folder)[0]:
-            places = {key: a[key] and os.path.relpath(folder / a[key], out) for key in ("image", "crop")}
-            sample = samples.setdefault((a["bench"], a["id"]), {
-                "bench": a["bench"], "id": a["id"], "group": a["group"], "question": a["prompt"], "gold": a["answer"], **places,
-                "answers": []})
+            places = {view: a[view] and os.path.relpath(folder / a[view], out) for view in ("image", "crop")}
+            sample = samples.setdefault((a["bench"], a["id"]), places | {key: a[key] for key in ("bench", "id", "group")} | {
+                "question": a["prompt"], "gold": a["answer"], "answers": []})
             text = a.get("output", a.get("error"))
             text = text[:1500] + f" … {len(text) - 1500} more characters" * (len(text) > 1500)
             sample["answers"].append([label, a["view"], text, a["state"]])
@@ -718,46 +701,41 @@ def gallery(out: Path, folders: dict[str, Path], most: int = 2000) -> dict:
     return {"total": len(samples), "samples": sorted(samples.values(), key=dull)[:most]}
 
 
+def trajectory(folder: Path) -> list[dict]:
+    """What one checkpoint's folder step-N adds to the gap over a run (paper, Figure 5): a row a benchmark."""
+    return [{"step": int(folder.name[5:]), "bench": name, **{view: f[view]["accuracy"] for view in ("full", "crop") if view in f},
+             "gap": f.get("gap", {}).get("gap")} for name, f in read_json(folder / "result.json", []).get("benches", {}).items()]
+
+
 def report(out: Path) -> Path:
     """Write out/report.html, one self-contained page, from what a training run, an evaluation, a comparison or an evaluation of a
     run's checkpoints has left; returns its path. The page says what is missing. Raises FileNotFoundError for any other folder."""
     out, notes = Path(out), []
     training, steps = (out / "log.jsonl").is_file(), [path.parent for path in sorted(out.glob("step-*/result.json"))]
-    folders = {path: Path(path) for path in read_json(out / "compare.json", []).get("folders", [])}
-    if training:
-        folders = {when: out / f"eval-{when}" for when in ("before", "after")}
-    elif not folders:
-        folders = {folder.name: folder for folder in steps[:1] + steps[-1:]} or {out.resolve().name: out}
+    compared = read_json(out / "compare.json", []).get("folders", [])
+    folders = {path: Path(path) for path in compared} or {folder.name: folder for folder in steps[:1] + steps[-1:]}
+    if training or not folders:
+        folders = {when: out / f"eval-{when}" for when in ("before", "after")} if training else {out.resolve().name: out}
     results = {label: result for label, folder in folders.items() if (result := read_json(folder / "result.json", notes))}
     if not training and not results:
         found = sorted(p.name for p in out.iterdir())[:8] if out.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{out} holds neither log.jsonl nor result.json (found: {found}). Expected the --out folder of a "
-                                "train.py or evaluate.py run.")
+        raise FileNotFoundError(f"{out} has no log.jsonl or result.json (found: {found}). Expected the --out folder of a run.")
     log, rollouts = (read_jsonl(out / name, notes) if training else [] for name in ("log.jsonl", "rollouts.jsonl"))
     log = {row["step"]: row for row in log}                                     # of a step written twice, the later line
-    ends = [row["step"] for row in rollouts[:1] + rollouts[-1:]]                # the first and the last saved step
-    rollouts = [row for row in rollouts if row["step"] in ends]
+    rollouts = [row for row in rollouts if row["step"] in (rollouts[0]["step"], rollouts[-1]["step"])]
     shown = gallery(out, {label: folders[label] for label in results})
     tables = {label: table(result) for label, result in results.items()}
     data = {"name": out.resolve().name, "training": training, "results": results, "tables": tables, "gallery": shown,
             "log": [log[step] for step in sorted(log)], "rollouts": rollouts, "trajectory": sum(map(trajectory, steps), []),
-            "args": read_json((out if training else folders[[*results][-1]]) / "args.json", notes), "notes": notes,
-            "seconds": read_json(out / "seconds.json", []), "published": {name: BENCHES[name]["published"] for name in BENCHES},
+            "args": read_json(out / "args.json", notes) if training else {}, "seconds": read_json(out / "seconds.json", []),
+            "published": {name: bench["published"] for name, bench in BENCHES.items()}, "notes": notes,
             "images": pictures(out, [row.get(view) for row in rollouts + shown["samples"] for view in ("image", "crop")], notes)}
     # Model output reaches the page as JSON without "<", so that no response can end the script it stands in, and is
     # put on screen with textContent only.
     text = re.sub("[<>&]", lambda m: f"\\u{ord(m[0]):04x}", json.dumps(data))
-    values = {"name": html.escape(out.resolve().name), "data": text, "table": html.escape("\n\n".join(tables.values()))}
-    page = re.sub(r"{{(\w+)}}", lambda m: values[m[1]], TEMPLATE.read_text(encoding="utf-8"))
-    (out / "report.html.part").write_text(page, encoding="utf-8")
-    os.replace(out / "report.html.part", out / "report.html")
+    values = {"name": html.escape(data["name"]), "data": text, "table": html.escape("\n\n".join(tables.values()))}
+    write(out / "report.html", re.sub(r"{{(\w+)}}", lambda m: values[m[1]], TEMPLATE.read_text(encoding="utf-8")))
     return out / "report.html"
-
-
-def trajectory(folder: Path) -> list[dict]:
-    """What one checkpoint's folder step-N adds to the gap over a run (paper, Figure 5): a row a benchmark."""
-    return [{"step": int(folder.name[5:]), "bench": name, **{view: f[view]["accuracy"] for view in ("full", "crop") if view in f},
-             "gap": f.get("gap", {}).get("gap")} for name, f in read_json(folder / "result.json", []).get("benches", {}).items()]
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
@@ -773,11 +751,10 @@ def evaluate(path: str, benches: dict[str, list[dict]], out: Path, *, device: st
     now = {"weights": hashlib.sha256(some).hexdigest()[:16], "max_new_tokens": max_new_tokens, "zoom": rounds}
     then = read_json(out / "args.json", []) or now
     if differ := [f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in now if then.get(key) != now[key]]:
-        raise ValueError(f"{out} holds answers of {then.get('model')}; {path} differs in {', '.join(differ)}. "
-                         "Choose another --out.")
+        raise ValueError(f"{out} holds answers of {then['model']}; {path} differs in {', '.join(differ)}. Choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        (out / "args.json").write_text(json.dumps({"model": path} | now, indent=1) + "\n")
+        write(out / "args.json", json.dumps({"model": path} | now, indent=1) + "\n")
     for name, rows in benches.items():
         answer(model, processor, name, rows, out, max_new_tokens=max_new_tokens, rounds=rounds, rank=rank, world=world, **how)
     if world > 1:
@@ -820,37 +797,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    Image.MAX_IMAGE_PIXELS = None                                               # benchmark files are trusted, and some are huge
-    scoring = {"scorer": args.scorer, "judge": args.judge, "judge_model": args.judge_model}
-    if args.compare:
-        text, found = compare(*args.compare)
-        print(text)
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "compare.json").write_text(json.dumps({"folders": [*map(str, args.compare)], "benches": found}, indent=1))
-    elif args.rescore:
-        for folder in sorted(args.rescore.glob("step-*")) or [args.rescore]:    # of --checkpoints: each one's
-            print(f"{folder}\n{table(summarise(folder, **scoring))}")
-    if args.compare or args.rescore or args.report:
-        if page := args.report or args.rescore or args.out:
-            print(report(page))
-        return
+def run(args: argparse.Namespace, scoring: dict, rank: int, world: int) -> None:
+    """Answer and score every benchmark with the model, or with every checkpoint of a run; print tables, write the page."""
     import torch
     import transformers
     transformers.utils.logging.disable_progress_bar()
-    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if device == "cpu":                                                         # on a GPU its warning of slow kernels matters
         transformers.utils.logging.set_verbosity_error()
-    if world > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=2))
-        if rank > 0:
-            torch.distributed.barrier()                                         # rank 0 downloads and converts first
+    if rank > 0:
+        torch.distributed.barrier()                                             # rank 0 downloads and converts first
     benches = {}
     for name in args.names:
-        own = Path(name).stem if name.endswith(".jsonl") else Path(name).name
+        own = Path(name).name.removesuffix(".jsonl")
         if own in benches or own != name and own in (*BENCHES, *GROUPS["toy"]):
             raise ValueError(f"--bench {name}: another benchmark is called {own!r} too. Rename the file or folder.")
         rows = benchmark(name, args.data_root)
@@ -864,24 +823,50 @@ def main(argv: list[str] | None = None) -> None:
     if without and rank == 0:
         print(f"no crops, full view only: {', '.join(without)}")
     models = {args.out: args.model}
-    if run := args.checkpoints:
-        if not (run / "args.json").is_file():
-            raise FileNotFoundError(f"--checkpoints {run}: no args.json there. Expected the --out folder of a train.py run.")
-        models = {args.out / "step-000000": json.loads((run / "args.json").read_text())["model"]}
-        models |= {args.out / f"step-{path.name[11:]}": str(path) for path in sorted(run.glob("checkpoint-??????"))}
-    views = ["full", "crop"] if args.view == "both" else [args.view]
+    if args.checkpoints:
+        if not (args.checkpoints / "args.json").is_file():
+            raise FileNotFoundError(f"--checkpoints {args.checkpoints}: no args.json there. Expected the --out folder of a "
+                                    "train.py run.")
+        models = {args.out / "step-000000": json.loads((args.checkpoints / "args.json").read_text())["model"]}
+        models |= {args.out / f"step-{path.name[11:]}": str(path) for path in sorted(args.checkpoints.glob("checkpoint-??????"))}
     for out, path in models.items():
-        evaluate(path, benches, out, views=views, batch=args.batch, max_new_tokens=args.max_new_tokens, rounds=args.zoom,
-                 device=device, rank=rank, world=world)
+        evaluate(path, benches, out, views=["full", "crop"] if args.view == "both" else [args.view], batch=args.batch,
+                 max_new_tokens=args.max_new_tokens, rounds=args.zoom, device=device, rank=rank, world=world)
         if rank == 0:
             print(f"{path}\n{table(summarise(out, **scoring))}")
     if rank == 0:
-        for row in sum(map(trajectory, models), []) if run else []:
+        for row in sum(map(trajectory, models), []) if args.checkpoints else []:
             shares = "  ".join(f"{key} {percent(row.get(key))}" for key in ("full", "crop", "gap"))
             print(f"step {row['step']:6} {row['bench']:<20} {shares}")
         print(report(args.out))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    scoring = {"scorer": args.scorer, "judge": args.judge, "judge_model": args.judge_model}
+    Image.MAX_IMAGE_PIXELS = None                                               # benchmark files are trusted, and some are huge
+    if args.compare:
+        text, found = compare(*args.compare)
+        print(text)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write(args.out / "compare.json", json.dumps({"folders": [*map(str, args.compare)], "benches": found}, indent=1))
+    elif args.rescore:
+        for folder in sorted(args.rescore.glob("step-*")) or [args.rescore]:    # of --checkpoints: each one's
+            print(f"{folder}\n{table(summarise(folder, **scoring))}")
+    if args.report or args.rescore or args.compare:
+        if page := args.report or args.rescore or args.out:
+            print(report(page))
+        return
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        torch.distributed.destroy_process_group()
+        import torch.distributed as dist
+        dist.init_process_group("gloo", timeout=timedelta(days=2))
+    try:
+        run(args, scoring, rank, world)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ import json
 import math
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -37,7 +40,6 @@ SPLITS = ("train", "base", "eval")                         # their streams of sc
 KINDS = {"small": (1, 1), "pair": (1, 2), "large": (2, 2), "colour": (1, 1), "corner": (2, 2)}     # rows, columns of the target
 DISTIL = ("small", "large", "pair", "large")               # cycled through: half large ones, or their skill would be forgotten
 ROWS = 6000                                                # triplets of the distillation
-BENCHES = {"toy": ("small", "pair"), "toy-large": ("large",), "toy-holdout": ("colour", "corner")}
 EVAL = ("small", "pair", "large", "small", "pair", "large", "colour", "corner")
 COLOURS = {"green": (60, 190, 70), "blue": (70, 120, 255), "yellow": (240, 220, 60), "purple": (165, 95, 250),
            "cyan": (60, 210, 220), "white": (240, 240, 240)}                   # red is the box's alone
@@ -224,3 +226,85 @@ def train_base(folder: Path, seed: int, device: torch.device | str = "cpu") -> N
     shutil.rmtree(partial, ignore_errors=True)
     save(model, processor, partial)
     partial.rename(folder)
+
+
+# ------------------------------------------------------------------------------------------------- the table of methods
+
+VARIANTS = {                                               # flags of train.py; the first one draws and trains the base model for all
+    "vision-opd": [], "teacher-initial": ["--teacher", "initial"], "teacher-current": ["--teacher", "current"],
+    "teacher-trust-region": ["--teacher", "trust-region"], "forward-kl": ["--divergence", "forward_kl"],
+    "reverse-kl": ["--divergence", "reverse_kl"], "top-1": ["--top-k", "1"], "8-tokens": ["--max-new-tokens", "8"],
+    "sampled-token": ["--objective", "sampled-token"], "opsd": ["--method", "opsd"], "sft": ["--method", "sft"],
+    "grpo": ["--method", "grpo"], "dapo": ["--method", "dapo", "--resample", "2"]}
+
+
+def ablate(out: Path, seeds: list[int], variants: list[str], jobs: int, steps: int) -> None:
+    """Train every variant with every seed into out/VARIANT-SEED, `jobs` at a time; those that have ended are not run again."""
+    def run(pair: tuple[str, int]) -> None:
+        variant, seed = pair
+        folder, first = out / f"{variant}-{seed}", out / f"vision-opd-{seed}"
+        if (folder / "eval-after" / "result.json").exists():
+            return
+        if folder != first and not (folder / "seconds.json").exists():                # the same base: evaluated once
+            shutil.copytree(first / "eval-before", folder / "eval-before", dirs_exist_ok=True)
+            shutil.copy(first / "seconds.json", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, Path(__file__).with_name("train.py"), "--toy", "--seed", seed, "--steps", steps, "--out", folder,
+                   "--model", first / "base", "--data", first / "data", *VARIANTS[variant]]
+        with (folder / "output.txt").open("a") as output:
+            if subprocess.run([*map(str, command)], stdout=output, stderr=output).returncode:
+                raise OSError(f"{variant} with seed {seed} failed: see {folder}/output.txt. The others go on from where they are "
+                              "with the same command.")
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(variants) * len(seeds), unit="run") as bar:
+        for stage in (["vision-opd"], [variant for variant in variants if variant != "vision-opd"]):
+            for _ in pool.map(run, [(variant, seed) for variant in stage for seed in seeds]):
+                bar.update()
+
+
+def table(out: Path, seeds: list[int], variants: list[str]) -> str:
+    """Mean and standard deviation over the seeds, in %, of the exact answers to held-out scenes; response length at the end of
+    training, and minutes of training."""
+    def cells(folders: list[Path], when: str) -> list[str]:
+        found = [json.loads((folder / f"eval-{when}" / "result.json").read_text())["benches"] for folder in folders]
+        values = [[100 * bench[name][view]["accuracy"] for bench in found] for name, view in (
+            ("toy", "full"), ("toy", "crop"), ("toy-large", "full"), ("toy-holdout", "full"))]
+        if when == "after":
+            logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in folders]
+            values.append([np.mean([row["length"] for row in log[-20:]]) for log in logs])
+            values.append([sum(row[f"{key}_s"] for row in log for key in ("gen", "teach", "learn", "other")) / 60 for log in logs])
+        return [f"{np.mean(each):.1f} ± {np.std(each, ddof=1) if len(each) > 1 else 0:.1f}" for each in values]
+    rows = [["base", *cells([out / f"vision-opd-{seed}" for seed in seeds], "before"), "", ""]]
+    rows += [[variant, *cells([out / f"{variant}-{seed}" for seed in seeds], "after")] for variant in variants]
+    head = ["variant", "full", "crop", "large", "holdout", "length", "minutes"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an interrupted table goes on")
+    p.add_argument("--n", type=int, default=100, help="triplets to draw")
+    p.add_argument("--seed", type=int, default=0, help="of the scenes drawn")
+    p.add_argument("--split", choices=SPLITS, default="train", help="three streams of scenes that never meet")
+    p.add_argument("--ablate", action="store_true", help="instead: train and compare the variants of train.py's method")
+    p.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], help="rows of the table, after vision-opd")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="runs a variant")
+    p.add_argument("--steps", type=int, default=300, help="steps a run")
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, a CPU core each")
+    args = p.parse_args()
+    if min(args.n, args.steps, args.jobs) < 1:
+        p.error(f"--n, --steps and --jobs must be at least 1, got {args.n}, {args.steps} and {args.jobs}")
+    if not args.ablate:
+        print(f"drawn: {synth.preview(draw(args.out, args.n, args.seed, args.split))}")
+        return
+    variants = list(dict.fromkeys(["vision-opd", *args.variants]))
+    ablate(args.out, args.seeds, variants, args.jobs, args.steps)
+    text = table(args.out, args.seeds, variants)
+    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"toy.py: {error}") from error

@@ -412,7 +412,7 @@ def fill_up(args, micros: list[Micro], flat: Flat, further) -> list[Micro]:
 
 
 def token_loss(args, hidden: Tensor, head: Tensor, micro: Micro, weights: Tensor) -> tuple[Tensor, ...]:
-    """(sum of weights * loss, loss of each token), and for top-K where teacher and student agree. hidden (n, D), weights (n,)."""
+    """(sum of weights * loss; loss of each token; for top-K, whether teacher and student agree on it). hidden (n, D), weights (n,)."""
     if args.method in DISTIL and args.objective == "topk":
         return topk_divergence(hidden, head, micro.target, weights, k=args.top_k, beta=args.beta, divergence=args.divergence,
                                chunk=args.chunk, agreement=True)
@@ -426,7 +426,7 @@ def token_loss(args, hidden: Tensor, head: Tensor, micro: Micro, weights: Tensor
     else:
         advantages = micro.advantages[:, None].expand_as(mask)[mask]
         per_token = clipped_policy_gradient(log_s, then, advantages, low=0.2, high=0.28 if args.method == "dapo" else 0.2)
-    return (weights * per_token).sum(), per_token.detach()
+    return (weights * per_token).sum(), per_token.detach(), torch.zeros_like(ids)
 
 
 def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat, teacher_flat: Flat, state: State, rows, further):
@@ -477,9 +477,9 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
             if args.method == "grpo":                                                 # mean of a response, then of all of them
                 weights = (1 / (mask.sum(1, keepdim=True) * n)).expand_as(mask).float()
             hidden = response_hidden(student, micro.full, micro.rollout, checkpoint=args.checkpointing)[mask]      # (n, D)
-            loss, per_token, *agree = token_loss(args, hidden, student.lm_head.weight, micro, weights[mask])
+            loss, per_token, agree = token_loss(args, hidden, student.lm_head.weight, micro, weights[mask])
             loss.backward()
-            sums += torch.stack([loss.detach().double(), sum(a.double().sum() for a in agree) / tokens + 0 * loss.detach().double()])
+            sums += torch.stack([loss.detach().double(), agree.double().sum() / tokens])
             if i == 0 and (step % args.show_every == 0 or step + 1 == args.steps):
                 shown = show(args, step, micro.rollout, per_token, [rows[j] for j in micro.numbers], processor)
         flat.reduce_into(state.master.grad)                                           # all ranks, with or without tokens
@@ -625,7 +625,7 @@ def tensorboard(out: Path, begin: int):
 def judge(args, checkpoint: str | Path, when: str, device: torch.device) -> None:
     """Evaluate a checkpoint on scenes never trained on, into OUT/eval-WHEN."""
     out = Path(args.out)
-    benches = {name: evaluate.benchmark(name, out) for name in toy.BENCHES}
+    benches = {name: evaluate.benchmark(name, out) for name in evaluate.GROUPS["toy"]}
     evaluate.evaluate(str(checkpoint), benches, out / f"eval-{when}", views=["full", "crop"], max_new_tokens=18, batch=100,
                       device=str(device))
     evaluate.summarise(out / f"eval-{when}")

@@ -179,7 +179,7 @@ def test_rows_that_cannot_be_asked_are_errors_that_the_next_run_tries_again_and_
     model.before, whole = memory, image.read_bytes()
     image.write_bytes(whole[:60])
     answer(path, out, batch=9)
-    assert max(map(len, model.asked)) == 2 and "out of memory with 9 rows at once, going on with 4" in "".join(capsys.readouterr())
+    assert max(map(len, model.asked)) == 2 and "out of memory with 4 rows at once, going on with 2" in "".join(capsys.readouterr())
     answers, found = outcome(out)
     assert [(f["n"], f.get("errors")) for f in found["mine"].values()] == [(5, 2), (6, 1), (5, None)]      # full, crop, gap
     cut, large, _ = [a["error"] for a in evaluate.saved(out) if "error" in a]
