@@ -297,7 +297,7 @@ def test_fetching_what_is_not_there_says_what_is(tmp_path):
     (tmp_path / "other.jsonl").touch()
     with pytest.raises(FileNotFoundError, match=r"has no train.jsonl.*other\.jsonl"):
         synth.fetch(tmp_path)
-    with pytest.raises(FileNotFoundError, match="neither a folder here nor a hub data set's id"):
+    with pytest.raises(FileNotFoundError, match="no such folder.*Expected a data set"):
         synth.fetch(str(tmp_path / "nowhere"))
 
 
