@@ -392,7 +392,7 @@ def wrapped(text: str, font, width: int, most: int) -> list[str]:
 
 
 def tile(row: dict, typeface) -> Image.Image:
-    """One triplet to look at: image and crop, below them question, answer, sizes, and the box's share of the image."""
+    """One triplet to look at: image (bbox marked yellow) and crop, below them question, answer, sizes, the box's share."""
     wide, high, gap, step = 360, 256, 14, 24                                    # px: image slot (crop: high x high), text
     image, crop, box = load_image(row["image"]), load_image(row["crop"]), row["bbox"]
     share = (box[2] - box[0]) * (box[3] - box[1]) / (image.width * image.height) if box else None
@@ -406,8 +406,13 @@ def tile(row: dict, typeface) -> Image.Image:
     for picture, x, room in ((image, gap, wide), (crop, wide + 2 * gap, high)):
         method = Image.Resampling.NEAREST if 2 * picture.width <= room else Image.Resampling.LANCZOS     # show pixels
         drawn.paste(ImageOps.pad(picture, (room, high), method, "white"), (x, gap))
+    draw, scale = ImageDraw.Draw(drawn), min(wide / image.width, high / image.height)
+    if box:                                                                     # a red frame may be under a pixel wide here
+        left, top = gap + (wide - scale * image.width) / 2, gap + (high - scale * image.height) / 2
+        x1, y1, x2, y2 = (start + scale * v for start, v in zip((left, top) * 2, box))
+        draw.rectangle((x1 - 4, y1 - 4, x2 + 4, y2 + 4), outline="yellow", width=2)
     for n, line in enumerate(lines):
-        ImageDraw.Draw(drawn).text((gap, high + 2 * gap + n * step), *line)
+        draw.text((gap, high + 2 * gap + n * step), *line)
     return drawn
 
 
