@@ -759,7 +759,7 @@ def read_parts(out: Path, config: dict | None = None) -> Iterator[dict]:
     for path in sorted((out / ".parts").glob("*.jsonl")):
         with path.open("rb") as lines:
             for row in (json.loads(line) for line in lines if line.endswith(b"\n")):        # else torn by a kill
-                found = row.get("config", config)
+                found = row.get("config", config) or {}
                 config = config or found
                 if differs := {k: (found.get(k), config.get(k)) for k in {*found, *config} if found.get(k) != config.get(k)}:
                     raise FileExistsError(f"{path} was made with another configuration; (found, wanted) is {differs}. Run again "
@@ -800,7 +800,7 @@ def run(args) -> None:
     files = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
     if not files:
         raise FileNotFoundError(f"--images {args.images} holds no files. Expected a folder of photographs.")
-    if lost := sorted({*(boxes or ())}.difference(files)):
+    if rank == 0 and (lost := sorted({*(boxes or ())}.difference(files), key=str)):
         print(f"warning: {args.proposer} names {len(lost)} images that are not under {args.images}, the first {lost[0]!r}")
     files = [file for file in files if int(hashlib.sha256(os.fsencode(file)).hexdigest(), 16) % world == rank]
     done = {row["file"] for row in read_parts(out, config) if "file" in row}

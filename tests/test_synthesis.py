@@ -153,11 +153,11 @@ def test_boxes_of_ones_own_need_no_model_to_find_them(tmp_path, monkeypatch, cap
     photos(tmp_path / "in", 2)
     boxes = tmp_path / "boxes.jsonl"
     boxes.write_text('{"image": "0.jpg", "boxes": [[9.5, 10, 90, 80], [300, 200, 400, 290]], "labels": ["tag", "mug"]}\n\n'
-                     '{"image": "gone.jpg", "boxes": []}\n')
+                     '{"image": "gone.jpg", "boxes": []}\n{"image": 7, "boxes": []}\n')
     script = scripted(monkeypatch)
     main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out", "--proposer", boxes, "--clean-crop")
     assert sorted(r["bbox"] for r in rows(tmp_path / "out")) == [[9, 10, 90, 80], [300, 200, 400, 290]]
-    assert "names 1 images that are not under" in (told := capsys.readouterr().out) and "the first 'gone.jpg'" in told
+    assert "names 2 images that are not under" in (told := capsys.readouterr().out) and "the first 7" in told
     assert {call[0] for call in script.calls} == {"ask"} and stats(tmp_path / "out")["dropped"]["nothing_found"] == 1
     for r in synth.read_triplets(tmp_path / "out"):
         clean, _ = synth.cut(synth.load_image(tmp_path / "in" / "0.jpg"), r["extra"]["window"])
