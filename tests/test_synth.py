@@ -296,7 +296,7 @@ def test_fetching_what_is_not_there_says_what_is(tmp_path):
     (tmp_path / "other.jsonl").touch()
     with pytest.raises(FileNotFoundError, match=r"has no train.jsonl.*other\.jsonl"):
         synth.fetch(tmp_path)
-    with pytest.raises(FileNotFoundError, match="neither a folder here nor a hub data set's id"):
+    with pytest.raises(FileNotFoundError, match="no such folder.*Expected a data set"):
         synth.fetch(str(tmp_path / "nowhere"))
 
 
@@ -399,7 +399,8 @@ def test_the_contact_sheet_takes_any_data_set(tmp_path):
     synth.write_triplets(tmp_path, [sample("a", image=wide, crop=tall, question=words, bbox=None, answer=None),
                                     sample("b", question="x" * 500, answer="y" * 500)])
     assert synth.preview(tmp_path) == tmp_path / "preview.png"
-    assert synth.load_image(tmp_path / "preview.png").width < 1500
+    sheet = synth.load_image(tmp_path / "preview.png")
+    assert sheet.width < 1500 and (pixels(sheet) == (255, 255, 0)).all(-1).sum() > 4 * 50    # one box is noted, and marked
 
 
 def test_a_command_line_that_asks_for_nothing_or_too_little_says_so(tmp_path):

@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections import Counter
 
@@ -28,7 +29,7 @@ ASKED = [{"question": "What colour is the tag?", "answer": "red", "type": "colou
 
 
 def kind_of(prompt):
-    return ("find" if prompt.startswith(synth.FIND) else "ask" if prompt.startswith(synth.ASK[:20]) else
+    return ("find" if prompt.startswith(synth.PROMPTS["find"]) else "ask" if prompt.startswith(synth.PROMPTS["ask"][:20]) else
             "vote" if 'reply "unknown"' in prompt else "wrong")
 
 
@@ -101,7 +102,7 @@ def test_photographs_become_triplets_with_their_provenance(tmp_path, monkeypatch
     for r in found:
         e, (x1, y1, x2, y2) = r["extra"], r["bbox"]
         source, image, crop = (synth.load_image(p) for p in (tmp_path / "in" / e["source"], r["image"], r["crop"]))
-        assert r["question"] == "What colour is the tag?" + synth.HINT and r["answer"] is None and e["type"] == "colour"
+        assert r["question"] == "What colour is the tag?" + synth.PROMPTS["hint"] and r["answer"] is None and e["type"] == "colour"
         assert e["source_size"] == [640, 480] and e["box"] == r["bbox"] and e["seed"] == 0 and len(e["config"]) == 12
         before, after = np.asarray(source), np.asarray(image)
         assert (before[y1:y2, x1:x2] == after[y1:y2, x1:x2]).all()
@@ -127,7 +128,7 @@ def test_labels_need_seven_of_eight_votes_and_are_written(tmp_path, monkeypatch)
     script = scripted(monkeypatch, vote=vote)
     main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out", "--labels")
     assert script.calls[-1] == ("vote", 12, 1.0)
-    assert {(r["answer"], *r["extra_info"]["votes"]) for r in rows(tmp_path / "out")} == {("It is RED", 7, 8)}
+    assert {(r["answer"], r["extra_info"]["draft"], *r["extra_info"]["votes"]) for r in rows(tmp_path / "out")} == {("It is RED", "red", 7, 8)}
     assert stats(tmp_path / "out")["dropped"] == {"no_consensus": 6}
 
 
@@ -138,8 +139,8 @@ def test_multiple_choice_is_written_as_released(tmp_path, monkeypatch):
     letters = Counter(r["answer"] for r in rows(tmp_path / "out"))
     assert set(letters) == set("ABCD") and letters.total() == 16
     for r in rows(tmp_path / "out"):
-        stem, options = r["problem"].split(synth.HINT + "\n\n")
-        assert stem == "<image>\nWhat colour is the tag?" and options.endswith(synth.CHOOSE.strip())
+        stem, options = r["problem"].split(synth.PROMPTS["hint"] + "\n\n")
+        assert stem == "<image>\nWhat colour is the tag?" and options.endswith(synth.PROMPTS["choose"].strip())
         options = dict(line.split(". ") for line in options.split("\n\n")[0].split("\n"))
         assert options[r["answer"]] == "Red" and sorted(options.values()) == ["Blue", "Red", "green", "white"]
     assert synth.balance(synth.read_triplets(tmp_path / "out"))[0] == "16 of 16 answers are 'red', over 10%"
@@ -149,13 +150,15 @@ def test_multiple_choice_is_written_as_released(tmp_path, monkeypatch):
         main(monkeypatch, "--images", photos(tmp_path / "in2"), "--out", tmp_path / "out2", "--format", "mcq")
 
 
-def test_boxes_of_ones_own_need_no_model_to_find_them(tmp_path, monkeypatch):
+def test_boxes_of_ones_own_need_no_model_to_find_them(tmp_path, monkeypatch, capsys):
     photos(tmp_path / "in", 2)
     boxes = tmp_path / "boxes.jsonl"
-    boxes.write_text('{"image": "0.jpg", "boxes": [[9.5, 10, 90, 80], [300, 200, 400, 290]], "labels": ["tag", "mug"]}\n')
+    boxes.write_text('{"image": "0.jpg", "boxes": [[9.5, 10, 90, 80], [300, 200, 400, 290]], "labels": ["tag", "mug"]}\n\n'
+                     '{"image": "gone.jpg", "boxes": []}\n{"image": 7, "boxes": []}\n')
     script = scripted(monkeypatch)
     main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out", "--proposer", boxes, "--clean-crop")
     assert sorted(r["bbox"] for r in rows(tmp_path / "out")) == [[9, 10, 90, 80], [300, 200, 400, 290]]
+    assert "names 2 images that are not under" in (told := capsys.readouterr().out) and "the first 7" in told
     assert {call[0] for call in script.calls} == {"ask"} and stats(tmp_path / "out")["dropped"]["nothing_found"] == 1
     for r in synth.read_triplets(tmp_path / "out"):
         clean, _ = synth.cut(synth.load_image(tmp_path / "in" / "0.jpg"), r["extra"]["window"])
@@ -164,7 +167,7 @@ def test_boxes_of_ones_own_need_no_model_to_find_them(tmp_path, monkeypatch):
                 '{"image": "a", "boxes": [[1, 2, 3, 4]], "labels": []}', "[]"):
         boxes.write_text(f"\n{bad}\n")
         if bad.endswith('"labels": []}'):
-            assert synth.read_boxes(boxes) == {"": [], "a": [([1, 2, 3, 4], None, None)]}
+            assert synth.read_boxes(boxes) == {"a": [([1, 2, 3, 4], None, None)]}
         else:
             with pytest.raises(ValueError, match=r"boxes\.jsonl, line 2"):
                 synth.read_boxes(boxes)
@@ -219,7 +222,7 @@ def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, mon
     ('<think>["x"]</think>\n["y"]', ["y"]), ('{"objects": [{"a": 1}]}', [{"a": 1}]), ('{"a": 1}\n{"a": 2}', [{"a": 1}, {"a": 2}]),
     ('[{"a": 1}, {"a": 2}, {"a": [3', [{"a": 1}, {"a": 2}]), ('["größe", "字"]', ["größe", "字"]), ("", None), ("I see nothing", None),
     ("[__import__('os').system('x')]", None), ("[" * 100000, None), ('{"a":' * 50000, None), ("[" + "9" * 9000 + "]", None),
-    ("[1e999]", None), ("\x00\ud800[", None), ("<think>[1", None)])
+    ("[1e999]", None), ('Here [as asked]: ["a", "b"]', ["a", "b"]), ('{"a": ' + "[" * 9000 + "]" * 9000 + "}", None), ("\x00\ud800[", None), ("<think>[1", None)])
 def test_json_is_found_in_whatever_surrounds_it_and_never_evaluated(text, expected):
     assert synth.read_json(text) == expected
 
@@ -228,10 +231,10 @@ def test_json_is_found_in_whatever_surrounds_it_and_never_evaluated(text, expect
                                  [0, 0, float("nan"), 9], [0, 0, float("inf"), 9], [0, 0, 10 ** 400, 9]])
 def test_a_box_that_is_none_is_dropped_and_the_others_kept(tmp_path, monkeypatch, box):
     good = [300, 300, 420, 420]
-    items = [{"bbox_2d": box, "label": "x"}, {"bbox_2d": good, "label": "y"}, {"bbox_2d": good, "label": "<image> y"}, "z", {"label": "y"}]
+    items = [{"bbox_2d": box, "label": "x"}, {"bbox_2d": good, "label": "y"}, {"bbox_2d": good, "label": "<image> y"}, {"label": "y"}]
     scripted(monkeypatch, find=json.dumps(items))
     main(monkeypatch, "--images", photos(tmp_path / "in", 1), "--out", tmp_path / "out")
-    assert [r["bbox"] for r in rows(tmp_path / "out")] == [[192, 144, 269, 202]] and stats(tmp_path / "out")["dropped"]["bad_box"] == 4
+    assert [r["bbox"] for r in rows(tmp_path / "out")] == [[192, 144, 269, 202]] and stats(tmp_path / "out")["dropped"]["bad_box"] == 3
 
 
 def test_regions_are_small_visible_distinct_and_at_most_three():
@@ -252,7 +255,7 @@ def test_regions_are_small_visible_distinct_and_at_most_three():
     ({"question": "What colour is it? What size is it?"}, "several_questions"), ({"question": "What colour is it and what size?"}, "several_questions"),
     ({"question": "What colour is the tag in the picture?"}, "mentions_view"), ({"question": "What is in the red box?"}, "mentions_view"),
     ({"question": "What hangs in the top left corner?"}, "mentions_place"), ({"question": "What cup stands on the left?"}, "mentions_place"),
-    ({"question": "Is the tag red today?"}, "yes_no"), ({"answer": "Yes."}, "yes_no"), ({"question": "What is it, red or blue?"}, "either_or"),
+    ({"question": "Is the tag red today?"}, "yes_no"), ({"answer": "Yes."}, "yes_no"), ({"answer": True}, "yes_no"), ({"answer": 3.5}, None), ({"question": "What is it, red or blue?"}, "either_or"),
     ({"type": "mood"}, "question_type"), ({"type": None}, "question_type"), ({"answer": "one two three four five"}, "answer_form"), ({"answer": "unknown"}, "answer_form"),
     ({"question": "What colour is the red tag?"}, "leak"), ({"question": "How many of the two lights shine?", "answer": "2"}, "leak"),
     ({"question": "这个字是红色吗，什么颜色，什么样子?", "answer": "红色"}, "leak"), ({"question": "What reddish tag is that?"}, None)])
@@ -318,9 +321,13 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_done(tmp_path, monkey
 
 
 def test_no_sample_at_the_end_is_an_error_with_the_table(tmp_path, monkeypatch):
-    scripted(monkeypatch, ask="[]")
-    with pytest.raises(ValueError, match=r"no sample from 3 photographs[\s\S]*6 no_question"):
+    scripted(monkeypatch, ask=lambda image, *_: "[]" if np.asarray(image)[0, 0, 0] % 2 else "I see nothing")
+    with pytest.raises(ValueError, match=r"no sample from 3 photographs[\s\S]* no_question"):
         main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out")
+    told = stats(tmp_path / "out")
+    assert told["dropped"].keys() == {"no_question", "questions_malformed"} and "questions_malformed: I see nothing" in told["notes"]
+    with pytest.raises(FileNotFoundError, match="Expected the --out of a run"):
+        main(monkeypatch, "--merge", tmp_path / "in")
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no files"):
         main(monkeypatch, "--images", tmp_path / "none", "--out", tmp_path / "out2")
@@ -376,11 +383,15 @@ def test_a_killed_run_goes_on_with_other_ranks_to_the_same_data_set(tmp_path):
     assert child(tmp_path / "in", out, 1, 2, 9) == -signal.SIGKILL
     assert [child(tmp_path / "in", out, rank, 3) for rank in range(3)] == [0] * 3
     assert 0 < len(first) < 9 and not (out / "train.jsonl").exists()
+    for name in ("images/.tmp-old.jpg", "teacher_images/.tmp-old.png", "images/.tmp-new.jpg"):          # of a killed and of a living rank
+        (out / name).touch()
+        os.utime(out / name, (age := time.time() - ("old" in name) * 3600, age))
     for _ in range(2):
         merged = subprocess.run([sys.executable, synth.__file__, "--merge", out], capture_output=True, text=True)
         assert merged.returncode == 0 and "18 samples of 10 photographs" in merged.stdout, merged.stderr
         assert (out / "train.jsonl").read_bytes() == (tmp_path / "straight" / "train.jsonl").read_bytes()
     assert stats(out)["dropped"] == stats(tmp_path / "straight")["dropped"] == {"question_spare": 18, "duplicate": 1}
+    assert "new.jpg" in (left := str([path.name for path in out.rglob(".tmp-*")])) and "old" not in left
     for key in synth.FOLDERS:
         a, b = ({p.name: p.read_bytes() for p in (place / key).iterdir() if p.name[0] != "."} for place in (out, tmp_path / "straight"))
         assert a == b and len(a) == 18
@@ -460,9 +471,10 @@ def sam3(path, monkeypatch):
 
 def test_sam3_boxes_names_without_torchvision_as_its_plain_forward_does(tmp_path, monkeypatch):
     sam, tokenizer = sam3(tiny_sam3(tmp_path / "sam3"), monkeypatch)
-    image, drops = synth.load_image(photo(tmp_path / "in" / "a.jpg")), Counter()
+    image = synth.load_image(photo(tmp_path / "in" / "a.jpg"))
+    shown = {"image": image, "drops": Counter()}
     assert "torchvision" not in sys.modules
-    assert synth.sam3_boxes(sam, tokenizer, image, ["tag", "red mug"], drops) == [] and drops == {"name_not_found": 2}
+    assert synth.sam3_boxes(sam, tokenizer, shown, ["tag", "red mug"]) == [] and +shown["drops"] == {"name_not_found": 2}
     with torch.inference_mode():
         pixels = torch.tensor(np.asarray(image.resize((56, 56), 2))).permute(2, 0, 1)[None] / 127.5 - 1
         plain = sam(pixel_values=pixels, **tokenizer(["red mug"], padding="max_length", max_length=32, return_tensors="pt"))
@@ -475,11 +487,16 @@ def test_sam3_boxes_names_without_torchvision_as_its_plain_forward_does(tmp_path
         out.pred_logits, out.presence_logits = out.pred_logits + 20 * top - 10, out.presence_logits + 20
         return out
 
+    def full(**inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sam, "forward", full)
+    assert synth.sam3_boxes(sam, tokenizer, shown, ["tag"]) == [] and shown["drops"]["out_of_memory"] == 1
     monkeypatch.setattr(sam, "forward", sure)
-    (_, name, score), (box, other, _) = synth.sam3_boxes(sam, tokenizer, image, ["tag", "red mug"], drops)
+    (_, name, score), (box, other, _) = synth.sam3_boxes(sam, tokenizer, shown, ["tag", "red mug"])
     assert (name, other) == ("tag", "red mug") and 0.75 <= score <= 1
     np.testing.assert_allclose(box, (plain.pred_boxes[0, best] * torch.tensor([640, 480, 640, 480])).tolist(), atol=0.05)
-    script = scripted(monkeypatch, find='["tag", "red mug", "tag", 7, {"label": "lamp"}]')
+    script = scripted(monkeypatch, find='["tag", "red mug", "tag", 7]')
     monkeypatch.setattr(synth, "load_engine", lambda args: {"model": (None, None), "sam3": (sam, tokenizer)})
     with pytest.raises(ValueError, match="name_malformed"):                     # random boxes are mostly too large
         main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out", "--proposer", "sam3")
@@ -541,6 +558,8 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, monk
                   "s4.png", "1 questions contain their answer, the first ['s2']", "6 of 6 answers are 'red', over 10%", "types are 'colour', over 35%"):
         assert found in told
     assert subprocess.run([sys.executable, synth.__file__, "--check", tmp_path], capture_output=True).returncode == 1
+    one_each = [{"question": "What is it?", "answer": str(n), "extra": {"type": str(n)}, "id": str(n)} for n in range(4)]
+    assert synth.balance(one_each) == []                                        # four of four: each 25%, but none repeated
     toy.draw(tmp_path / "toy", 6, 0)
     main(monkeypatch, "--check", tmp_path / "toy")
     assert "6 readable rows, 6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
