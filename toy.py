@@ -188,11 +188,11 @@ def tiny(seed: int = 0):
     return prepare(model, processor), processor
 
 
-# The base model's recipe: what it is shown, and how often (relative). It reads crops well and full images badly, because the
-# small targets in the full view become rare once it reads `enough` of them.
-BASE = dict(steps=450, lr=3e-3, crops=44, fulls=28, scenes=12_000, enough=0.3,
-            crop={"small": 3, "large": 3, "pair": 4}, full={"small": 4, "pair": 4, "large": 2, "colour": 2, "corner": 3},
-            late={"small": 0.2, "pair": 0.2, "large": 4, "colour": 2, "corner": 3})
+# The base model's recipe: what it is shown, and how often (relative). It reads crops well and full images badly, because it
+# is shown no more small targets in the full view once it reads `enough` of them there.
+BASE = dict(steps=450, lr=3e-3, crops=44, fulls=36, scenes=12_000, enough=0.6,
+            crop={"small": 3, "large": 3, "pair": 4}, full={"small": 6, "pair": 5, "large": 2, "colour": 1, "corner": 2},
+            late={"large": 4, "colour": 1, "corner": 2})
 
 
 def train_base(folder: Path, seed: int, device: torch.device | str = "cpu") -> None:

@@ -514,7 +514,8 @@ def learning_rate(step: int, args) -> float:
 
 
 def show(args, step: int, piece: Rollout, per_token: Tensor, rows: list[dict], processor) -> list[dict]:
-    """The first response to each of up to 4 prompts, token by token with the teacher's disagreement, for the report."""
+    """The first response to each of up to 4 prompts for the report; where that is the loss, each token with the divergence."""
+    scored = args.method in DISTIL and args.objective == "topk"
     shown, per_row = [], per_token.split(piece.mask.sum(1).tolist())
     for i, row in enumerate(rows[:4]):
         if not piece.mask[i * args.group].any():                                      # not trained on
@@ -523,7 +524,7 @@ def show(args, step: int, piece: Rollout, per_token: Tensor, rows: list[dict], p
         paths = {view: os.path.relpath(row[view], args.out) for view in ("image", "crop")}
         shown.append({"step": step + 1, "id": row["id"], "question": row["question"], "answer": row["answer"], **paths,
                       "tokens": [processor.tokenizer.decode([token]) for token in ids],
-                      "divergence": [round(d, 5) for d in per_row[i * args.group].tolist()]})
+                      "divergence": [round(d, 5) for d in per_row[i * args.group].tolist()] if scored else []})
     return shown
 
 

@@ -367,11 +367,11 @@ def test_answers_of_another_model_or_other_settings_are_not_mixed(straight, chec
 
 def test_the_toys_small_and_large_targets_and_ones_own_rows_share_a_folder(model, tmp_path, monkeypatch):
     monkeypatch.setattr("rollout.answers", lambda m, p, images, prompts, *_: [{"output": "A", "tokens": 1, "truncated": False} for _ in prompts])
-    run("--bench", f"toy,{own(tmp_path)}", "--data-root", tmp_path, "--limit", 5, "--model", "m", "--view", "both", "--out", tmp_path / "out")
+    run("--bench", f"toy,{own(tmp_path)}", "--data-root", tmp_path, "--limit", 7, "--model", "m", "--view", "both", "--out", tmp_path / "out")
     (tmp_path / "out/answers-torn-0.jsonl").write_text('{"id": "0", "bench": "to')
     benches = evaluate.summarise(tmp_path / "out")["benches"]
     assert {name: [(view, f["n"]) for view, f in benches[name].items()] for name in benches} == {
-        name: [("full", 5), ("crop", 5), ("gap", 5)] for name in ("toy", "toy-large", "mine")} | {"toy-holdout": [("full", 5)]}
+        name: [("full", 7), ("crop", 7), ("gap", 7)] for name in ("toy", "toy-large", "mine")} | {"toy-holdout": [("full", 7)]}
     groups = {(a["bench"], a["group"]) for a in evaluate.saved(tmp_path / "out")}
     assert groups == {("toy", "small"), ("toy", "pair"), ("toy-large", "large"), ("toy-holdout", "colour"), ("toy-holdout", "corner"), ("mine", None)}
 
