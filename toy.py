@@ -189,10 +189,10 @@ def tiny(seed: int = 0):
 
 
 # The base model's recipe: what it is shown, and how often (relative). It reads crops well and full images badly, because it
-# is shown no more small targets in the full view once it reads `enough` of them there.
-BASE = dict(steps=450, lr=3e-3, crops=44, fulls=36, scenes=12_000, enough=0.6,
-            crop={"small": 3, "large": 3, "pair": 4}, full={"small": 6, "pair": 5, "large": 2, "colour": 1, "corner": 2},
-            late={"large": 4, "colour": 1, "corner": 2})
+# is shown few small targets in the full view, and hardly any once it reads `enough` of them.
+BASE = dict(steps=450, lr=3e-3, crops=44, fulls=28, scenes=12_000, enough=0.3,
+            crop={"small": 3, "large": 3, "pair": 4}, full={"small": 4, "pair": 4, "large": 2, "colour": 2, "corner": 3},
+            late={"small": 0.2, "pair": 0.2, "large": 4, "colour": 2, "corner": 3})
 
 
 def train_base(folder: Path, seed: int, device: torch.device | str = "cpu") -> None:
@@ -230,12 +230,13 @@ def train_base(folder: Path, seed: int, device: torch.device | str = "cpu") -> N
 
 # ------------------------------------------------------------------------------------------------- the table of methods
 
+EIGHT = ["--prompts", "4", "--group", "8"]                 # as many responses a step, in groups as large as the paper's
 VARIANTS = {                                               # flags of train.py; the first one draws and trains the base model for all
     "vision-opd": [], "teacher-initial": ["--teacher", "initial"], "teacher-current": ["--teacher", "current"],
     "teacher-trust-region": ["--teacher", "trust-region"], "forward-kl": ["--divergence", "forward_kl"],
     "reverse-kl": ["--divergence", "reverse_kl"], "top-1": ["--top-k", "1"], "8-tokens": ["--max-new-tokens", "8"],
     "sampled-token": ["--objective", "sampled-token"], "opsd": ["--method", "opsd"], "sft": ["--method", "sft"],
-    "grpo": ["--method", "grpo"], "dapo": ["--method", "dapo", "--resample", "2"]}
+    "grpo": ["--method", "grpo", *EIGHT], "dapo": ["--method", "dapo", "--resample", "2", *EIGHT]}
 
 
 def ablate(out: Path, seeds: list[int], variants: list[str], jobs: int, steps: int) -> None:

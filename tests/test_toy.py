@@ -1,7 +1,9 @@
 """toy.py: its scenes, its tiny model's words, its command line and its table of methods."""
 import hashlib
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 
 import synth
 import toy
+import train
 
 
 def pixels(image):
@@ -156,3 +159,56 @@ def test_the_command_line_draws_a_set_and_its_contact_sheet(tmp_path):
 def test_a_command_line_that_asks_for_nothing_or_too_little_says_so(tmp_path):
     for args in ([], ["--out", tmp_path, "--n", 0], ["--ablate", "--out", tmp_path, "--variants", "nonsense"], ["--ablate", "--out", tmp_path, "--seeds"]):
         assert run(*args).returncode == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- the table
+
+def leave_results(folder, full, seconds=6.0):
+    """What train.py --toy leaves of a run, as far as the table reads it."""
+    for when, share in (("before", 0.1), ("after", full)):
+        (folder / f"eval-{when}").mkdir(parents=True, exist_ok=True)
+        benches = {name: {view: {"accuracy": value} for view in ("full", "crop")} for name, value in (("toy", share), ("toy-large", 1), ("toy-holdout", 0.5))}
+        (folder / f"eval-{when}" / "result.json").write_text(json.dumps({"benches": benches}))
+    (folder / "seconds.json").write_text("{}")
+    (folder / "log.jsonl").write_text("".join(json.dumps({"length": 9 + step % 2, "gen_s": seconds, "teach_s": 0, "learn_s": 0, "other_s": 0}) + "\n"
+                                              for step in range(30)))
+
+
+def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path):
+    for variant, results in (("vision-opd", (0.5, 0.7)), ("sft", (0.4, 0.4))):
+        for seed, full in enumerate(results):
+            leave_results(tmp_path / f"{variant}-{seed}", full, seconds=6.0 + 2 * seed)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in toy.table(tmp_path, [0, 1], ["vision-opd", "sft"]).splitlines()]
+    assert rows[0] == ["variant", "full", "crop", "large", "holdout", "length", "minutes"]
+    assert rows[2] == ["base", "10.0 ± 0.0", "10.0 ± 0.0", "100.0 ± 0.0", "50.0 ± 0.0", "", ""]
+    assert rows[3] == ["vision-opd", "60.0 ± 14.1", "60.0 ± 14.1", "100.0 ± 0.0", "50.0 ± 0.0", "9.5 ± 0.0", "3.5 ± 0.7"]
+    assert rows[4][1] == "40.0 ± 0.0"
+
+
+def test_the_base_is_trained_once_a_seed_and_what_has_ended_is_not_run_again(tmp_path, monkeypatch):
+    told = []
+
+    def trained(command, **_):
+        flags = dict(zip(command[3::2], command[4::2]))
+        told.append((Path(flags["--out"]).name, Path(flags["--model"]).parent.name, Path(flags["--data"]).parent.name, flags.get("--method")))
+        assert Path(flags["--model"]).parent.name == Path(flags["--out"]).name or (Path(flags["--out"]) / "eval-before" / "result.json").exists()
+        leave_results(Path(flags["--out"]), 0.5)
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(subprocess, "run", trained)
+    toy.ablate(tmp_path, [0, 3], ["vision-opd", "grpo"], 2, 5)
+    first = {(f"vision-opd-{seed}", f"vision-opd-{seed}", f"vision-opd-{seed}", None) for seed in (0, 3)}
+    assert set(told[:2]) == first and set(told[2:]) == {(f"grpo-{seed}", f"vision-opd-{seed}", f"vision-opd-{seed}", "grpo") for seed in (0, 3)}
+    toy.ablate(tmp_path, [0, 3], ["vision-opd", "grpo"], 2, 5)
+    assert len(told) == 4
+
+
+def test_a_variant_that_fails_is_named_with_its_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(OSError, match=r"vision-opd with seed 0 failed: see .*vision-opd-0/output.txt"):
+        toy.ablate(tmp_path, [0], ["vision-opd"], 1, 5)
+
+
+@pytest.mark.parametrize("name", toy.VARIANTS)
+def test_train_takes_the_flags_of_every_variant(name):
+    args = train.parse(["--toy", "--device", "cpu", *toy.VARIANTS[name]])
+    assert toy.VARIANTS[name] == [] or any(str(value) in toy.VARIANTS[name] for value in vars(args).values())
