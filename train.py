@@ -411,6 +411,19 @@ def fill_up(args, micros: list[Micro], flat: Flat, further) -> list[Micro]:
     return sum(parts, [])
 
 
+@torch.no_grad()
+def teach(args, micros: list[Micro], student, teacher, teacher_flat: Flat, state: State) -> None:
+    """Sets each target. The teacher leaves hidden states, not logits; a trust-region one the student's own as well (paper, Table 3)."""
+    teacher_flat.allocate(True)
+    teacher_flat.publish(state.ema)
+    head = teacher.lm_head.weight.detach()
+    sides = [(teacher, head.clone() if args.offload_teacher else head, 1.0)]
+    if args.teacher == "trust-region":
+        sides = [(*sides[0][:2], 1 - args.trust), (student, student.lm_head.weight.detach(), args.trust)]
+    for m in micros:
+        m.target = [(response_hidden(model, m.crop, m.rollout)[m.rollout.mask], head, share) for model, head, share in sides]
+
+
 def token_loss(args, hidden: Tensor, head: Tensor, micro: Micro, weights: Tensor) -> tuple[Tensor, ...]:
     """(sum of weights * loss; loss of each token; for top-K, whether teacher and student agree on it). hidden (n, D), weights (n,)."""
     if args.method in DISTIL and args.objective == "topk":
@@ -453,17 +466,9 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
         [*(float(sum(column)) for column in zip(*counts)), sum(float(m.rollout.mask.sum()) for m in micros)], device)
     clock.append(time.perf_counter())
 
-    # 2. The teacher, shown only the crop, reads the same answers. It leaves hidden states, not logits.
+    # 2. The teacher, shown only the crop, reads the same answers.
     if args.method in DISTIL:
-        teacher_flat.allocate(True)
-        teacher_flat.publish(state.ema)
-        head = teacher.lm_head.weight.detach().clone() if args.offload_teacher else teacher.lm_head.weight.detach()
-        sides = [(teacher, head, 1.0)]
-        if args.teacher == "trust-region":
-            sides = [(teacher, head, 1 - args.trust), (student, student.lm_head.weight.detach(), args.trust)]
-        with torch.no_grad():
-            for m in micros:
-                m.target = [(response_hidden(model, m.crop, m.rollout)[m.rollout.mask], head, share) for model, head, share in sides]
+        teach(args, micros, student, teacher, teacher_flat, state)
     if args.offload_teacher:
         teacher_flat.allocate(False)
     clock.append(time.perf_counter())
@@ -495,10 +500,10 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
     flat.publish(state.master.data)
     clock.append(time.perf_counter())
     memory, = total([peak_memory(device)], device, dist.ReduceOp.MAX)
-    gen, teach, learning = (after - before for before, after in zip(clock, clock[1:]))
+    gen_s, teach_s, learn_s = (after - before for before, after in zip(clock, clock[1:]))
     entry = {"step": step + 1, "steps": args.steps, "loss": value, "grad_norm": norm, "lr": lr, "length": sampled / n,
-             "eos": ended / n, "truncated": 1 - ended / n, "tokens": int(tokens), "shrunk": int(shrunk), "gen_s": gen,
-             "teach_s": teach, "learn_s": learning, "mem_gb": memory}
+             "eos": ended / n, "truncated": 1 - ended / n, "tokens": int(tokens), "shrunk": int(shrunk), "gen_s": gen_s,
+             "teach_s": teach_s, "learn_s": learn_s, "mem_gb": memory}
     entry |= {"agreement": agreement} if args.method in DISTIL and args.objective == "topk" else {}
     entry |= {"right": right / n, "kept": kept / n} if args.method not in DISTIL else {}
     return entry, shown
@@ -565,7 +570,7 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     student, processor = load(args.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     teacher = copy.deepcopy(student).requires_grad_(False)
     flat, teacher_flat = Flat(student, rank, world), Flat(teacher, rank, world)
-    teacher_flat.allocate(not args.offload_teacher)
+    teacher_flat.allocate(args.teacher is not None and not args.offload_teacher)
     flat.track_gradients()
     state = State(flat, args)
     begin = resume(out, flat, state)
