@@ -855,8 +855,8 @@ def main() -> None:
         p.error("nothing to do: give --images DIR --out DIR, --check DIR, --merge DIR or --preview DIR")
     if args.images and (args.out is None or min(args.batch, args.workers) < 1):
         p.error("--images needs --out DIR, --batch and --workers >= 1")
-    if args.images and not (args.proposer in ("mllm", "sam3") or args.proposer.endswith(".jsonl")):
-        p.error(f"--proposer is {args.proposer!r}. Expected mllm, sam3, or a .jsonl file of boxes")
+    if args.images and not (args.proposer in ("mllm", "sam3") or args.proposer.endswith(".jsonl") and Path(args.proposer).is_file()):
+        p.error(f"--proposer is {args.proposer!r}. Expected mllm, sam3, or the path of a .jsonl file of boxes")
     if args.images:
         run(args)
     if args.merge:
