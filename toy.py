@@ -38,7 +38,7 @@ from model import VISION_TOKENS, ImageTextProcessor, encode, prepare, response_h
 
 SPLITS = ("train", "base", "eval")                         # their streams of scenes never meet, whatever the seeds
 KINDS = {"small": (1, 1), "pair": (1, 2), "large": (2, 2), "colour": (1, 1), "corner": (2, 2)}     # rows, columns of the target
-DISTIL = ("small", "large", "pair", "large")               # cycled through: half large ones, or their skill would be forgotten
+DISTIL = ("small", "pair", "large")                        # cycled through: without large ones their skill would be forgotten
 ROWS = 6000                                                # triplets of the distillation
 EVAL = ("small", "pair", "large", "small", "pair", "large", "colour", "corner")
 COLOURS = {"green": (60, 190, 70), "blue": (70, 120, 255), "yellow": (240, 220, 60), "purple": (165, 95, 250),
@@ -190,9 +190,9 @@ def tiny(seed: int = 0):
 
 # The base model's recipe: what it is shown, and how often (relative). It reads crops well and full images badly, because it
 # is shown few small targets in the full view, and hardly any once it reads `enough` of them.
-BASE = dict(steps=450, lr=3e-3, crops=44, fulls=28, scenes=12_000, enough=0.3,
-            crop={"small": 3, "large": 3, "pair": 4}, full={"small": 4, "pair": 4, "large": 2, "colour": 2, "corner": 3},
-            late={"small": 0.2, "pair": 0.2, "large": 4, "colour": 2, "corner": 3})
+BASE = dict(steps=500, lr=3e-3, crops=44, fulls=36, scenes=12_000, enough=0.5,
+            crop={"small": 3, "large": 3, "pair": 4}, full={"small": 6, "pair": 5, "large": 2, "colour": 1, "corner": 2},
+            late={"small": 0.1, "pair": 0.1, "large": 4, "colour": 1, "corner": 2})
 
 
 def train_base(folder: Path, seed: int, device: torch.device | str = "cpu") -> None:
@@ -231,7 +231,7 @@ def train_base(folder: Path, seed: int, device: torch.device | str = "cpu") -> N
 # ------------------------------------------------------------------------------------------------- the table of methods
 
 EIGHT = ["--prompts", "4", "--group", "8"]                 # as many responses a step, in groups as large as the paper's
-VARIANTS = {                                               # flags of train.py; the first one draws and trains the base model for all
+VARIANTS = {                                               # flags of train.py
     "vision-opd": [], "teacher-initial": ["--teacher", "initial"], "teacher-current": ["--teacher", "current"],
     "teacher-trust-region": ["--teacher", "trust-region"], "forward-kl": ["--divergence", "forward_kl"],
     "reverse-kl": ["--divergence", "reverse_kl"], "top-1": ["--top-k", "1"], "8-tokens": ["--max-new-tokens", "8"],
@@ -240,7 +240,12 @@ VARIANTS = {                                               # flags of train.py; 
 
 
 def ablate(out: Path, seeds: list[int], variants: list[str], jobs: int, steps: int) -> None:
-    """Train every variant with every seed into out/VARIANT-SEED, `jobs` at a time; those that have ended are not run again."""
+    """Train every variant with every seed (of the batches and of all that is sampled) into out/VARIANT-SEED, `jobs` at a time, from
+    one base model on one data set. Those that have ended are not run again."""
+    draw(out / "data", ROWS, 0)
+    if not (out / "base").exists():
+        train_base(out / "base", 0)
+
     def run(pair: tuple[str, int]) -> None:
         variant, seed = pair
         folder, first = out / f"{variant}-{seed}", out / f"vision-opd-{seed}"
@@ -251,11 +256,11 @@ def ablate(out: Path, seeds: list[int], variants: list[str], jobs: int, steps: i
             shutil.copy(first / "seconds.json", folder)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, Path(__file__).with_name("train.py"), "--toy", "--seed", seed, "--steps", steps, "--out", folder,
-                   "--model", first / "base", "--data", first / "data", *VARIANTS[variant]]
+                   "--model", out / "base", "--data", out / "data", *VARIANTS[variant]]
         with (folder / "output.txt").open("a") as output:
             if subprocess.run([*map(str, command)], stdout=output, stderr=output).returncode:
-                raise OSError(f"{variant} with seed {seed} failed: see {folder}/output.txt. The others go on from where they are "
-                              "with the same command.")
+                raise OSError(f"{variant} with seed {seed} failed: see {folder}/output.txt. The same command goes on from "
+                              "here.")
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(variants) * len(seeds), unit="run") as bar:
         for stage in (["vision-opd"], [variant for variant in variants if variant != "vision-opd"]):
             for _ in pool.map(run, [(variant, seed) for variant in stage for seed in seeds]):
@@ -289,7 +294,7 @@ def main() -> None:
     p.add_argument("--ablate", action="store_true", help="instead: train and compare the variants of train.py's method")
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], help="rows of the table, after vision-opd")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="runs a variant")
-    p.add_argument("--steps", type=int, default=300, help="steps a run")
+    p.add_argument("--steps", type=int, default=200, help="steps a run")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, a CPU core each")
     args = p.parse_args()
     if min(args.n, args.steps, args.jobs) < 1:
@@ -297,6 +302,7 @@ def main() -> None:
     if not args.ablate:
         print(f"drawn: {synth.preview(draw(args.out, args.n, args.seed, args.split))}")
         return
+    torch.set_num_threads(1)                                                          # as train.py --toy: the bits depend on it
     variants = list(dict.fromkeys(["vision-opd", *args.variants]))
     ablate(args.out, args.seeds, variants, args.jobs, args.steps)
     text = table(args.out, args.seeds, variants)

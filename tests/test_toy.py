@@ -119,7 +119,7 @@ def test_every_word_of_the_world_is_one_token_but_for_digits():
 
 def test_kinds_take_turns_and_the_distillation_never_sees_the_holdout():
     kinds = [scene["extra"]["toy"] for scene in toy.scenes(8, 0)]
-    assert kinds == [*toy.DISTIL, *toy.DISTIL] and not set(kinds) & {"colour", "corner"}
+    assert kinds == [toy.DISTIL[i % 3] for i in range(8)] and not set(kinds) & {"colour", "corner"}
     assert [scene["extra"]["toy"] for scene in toy.scenes(8, 0, "eval")] == list(toy.EVAL)
 
 
@@ -185,25 +185,30 @@ def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path):
     assert rows[4][1] == "40.0 ± 0.0"
 
 
-def test_the_base_is_trained_once_a_seed_and_what_has_ended_is_not_run_again(tmp_path, monkeypatch):
+def test_the_base_is_trained_once_and_what_has_ended_is_not_run_again(tmp_path, monkeypatch):
     told = []
 
     def trained(command, **_):
         flags = dict(zip(command[3::2], command[4::2]))
-        told.append((Path(flags["--out"]).name, Path(flags["--model"]).parent.name, Path(flags["--data"]).parent.name, flags.get("--method")))
-        assert Path(flags["--model"]).parent.name == Path(flags["--out"]).name or (Path(flags["--out"]) / "eval-before" / "result.json").exists()
+        told.append((Path(flags["--out"]).name, flags["--model"], flags["--data"], flags.get("--method")))
+        assert "vision-opd" in flags["--out"] or (Path(flags["--out"]) / "eval-before" / "result.json").exists()
         leave_results(Path(flags["--out"]), 0.5)
         return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(subprocess, "run", trained)
+    monkeypatch.setattr(toy, "ROWS", 4)
+    monkeypatch.setattr(toy, "train_base", lambda folder, seed: told.append("base") or folder.mkdir())
     toy.ablate(tmp_path, [0, 3], ["vision-opd", "grpo"], 2, 5)
-    first = {(f"vision-opd-{seed}", f"vision-opd-{seed}", f"vision-opd-{seed}", None) for seed in (0, 3)}
-    assert set(told[:2]) == first and set(told[2:]) == {(f"grpo-{seed}", f"vision-opd-{seed}", f"vision-opd-{seed}", "grpo") for seed in (0, 3)}
+    paths = str(tmp_path / "base"), str(tmp_path / "data")
+    assert told[0] == "base" and set(told[1:3]) == {(f"vision-opd-{seed}", *paths, None) for seed in (0, 3)}
+    assert set(told[3:]) == {(f"grpo-{seed}", *paths, "grpo") for seed in (0, 3)}
     toy.ablate(tmp_path, [0, 3], ["vision-opd", "grpo"], 2, 5)
-    assert len(told) == 4
+    assert len(told) == 5
 
 
 def test_a_variant_that_fails_is_named_with_its_output(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    monkeypatch.setattr(toy, "ROWS", 4)
+    (tmp_path / "base").mkdir()
     with pytest.raises(OSError, match=r"vision-opd with seed 0 failed: see .*vision-opd-0/output.txt"):
         toy.ablate(tmp_path, [0], ["vision-opd"], 1, 5)
 
