@@ -185,7 +185,7 @@ def token_log_probs(sides: list[tuple[Tensor, Tensor, float]], ids: Tensor, chun
     """Log-probabilities of the tokens `ids` (n,) under the logits that `sides` give, as `teachers` do in topk_divergence.
 
     Returns (n,) fp32 (float64 for float64 inputs), differentiable; the logits of one chunk of tokens exist at once, and
-    once more in the backward pass.
+    once more in the backward pass. In bf16 the heads' gradients are rounded once a chunk.
     """
     def part(ids: Tensor, *hidden: Tensor) -> Tensor:
         logits = sum(coefficient * (h @ head.t()) for h, (_, head, coefficient) in zip(hidden, sides))      # (c, V)
@@ -211,7 +211,7 @@ def clipped_policy_gradient(log_s: Tensor, rollout: Tensor, advantages: Tensor, 
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """(reward - mean) / (std + 1e-6) within each prompt's group: (B, G) -> (B, G). A group of equal rewards teaches nothing."""
+    """(reward - mean) / (std + 1e-6) within each prompt's group: (B, G) -> (B, G); 0 where all rewards are 0, or all 1."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
 
 

@@ -38,7 +38,7 @@ from model import VISION_TOKENS, ImageTextProcessor, encode, prepare, response_h
 
 SPLITS = ("train", "base", "eval")                         # their streams of scenes never meet, whatever the seeds
 KINDS = {"small": (1, 1), "pair": (1, 2), "large": (2, 2), "colour": (1, 1), "corner": (2, 2)}     # rows, columns of the target
-DISTIL = ("small", "pair", "large")                        # cycled through: without large ones their skill would be forgotten
+MIX = ("small", "pair", "large")                           # cycled through: without large ones their skill would be forgotten
 ROWS = 6000                                                # triplets of the distillation
 EVAL = ("small", "pair", "large", "small", "pair", "large", "colour", "corner")
 COLOURS = {"green": (60, 190, 70), "blue": (70, 120, 255), "yellow": (240, 220, 60), "purple": (165, 95, 250),
@@ -122,8 +122,9 @@ def scene(seed: int, index: int, kind: str, split: str = "train") -> dict:
 
 def scenes(n: int, seed: int, split: str = "train") -> Iterator[dict]:
     """Scenes 0 to n - 1 of a stream, each drawn when asked for; their kinds take turns."""
+    kinds = EVAL if split == "eval" else MIX
     for index in range(n):
-        yield scene(seed, index, (kinds := EVAL if split == "eval" else DISTIL)[index % len(kinds)], split)
+        yield scene(seed, index, kinds[index % len(kinds)], split)
 
 
 def draw(folder: str | Path, n: int, seed: int, split: str = "train") -> Path:
@@ -230,12 +231,13 @@ def train_base(folder: Path, seed: int, device: torch.device | str = "cpu") -> N
 
 # ------------------------------------------------------------------------------------------------- the table of methods
 
+EMA = ["--ema-rate", "0.005"]                              # faster than the demonstration's, to be told from a frozen teacher
 EIGHT = ["--prompts", "4", "--group", "8"]                 # as many responses a step, in groups as large as the paper's
 VARIANTS = {                                               # flags of train.py
-    "vision-opd": [], "teacher-initial": ["--teacher", "initial"], "teacher-current": ["--teacher", "current"],
-    "teacher-trust-region": ["--teacher", "trust-region"], "forward-kl": ["--divergence", "forward_kl"],
-    "reverse-kl": ["--divergence", "reverse_kl"], "top-1": ["--top-k", "1"], "8-tokens": ["--max-new-tokens", "8"],
-    "sampled-token": ["--objective", "sampled-token"], "opsd": ["--method", "opsd"], "sft": ["--method", "sft"],
+    "vision-opd": EMA, "teacher-initial": ["--teacher", "initial"], "teacher-current": ["--teacher", "current"],
+    "teacher-trust-region": ["--teacher", "trust-region"], "forward-kl": ["--divergence", "forward_kl", *EMA],
+    "reverse-kl": ["--divergence", "reverse_kl", *EMA], "8-tokens": ["--max-new-tokens", "8", *EMA],
+    "sampled-token": ["--objective", "sampled-token", *EMA], "opsd": ["--method", "opsd", *EMA], "sft": ["--method", "sft"],
     "grpo": ["--method", "grpo", *EIGHT], "dapo": ["--method", "dapo", "--resample", "2", *EIGHT]}
 
 
@@ -249,7 +251,7 @@ def ablate(out: Path, seeds: list[int], variants: list[str], jobs: int, steps: i
     def run(pair: tuple[str, int]) -> None:
         variant, seed = pair
         folder, first = out / f"{variant}-{seed}", out / f"vision-opd-{seed}"
-        if (folder / "eval-after" / "result.json").exists():
+        if (folder / "eval-after" / "result.json").exists() and json.loads((folder / "args.json").read_text())["steps"] == steps:
             return
         if folder != first and not (folder / "seconds.json").exists():                # the same base: evaluated once
             shutil.copytree(first / "eval-before", folder / "eval-before", dirs_exist_ok=True)
@@ -278,7 +280,7 @@ def table(out: Path, seeds: list[int], variants: list[str]) -> str:
             logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in folders]
             values.append([np.mean([row["length"] for row in log[-20:]]) for log in logs])
             values.append([sum(row[f"{key}_s"] for row in log for key in ("gen", "teach", "learn", "other")) / 60 for log in logs])
-        return [f"{np.mean(each):.1f} ± {np.std(each, ddof=1) if len(each) > 1 else 0:.1f}" for each in values]
+        return [f"{np.mean(each):.1f}" + (f" ± {np.std(each, ddof=1):.1f}" if len(each) > 1 else "") for each in values]
     rows = [["base", *cells([out / f"vision-opd-{seed}" for seed in seeds], "before"), "", ""]]
     rows += [[variant, *cells([out / f"{variant}-{seed}" for seed in seeds], "after")] for variant in variants]
     head = ["variant", "full", "crop", "large", "holdout", "length", "minutes"]
@@ -299,6 +301,9 @@ def main() -> None:
     args = p.parse_args()
     if min(args.n, args.steps, args.jobs) < 1:
         p.error(f"--n, --steps and --jobs must be at least 1, got {args.n}, {args.steps} and {args.jobs}")
+    idle = {"--n", "--seed", "--split"} if args.ablate else {"--variants", "--seeds", "--steps", "--jobs"}
+    if found := sorted(idle & {token.partition("=")[0] for token in sys.argv[1:]}):
+        p.error(f"{', '.join(found)} would change nothing {'with' if args.ablate else 'without'} --ablate. Leave it out.")
     if not args.ablate:
         print(f"drawn: {synth.preview(draw(args.out, args.n, args.seed, args.split))}")
         return

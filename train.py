@@ -54,11 +54,9 @@ from model import encode, join, load, response_hidden, save, to_device
 from rollout import Rollout, sample
 
 # What --toy changes (ours: a tiny model trained from scratch in minutes).
-TOY = dict(prompts=16, group=2, steps=300, max_new_tokens=18, lr=5e-4, weight_decay=0.0, schedule="cosine", top_k=16,
-           ema_rate=0.005, adam_eps=5e-5, micro_prompts=16, gen_prompts=16, workers=1, threads=1, save_every=50, show_every=25, out="runs/toy")
-# What becomes of the teacher's weights after each step: teacher <- (1 - rate) teacher + rate student (paper, Table 3).
+TOY = dict(prompts=16, group=2, steps=600, max_new_tokens=18, lr=5e-4, weight_decay=0.0, schedule="cosine", top_k=16,
+           ema_rate=0.001, adam_eps=5e-5, micro_prompts=16, gen_prompts=16, workers=1, threads=1, save_every=50, show_every=25, out="runs/toy")
 DISTIL, REWARD = ("vision-opd", "opsd"), ("grpo", "dapo")                              # families of --method; the other is sft
-RATES = {"ema": None, "initial": 0.0, "current": 1.0, "trust-region": 0.0}            # None: --ema-rate
 OPSD_HINT = ("\n\nHere is a reference solution to this problem:\n{answer}\n\nAfter understanding the reference solution, please try "
              "to solve this problem using your own approach below:")
 # A resumed run must agree with the stopped one on everything but these, which change speed, memory or where it stops.
@@ -85,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # method and objective (paper, section 4.1; the others: Tables 2, 3, 4 and 6)
     p.add_argument("--method", choices=[*DISTIL, "sft", *REWARD], default="vision-opd", help="see above; all but "
                    "vision-opd need answers in the data")
-    p.add_argument("--teacher", choices=[*RATES], help="whose weights (default: ema; of sft: initial, a frozen copy). current: "
+    p.add_argument("--teacher", choices=["ema", "initial", "current", "trust-region"], help="whose weights (default: ema; of sft: initial, a frozen copy). current: "
                    "the student's; trust-region: logits (1 - trust) initial + trust current")
     p.add_argument("--trust", type=float, default=0.05, help="the current student's share in a trust-region teacher")
     p.add_argument("--objective", choices=["topk", "sampled-token"], default="topk", help="sampled-token: policy gradient with the "
@@ -129,15 +127,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--beta must lie in (0, 1), --ema-rate and --trust in [0, 1], and --resample be at least 0; got {args.beta}, "
                 f"{args.ema_rate}, {args.trust}, {args.resample}")
     rewarded, distils = args.method in REWARD, args.method in DISTIL
+    if args.method == "sft" and args.teacher == "trust-region":
+        p.error("--method sft samples from one set of weights: --teacher trust-region, a mixture of logits, is none")
     if rewarded and args.group < 2:
         p.error(f"--method {args.method} compares the responses to a prompt: --group must be at least 2, got {args.group}")
     given = {token.partition("=")[0] for token in (sys.argv[1:] if argv is None else argv)}
-    unused = {"--teacher": rewarded, "--offload-teacher": rewarded, "--trust": args.teacher != "trust-region", "--objective": not distils,
+    unused = dict.fromkeys(("--teacher", "--offload-teacher", "--no-offload-teacher", "--max-crop-prompt"), rewarded)
+    unused |= {"--trust": args.teacher != "trust-region", "--objective": not distils,
               "--ema-rate": rewarded or (args.teacher or ("ema" if distils else "initial")) != "ema", "--resample": args.method != "dapo"}
     unused |= dict.fromkeys(("--divergence", "--beta", "--top-k"), not distils or args.objective != "topk")
+    unused["--beta"] |= args.divergence != "jsd"
     if idle := [flag for flag, without in unused.items() if without and flag in given]:
-        p.error(f"{', '.join(idle)} would change nothing with --method {args.method}, --teacher {args.teacher}, --objective "
-                f"{args.objective}. Leave it out, or correct one of them.")
+        p.error(f"{', '.join(idle)} would change nothing with --method {args.method}, --teacher {args.teacher or 'unset'}, --objective "
+                f"{args.objective}, --divergence {args.divergence}. Leave it out, or correct one of them.")
     args.teacher = args.teacher or (None if rewarded else "ema" if distils else "initial")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda, but torch sees no GPU here. Use --device cpu, or install a CUDA build of torch.")
@@ -290,6 +292,7 @@ def resume(out: Path, flat: Flat, state: State) -> int:
 def claim(args, out: Path, rows: list[dict]) -> None:
     """Write args.json with commit and versions; refuse a folder whose run had other settings or data."""
     told = [[row["id"], row["question"], row["bbox"], row["image"].name, row["crop"].name] for row in rows]
+    told += [row["answer"] for row in rows if args.method != "vision-opd"]             # which has no use for them
     now, path = {**vars(args), "rows_sha256": hashlib.sha256(json.dumps(told).encode()).hexdigest()}, out / "args.json"
     then = json.loads(path.read_text()) if path.exists() else now
     free = FREE - ({"steps"} if args.schedule == "cosine" else set())
@@ -317,12 +320,12 @@ def batch_rows(n: int, prompts: int, seed: int, step: int) -> list[int]:
 
 
 class Micros(torch.utils.data.Dataset):
-    """This rank's micro-batches in order: (row numbers, the student's prompts, the teacher's prompts)."""
+    """This rank's micro-batches in order: (row numbers, the student's prompts, the teacher's prompts if there is one)."""
 
     def __init__(self, rows: list[dict], micros: list[list[int]], processor, args, dtype: torch.dtype):
         self.rows, self.micros, self.processor, self.dtype = rows, micros, processor, dtype
         teacher = ("image", OPSD_HINT) if args.method == "opsd" else ("crop", "")
-        self.views = [("image", "", args.max_prompt), (*teacher, args.max_crop_prompt)]
+        self.views = [("image", "", args.max_prompt), (*teacher, args.max_crop_prompt)][:1 if args.method in REWARD else 2]
 
     def __len__(self) -> int:
         return len(self.micros)
@@ -337,7 +340,7 @@ class Micros(torch.utils.data.Dataset):
                 prompts.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
         except ValueError as error:
             raise ValueError(f"samples {[row['id'] for row in rows]}: {error}") from error
-        return self.micros[i], *prompts
+        return self.micros[i], prompts[0], prompts[1] if prompts[1:] else None
 
 
 # -------------------------------------------------------------------------------------------------------------- step
@@ -347,12 +350,12 @@ class Micro:
     """Some of this rank's prompts, their responses, and what the method makes of them: one forward and backward."""
     numbers: list[int]                      # rows of the data, B
     full: dict                              # the student's prompts
-    crop: dict                              # the teacher's
+    seen: dict | None                       # the teacher's: of the crop (opsd: of the full image, with the answer)
     rollout: Rollout | None = None          # N = B G responses; later only with the tokens to train on in its mask
     keep: Tensor | None = None              # (N,) bool, which responses are trained on
     right: Tensor | None = None             # (N,) bool, which match the label
     advantages: Tensor | None = None        # (N,)
-    target: list | None = None              # the teacher's logits: [(hidden (n, D), head (V, D), coefficient)]
+    target: list | None = None              # [(hidden (n, D), head (V, D), coefficient)], which make the teacher's logits
 
 
 def respond(args, step: int, micros: list[Micro], model, processor, rows: list[dict], extra: int = 0, quiet: bool = False) -> None:
@@ -362,7 +365,7 @@ def respond(args, step: int, micros: list[Micro], model, processor, rows: list[d
               disable=quiet) as bar:
         for part in (micros[i:i + calls] for i in range(0, len(micros), calls)):
             seeds = [random.Random(f"{key}/{rows[j]['id']}").getrandbits(63) for micro in part for j in micro.numbers]
-            prompts = [micro.crop if args.method == "sft" else micro.full for micro in part]
+            prompts = [micro.seen if args.method == "sft" else micro.full for micro in part]
             rollout = sample(model, processor, join(prompts, processor.tokenizer.pad_token_id), args.group,
                              max_new_tokens=args.max_new_tokens, seeds=seeds, bar=bar)
             for micro, piece in zip(part, rollout.split([len(micro.numbers) * args.group for micro in part])):
@@ -374,7 +377,8 @@ def respond(args, step: int, micros: list[Micro], model, processor, rows: list[d
 def grade(args, micro: Micro, processor, rows: list[dict]) -> None:
     """Which responses match the label; sft keeps those, dapo the groups that are neither all right nor all wrong (paper, Table 2)."""
     texts = [processor.tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(micro.rollout.ids, micro.rollout.mask)]
-    asked = [evaluate.triplet_row(row) for row in rows for _ in range(args.group)]
+    asked = map(evaluate.triplet_row, rows)
+    asked = [row for row in asked for _ in range(args.group)]
     right = [evaluate.score(row | {"bench": "", "output": text})["correct"] for row, text in zip(asked, texts)]
     micro.right = torch.tensor(right, device=micro.keep.device)
     groups = micro.right.view(-1, args.group)                                         # (B, G)
@@ -383,7 +387,7 @@ def grade(args, micro: Micro, processor, rows: list[dict]) -> None:
         return
     rewards = groups.float()
     if args.method == "dapo":
-        lengths, buffer = micro.rollout.mask.sum(1).view_as(groups), max(1, args.max_new_tokens // 5)
+        lengths, buffer = micro.rollout.mask.sum(1).view_as(groups), max(1, args.max_new_tokens // 5)    # a fifth, as in DAPO
         rewards = rewards + overlong_penalty(lengths, args.max_new_tokens, buffer)
         micro.keep = (groups.any(1) & ~groups.all(1)).repeat_interleave(args.group)
     micro.advantages = group_advantages(rewards).flatten()
@@ -421,7 +425,7 @@ def teach(args, micros: list[Micro], student, teacher, teacher_flat: Flat, state
     if args.teacher == "trust-region":
         sides = [(*sides[0][:2], 1 - args.trust), (student, student.lm_head.weight.detach(), args.trust)]
     for m in micros:
-        m.target = [(response_hidden(model, m.crop, m.rollout)[m.rollout.mask], head, share) for model, head, share in sides]
+        m.target = [(response_hidden(model, m.seen, m.rollout)[m.rollout.mask], head, share) for model, head, share in sides]
 
 
 def token_loss(args, hidden: Tensor, head: Tensor, micro: Micro, weights: Tensor) -> tuple[Tensor, ...]:
@@ -430,15 +434,16 @@ def token_loss(args, hidden: Tensor, head: Tensor, micro: Micro, weights: Tensor
         return topk_divergence(hidden, head, micro.target, weights, k=args.top_k, beta=args.beta, divergence=args.divergence,
                                chunk=args.chunk, agreement=True)
     mask = micro.rollout.mask
-    ids, then = micro.rollout.ids[mask], micro.rollout.log_probs[mask]                # (n,)
+    ids = micro.rollout.ids[mask]                                                     # (n,)
     log_s = token_log_probs([(hidden, head, 1.0)], ids, args.chunk)
     if args.method == "sft":
         per_token = -log_s
     elif args.objective == "sampled-token":
-        per_token = sampled_token(log_s, token_log_probs(micro.target, ids, args.chunk), then)
+        per_token = sampled_token(log_s, token_log_probs(micro.target, ids, args.chunk), micro.rollout.log_probs[mask])
     else:
         advantages = micro.advantages[:, None].expand_as(mask)[mask]
-        per_token = clipped_policy_gradient(log_s, then, advantages, low=0.2, high=0.28 if args.method == "dapo" else 0.2)
+        high = 0.28 if args.method == "dapo" else 0.2                                 # old = new: a batch is used once (official code)
+        per_token = clipped_policy_gradient(log_s, log_s.detach(), advantages, 0.2, high)
     return (weights * per_token).sum(), per_token.detach(), torch.zeros_like(ids)
 
 
@@ -449,7 +454,7 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
 
     # 1. The student answers from the full image (sft: the teacher from the crop).
     def answered(batch: list, extra: int = 0) -> list[Micro]:
-        micros = [Micro(numbers, to_device(full, device), to_device(crop, device)) for numbers, full, crop in batch]
+        micros = [Micro(numbers, to_device(full, device), seen and to_device(seen, device)) for numbers, full, seen in batch]
         respond(args, step, micros, teacher if args.method == "sft" else student, processor, rows, extra, quiet=flat.rank > 0)
         return micros
     if args.method == "sft":
@@ -459,35 +464,37 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
     if args.method == "dapo":
         micros = fill_up(args, micros, flat, lambda i: answered(further(step, i), i))
     counts = [[len(m.keep), m.rollout.mask.sum(), m.rollout.ended.sum(), 0 if m.right is None else m.right.sum(), m.keep.sum(),
-               m.full["shrunk"].sum() + m.crop["shrunk"].sum()] for m in micros]
+               m.full["shrunk"].sum() + (m.seen["shrunk"].sum() if m.seen else 0)] for m in micros]
+    micros = [micro for micro in micros if micro.keep.any()]
     for micro in micros:
         micro.rollout.mask &= micro.keep[:, None]
+    most, = total([len(micros)], device, dist.ReduceOp.MAX)
     n, sampled, ended, right, kept, shrunk, tokens = total(
         [*(float(sum(column)) for column in zip(*counts)), sum(float(m.rollout.mask.sum()) for m in micros)], device)
     clock.append(time.perf_counter())
 
-    # 2. The teacher, shown only the crop, reads the same answers.
+    # 2. The teacher, shown only the crop (opsd: the answer), reads the same answers.
     if args.method in DISTIL:
         teach(args, micros, student, teacher, teacher_flat, state)
     if args.offload_teacher:
         teacher_flat.allocate(False)
     clock.append(time.perf_counter())
 
-    # 3. The student is pulled toward what the teacher would have said. Weights are 1 / all tokens of all ranks.
+    # 3. The student is pulled toward what the teacher would have said. A token weighs 1 / all tokens of all ranks.
     shown, sums = [], torch.zeros(2, dtype=torch.float64, device=device)
-    for i, micro in enumerate(micros):
-        mask = micro.rollout.mask
-        if mask.any():
+    for i in range(int(most)):
+        if i < len(micros):
+            micro, mask = micros[i], micros[i].rollout.mask
             weights = torch.full_like(mask, 1 / tokens, dtype=torch.float32)
-            if args.method == "grpo":                                                 # mean of a response, then of all of them
+            if args.method == "grpo":                                                 # the mean of a response, then of all of them
                 weights = (1 / (mask.sum(1, keepdim=True) * n)).expand_as(mask).float()
             hidden = response_hidden(student, micro.full, micro.rollout, checkpoint=args.checkpointing)[mask]      # (n, D)
             loss, per_token, agree = token_loss(args, hidden, student.lm_head.weight, micro, weights[mask])
             loss.backward()
             sums += torch.stack([loss.detach().double(), agree.double().sum() / tokens])
-            if i == 0 and (step % args.show_every == 0 or step + 1 == args.steps):
+            if not shown and (step % args.show_every == 0 or step + 1 == args.steps):
                 shown = show(args, step, micro.rollout, per_token, [rows[j] for j in micro.numbers], processor)
-        flat.reduce_into(state.master.grad)                                           # all ranks, with or without tokens
+        flat.reduce_into(state.master.grad)                                           # all ranks, equally often
     squares = sum(part.double().square().sum() for part in state.master.grad.split(2 ** 24)).item()
     value, agreement, squares = total([*sums.tolist(), squares], device)
     if not math.isfinite(value) or not math.isfinite(squares):
@@ -495,7 +502,7 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
             f"Step {step + 1}: loss {value}, squared gradient norm {squares}. Nothing was updated. This rank's samples: "
             f"{[rows[j]['id'] for micro in micros for j in micro.numbers]}. Look at them, then resume from the last checkpoint.")
     lr, norm = args.lr * learning_rate(step, args), math.sqrt(squares)
-    rate = args.ema_rate if args.teacher == "ema" else RATES.get(args.teacher, 0.0)
+    rate = {"ema": args.ema_rate, "current": 1.0}.get(args.teacher, 0.0)              # 0: a frozen teacher (paper, Table 3)
     state.update(lr, args.clip, rate, norm)
     flat.publish(state.master.data)
     clock.append(time.perf_counter())

@@ -1,6 +1,7 @@
 """The paper's baselines and ablations (Tables 2, 3 and 6): each method's loss, gradient, filter and inputs against a few plain lines."""
 import math
 import random
+import shutil
 import statistics
 
 import pytest
@@ -204,6 +205,7 @@ def test_a_step_has_the_gradient_of_plain_forwards_and_a_formula(flags, run, wor
     for ids, logits, teacher, correct, right in lines:
         log_s = logits.log_softmax(-1)[range(len(ids)), ids]
         log_t = teacher.log_softmax(-1)[range(len(ids)), ids]
+        one = (log_s - log_s.detach()).exp()                                          # old = new
         open_logits = logits.detach().index_fill(-1, torch.tensor(vision), -math.inf)
         ratio = (log_s - open_logits.log_softmax(-1)[range(len(ids)), ids]).exp()
         spread = statistics.stdev(map(float, right)) + 1e-6
@@ -211,11 +213,11 @@ def test_a_step_has_the_gradient_of_plain_forwards_and_a_formula(flags, run, wor
         if args.method == "sft":
             use, term = correct, -log_s.sum()
         elif args.method == "grpo":
-            use, term = True, -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
+            use, term = True, -(one * advantage).mean()
         elif args.method == "dapo":
             scores = [float(r) + min(0.0, (6 - 1 - len(other[0])) / 1) for r, other in zip(right, [x for x in lines if x[4] is right])]
             advantage = (scores[[x[0] is ids for x in lines if x[4] is right].index(True)] - statistics.mean(scores)) / (statistics.stdev(scores) + 1e-6)
-            use, term = len(set(right)) == 2, -torch.min(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage).sum()
+            use, term = len(set(right)) == 2, -(one * advantage).sum()
         elif args.objective == "sampled-token":
             use, term = True, (-ratio.detach() * (log_t - log_s).detach() * log_s).sum()
         else:
@@ -243,6 +245,7 @@ def test_the_answer_reaches_opsds_teacher_only(world):
     for method in ("opsd", "vision-opd"):
         data = train.Micros(rows, [[3]], processor, args_of("--method", method), torch.float32)
         _, student, teacher = data[0]
+        assert train.Micros(rows, [[3]], processor, args_of("--method", "grpo"), torch.float32)[0][2] is None
         said = [processor.tokenizer.decode(prompt["input_ids"][0]) for prompt in (student, teacher)]
         assert "reference solution" not in said[0] and rows[3]["answer"] not in said[0]
         assert ("reference solution" in said[1] and rows[3]["answer"] in said[1]) == (method == "opsd")
@@ -256,6 +259,37 @@ def test_current_and_initial_teachers_are_the_ema_at_its_ends(teacher, twin, run
     state = load_file(tmp_path / "a" / "checkpoint-000003" / "state" / "0-of-1.safetensors")
     start = torch.cat([torch.nn.functional.pad(w.detach().flatten(), (0, -w.numel() % 64)) for w in M.load(str(world / "base"))[0].parameters()])
     assert torch.equal(state["ema"], start if teacher == "initial" else state["master"])
+
+
+@pytest.mark.parametrize("flags", [["--method", "sft"], ["--method", "dapo", "--resample", "2"]], ids=" ".join)
+def test_a_run_that_goes_on_later_ends_where_a_straight_one_does(flags, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "score", parity)
+    want = run("straight", *flags)
+    run("twice", *flags, "--steps", "2")
+    got = run("twice", *flags)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    facts = lambda name: [[row[key] for key in ("loss", "tokens", "kept", "right")] for row in log(tmp_path / name)]
+    assert facts("twice") == facts("straight")
+
+
+@pytest.mark.parametrize("flags", [["--method", "sft"], ["--method", "sft", "--teacher", "ema"], ["--teacher", "trust-region", "--trust", "0.3"],
+                                   ["--teacher", "trust-region", "--objective", "sampled-token"]], ids=" ".join)
+def test_an_offloaded_teacher_gives_the_same_weights(flags, run, monkeypatch):
+    monkeypatch.setattr(evaluate, "score", parity)
+    want, got = run("a", *flags), run("b", *flags, "--offload-teacher")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_changed_answers_are_another_run_where_answers_matter(run, world, tmp_path, monkeypatch):
+    shutil.copytree(world / "data", tmp_path / "data")
+    flags = ["--steps", "1", "--data", str(tmp_path / "data")]
+    for name, method in (("opd", "vision-opd"), ("sft", "sft")):
+        run(name, *flags, "--method", method)
+    lines = (tmp_path / "data" / "train.jsonl").read_text()
+    (tmp_path / "data" / "train.jsonl").write_text(lines.replace('"answer": "a ', '"answer": "one '))
+    run("opd", *flags)
+    with pytest.raises(ValueError, match="rows_sha256"):
+        run("sft", *flags, "--method", "sft")
 
 
 RANKS = [["--objective", "sampled-token"], ["--teacher", "trust-region", "--trust", "0.3"], ["--method", "opsd"], ["--method", "sft"],
@@ -283,6 +317,8 @@ def test_two_ranks_make_the_same_update_as_one(flags, run, world, tmp_path, monk
     (["--method", "sft", "--top-k", "5"], "--top-k would change nothing"), (["--trust", "0.5"], "--trust would change nothing"),
     (["--teacher", "initial", "--ema-rate", "0.1"], "--ema-rate would change nothing"), (["--resample", "3"], "--resample would change nothing"),
     (["--objective", "sampled-token", "--beta", "0.3"], "--beta would change nothing"), (["--method", "dapo", "--objective", "topk"], "--objective"),
+    (["--divergence", "forward_kl", "--beta", "0.3"], "--beta would change nothing"), (["--method", "grpo", "--max-crop-prompt", "99"], "--max-crop-prompt"),
+    (["--method", "sft", "--teacher", "trust-region"], "--teacher trust-region, a mixture of logits, is none"),
     (["--method", "grpo", "--group", "1"], "--group must be at least 2"), (["--teacher", "trust-region", "--trust", "1.5"], "--trust in [0, 1]"),
     (["--method", "dapo", "--resample", "-1"], "--resample be at least 0"), (["--method", "ppo"], "invalid choice: 'ppo'")])
 def test_flags_that_would_be_ignored_or_make_no_sense_are_refused(flags, said, capsys):

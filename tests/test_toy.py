@@ -119,7 +119,7 @@ def test_every_word_of_the_world_is_one_token_but_for_digits():
 
 def test_kinds_take_turns_and_the_distillation_never_sees_the_holdout():
     kinds = [scene["extra"]["toy"] for scene in toy.scenes(8, 0)]
-    assert kinds == [toy.DISTIL[i % 3] for i in range(8)] and not set(kinds) & {"colour", "corner"}
+    assert kinds == [toy.MIX[i % 3] for i in range(8)] and not set(kinds) & {"colour", "corner"}
     assert [scene["extra"]["toy"] for scene in toy.scenes(8, 0, "eval")] == list(toy.EVAL)
 
 
@@ -157,7 +157,8 @@ def test_the_command_line_draws_a_set_and_its_contact_sheet(tmp_path):
 
 
 def test_a_command_line_that_asks_for_nothing_or_too_little_says_so(tmp_path):
-    for args in ([], ["--out", tmp_path, "--n", 0], ["--ablate", "--out", tmp_path, "--variants", "nonsense"], ["--ablate", "--out", tmp_path, "--seeds"]):
+    for args in ([], ["--out", tmp_path, "--n", 0], ["--ablate", "--out", tmp_path, "--variants", "nonsense"], ["--ablate", "--out", tmp_path, "--seeds"],
+                 ["--out", tmp_path, "--jobs", 1], ["--ablate", "--out", tmp_path, "--n=4"]):
         assert run(*args).returncode == 2
 
 
@@ -170,6 +171,7 @@ def leave_results(folder, full, seconds=6.0):
         benches = {name: {view: {"accuracy": value} for view in ("full", "crop")} for name, value in (("toy", share), ("toy-large", 1), ("toy-holdout", 0.5))}
         (folder / f"eval-{when}" / "result.json").write_text(json.dumps({"benches": benches}))
     (folder / "seconds.json").write_text("{}")
+    (folder / "args.json").write_text('{"steps": 5}')
     (folder / "log.jsonl").write_text("".join(json.dumps({"length": 9 + step % 2, "gen_s": seconds, "teach_s": 0, "learn_s": 0, "other_s": 0}) + "\n"
                                               for step in range(30)))
 
