@@ -205,7 +205,7 @@ def test_a_checkpoint_half_written_is_as_if_it_were_not_there(run, tmp_path, mon
 
 def test_resuming_with_another_objective_seed_or_data_is_refused_with_the_difference(run, world, tmp_path):
     run("x", "--steps", "1")
-    with pytest.raises(ValueError, match="beta: 0.5 -> 0.25; .*ema_rate: 0.005 -> 0.1|ema_rate: 0.005 -> 0.1; .*beta: 0.5 -> 0.25"):
+    with pytest.raises(ValueError, match="beta: 0.5 -> 0.25; .*ema_rate: 0.001 -> 0.1|ema_rate: 0.001 -> 0.1; .*beta: 0.5 -> 0.25"):
         run("x", "--beta", "0.25", "--ema-rate", "0.1")
     toy.draw(tmp_path / "other", 8, 1)
     with pytest.raises(ValueError, match="rows_sha256"):
@@ -268,7 +268,8 @@ def test_bad_data_is_named_before_anything_is_trained(run, world, tmp_path):
 
 
 def test_errors_reach_the_user_as_one_line(tmp_path, capsys):
-    for flags, message in ((["--data", str(tmp_path / "nowhere")], "neither a folder here nor a hub data set"),
+    for flags, message in ((["--data", "no/where"], "neither a folder here nor a data set the hub gave us"),
+                           (["--data", str(tmp_path / "nowhere")], "no such folder.*point --data at its folder"),
                            (["--data", str(tmp_path), "--out", str(tmp_path / "x")], "has no train.jsonl")):
         with pytest.raises(SystemExit):
             train.main([*flags, "--device", "cpu"])
