@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
@@ -257,13 +258,14 @@ def attention_masks(real: Tensor, rows: Tensor, length: int) -> tuple[dict[str, 
     """Masks of the prompt by kind of layer, and of the continuation: True = may attend.
 
     real: (B, L-1) bool, False on left padding. Full attention: (B, 1, L-1, L-1), or None (plain causal) without padding;
-    linear attention: (B, L-1), or None. Continuation: (N, 1, T, L-1+T): the real prompt tokens, then causal.
+    linear attention: (B, L-1), or None. Continuation: (N, 1, T, L-1+T), the real prompt tokens, then causal; without padding
+    that is "causal, aligned to the last key", (T, L-1+T), which is never written out: flash attention knows it.
     """
-    prompt = {"full": None, "linear": None}
-    if not real.all():
-        square = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device)
-        itself = torch.eye(len(square), dtype=torch.bool, device=real.device)         # padding sees itself: no empty row
-        prompt = {"full": (square.tril() & real[:, None] | itself)[:, None], "linear": real}
+    if real.all():
+        return {"full": None, "linear": None}, causal_lower_right(length, real.shape[1] + length)
+    square = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device)
+    itself = torch.eye(len(square), dtype=torch.bool, device=real.device)             # padding sees itself: no empty row
     after = torch.ones(length, length, dtype=torch.bool, device=real.device).tril().expand(len(rows), -1, -1)
     before = real[rows][:, None].expand(-1, length, -1)
-    return prompt, torch.cat([before, after], dim=2)[:, None]
+    return ({"full": (square.tril() & real[:, None] | itself)[:, None], "linear": real},
+            torch.cat([before, after], dim=2)[:, None])
