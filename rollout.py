@@ -13,13 +13,19 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import CompileConfig, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers.integrations import sdpa_attention
 
 from model import VISION_TOKENS, Prompt, encode, to_device
+
+COMPILE = CompileConfig(dynamic=False)                     # inductor and CUDA graphs
+CACHES = WeakKeyDictionary()                               # model -> {(rows, tokens): its static cache}
+sdpa_attention.is_torchdynamo_compiling = lambda: False    # else compiled decoding repeats keys and values for every query head
 
 
 @dataclass
@@ -62,12 +68,13 @@ class InverseCDF(LogitsProcessor):
 
 @torch.no_grad()
 def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int, temperature: float = 1.0,
-           seeds: list[int] | None = None, bar=None) -> Rollout:
+           seeds: list[int] | None = None, bar=None, static: int = 0) -> Rollout:
     """G responses to each of B prompts. temperature 0 decodes greedily; seeds: one per prompt, default from torch's RNG.
 
     The first L - 1 prompt tokens are prefilled once, their cache is copied to the N rows, and `generate` goes on from the
     last prompt token. Vision tokens are never sampled: they would break every later forward. bar: a tqdm bar that moves on
-    by one a sampled token.
+    by one a sampled token. static: tokens a row (prompt and response) of a cache of fixed size; on a GPU decoding is then
+    compiled, once for this number and N. Raises ValueError where they are too few.
     """
     ids, mask = prompt["input_ids"], prompt["attention_mask"]                         # (B, L)
     (B, L), device = ids.shape, ids.device
@@ -77,7 +84,10 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
     model.model(
         input_ids=ids[:, :-1], attention_mask=mask[:, :-1], mm_token_type_ids=prompt["mm_token_type_ids"][:, :-1],
         pixel_values=prompt["pixel_values"], image_grid_thw=prompt["image_grid_thw"], past_key_values=cache, use_cache=True)
-    cache.reorder_cache(rows)
+    if static:
+        cache = static_cache(model, cache, rows, static, L + max_new_tokens)
+    else:
+        cache.reorder_cache(rows)
     model.model.rope_deltas = model.model.rope_deltas[rows]
 
     processors = LogitsProcessorList()
@@ -93,6 +103,7 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
         input_ids=ids[rows], attention_mask=mask[rows], past_key_values=cache, logits_processor=processors,
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
+            compile_config=COMPILE if static else None,
             suppress_tokens=tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))))
     model.model.rope_deltas = None
 
@@ -101,6 +112,23 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
     before = is_stop.long().cumsum(1) - is_stop.long()                                # stop tokens strictly before
     mask = before == 0
     return Rollout(response, mask, is_stop.any(1), log_probs[:, :response.shape[1]].where(mask, torch.nan))
+
+
+def static_cache(model, cache: DynamicCache, rows: Tensor, tokens: int, needed: int) -> StaticCache:
+    """The states of B prompts, `cache`, copied to N rows (N,) of a cache for `tokens` tokens a row. Its memory is kept for the
+    next call of the same shape: a CUDA graph reads and writes where it did when it was captured."""
+    if tokens < needed:
+        raise ValueError(f"The static cache holds {tokens} tokens a row, prompt and response need {needed}. Make it larger.")
+    kept = CACHES.setdefault(model, {})
+    static = kept.setdefault((len(rows), tokens), StaticCache(config=model.config.get_text_config(), max_cache_len=tokens))
+    static.reset()
+    for layer, prefilled in zip(static.layers, cache.layers):
+        if hasattr(prefilled, "keys"):                                                # full attention
+            layer.update(prefilled.keys[rows], prefilled.values[rows])
+        else:
+            layer.update_conv_state(prefilled.conv_states[0][rows])
+            layer.update_recurrent_state(prefilled.recurrent_states[0][rows])
+    return static
 
 
 # ---------------------------------------------------------------------------------------------------------------- answers

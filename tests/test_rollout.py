@@ -109,6 +109,29 @@ def test_a_vision_token_cannot_be_sampled_however_likely_it_is(mixed_prompt, liv
     assert not torch.isin(rollout.ids[rollout.mask], torch.tensor(banned)).any()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_static_cache_compiled_or_not_gives_the_same_tokens(lively, mixed_prompt, monkeypatch, compiled):
+    model, processor = lively
+    if compiled:                                                                      # on a CPU only if told so; traced, not code
+        monkeypatch.setattr(rollout, "COMPILE", rollout.CompileConfig(backend="eager", mode=None, dynamic=False))
+        rollout.COMPILE._compile_all_devices = True
+    want = [sample(model, processor, mixed_prompt, 2, max_new_tokens=8, seeds=seeds) for seeds in ([0, 1, 2], [3, 4, 5])]
+    room = mixed_prompt["input_ids"].shape[1] + 8
+    short = M.encode(processor, [noise(32, 32)] * 3, ["a ?"] * 3)
+    sample(model, processor, short, 2, max_new_tokens=8, static=room)                 # other prompts: what they leave must not show
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for seeds, plain in zip(([0, 1, 2], [3, 4, 5]), want):
+        rows = sample(model, processor, mixed_prompt, 2, max_new_tokens=8, seeds=seeds, static=room)
+        assert torch.equal(rows.ids, plain.ids) and torch.equal(rows.mask, plain.mask)
+        torch.testing.assert_close(rows.log_probs, plain.log_probs, equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs) and (graphs > 0) == compiled
+    assert len(rollout.CACHES[model]) == 1
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with pytest.raises(ValueError, match=f"holds {room - 1} tokens a row, prompt and response need {room}"):
+        sample(model, processor, mixed_prompt, 2, max_new_tokens=8, static=room - 1)
+
+
 def test_one_token_is_a_response_too():
     model, processor = tiny()
     prompt = M.encode(processor, [noise(64, 64)], ["what ?"])
