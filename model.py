@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 if not torch.cuda.is_available():                          # transformers would call these GPU kernels on CPU tensors
     sys.modules.update(fla=None, causal_conv1d=None)
-from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, Qwen3VLProcessor
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 MIN_CONTINUATION = 4                                       # tokens; fewer would take the kernels of one-token decoding
@@ -44,13 +44,7 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
 
     Raises FileNotFoundError / ValueError naming what was found when `path` is no image-text checkpoint.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = download(path)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is no checkpoint: it has no config.json (it has {sorted(p.name for p in folder.iterdir())[:8]}). "
-            "Expected a directory written by save_pretrained, or a hub id such as Qwen/Qwen3.5-4B.")
+    folder = find(path)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
@@ -65,11 +59,34 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
     return prepare(model.to(device), processor), processor
 
 
-def download(hub_id: str) -> Path:
-    """Folder of the hub repository `hub_id`, downloaded on first use."""
+def outline(path: str):
+    """(configuration, number of weights, processor) of a checkpoint directory or hub id, without its weights."""
+    folder = find(path, ["*.json", "*.jinja", "*.txt"])
+    try:
+        config, processor = AutoConfig.from_pretrained(folder), ImageTextProcessor.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} has no configuration of a Qwen3.5 / Qwen3-VL style model: {error}") from error
+    return config, sum(weight.numel() for weight in model.parameters()), processor
+
+
+def find(path: str, patterns: list[str] | None = None) -> Path:
+    """The checkpoint directory `path`, or that of a hub id, whose files (all, or those that fit the patterns) are downloaded."""
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = download(path, patterns)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is no checkpoint: it has no config.json (it has {sorted(p.name for p in folder.iterdir())[:8]}). "
+            "Expected a directory written by save_pretrained, or a hub id such as Qwen/Qwen3.5-4B.")
+    return folder
+
+
+def download(hub_id: str, patterns: list[str] | None) -> Path:
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(hub_id))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:                                                        # network, name, gate, disk
         raise FileNotFoundError(
             f"--model {hub_id!r} is neither a directory here nor a model the hub gave us ({type(error).__name__}: {error}). "
@@ -117,9 +134,7 @@ def encode(processor, images: list, texts: list, *, max_tokens: int | None = Non
     for image, text in zip(images, texts, strict=True):
         if found := [token for token in VISION_TOKENS if token in str(text)]:
             raise ValueError(f"The question {str(text)[:80]!r} holds {found}, which would change the number of images. Remove it.")
-        chat = text if isinstance(text, list) else [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-        chats.append(processor.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False))
+        chats.append(chat(processor, text))
         small = image if max_tokens is None else fit(processor, image, chats[-1], max_tokens)
         fitted += small if isinstance(small, list) else [small]
         shrunk.append(small is not image)
@@ -127,13 +142,25 @@ def encode(processor, images: list, texts: list, *, max_tokens: int | None = Non
     return {**prompt, "shrunk": torch.tensor(shrunk)}
 
 
+def chat(processor, text: str | list) -> str:
+    """A question about one image, or a chat's messages, as the model reads it, with a placeholder for each image."""
+    messages = text if isinstance(text, list) else [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
+
+
+def prompt_tokens(processor, size: tuple[int, int], chat: str) -> int:
+    """Tokens of a prompt about one image of `size` (width, height) in pixels."""
+    vision = processor.image_processor
+    patches = vision.get_number_of_image_patches(size[1], size[0], {})
+    return len(processor.tokenizer(chat)["input_ids"]) - 1 + patches // vision.merge_size ** 2     # less the placeholder
+
+
 def fit(processor, image: Image.Image, chat: str, max_tokens: int) -> Image.Image:
     """`image` itself when its prompt has at most `max_tokens` tokens, else a copy scaled down so that it has."""
     vision = processor.image_processor
     side = vision.patch_size * vision.merge_size                                     # px per image token along an edge
     room = max_tokens - len(processor.tokenizer(chat)["input_ids"]) + 1              # the chat holds one placeholder
-    needed = vision.get_number_of_image_patches(image.height, image.width, {}) // vision.merge_size ** 2
-    if needed <= room:
+    if prompt_tokens(processor, image.size, chat) <= max_tokens:
         return image
     least = math.ceil(vision.size["shortest_edge"] / side ** 2)
     if room < least:

@@ -31,6 +31,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")        # caches and batches change size all the time
@@ -40,6 +41,7 @@ if "--toy" in sys.argv:
 import torch
 import torch.distributed as dist
 import transformers
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -50,7 +52,7 @@ import synth
 import toy
 from loss import (clipped_policy_gradient, group_advantages, overlong_penalty, sampled_token, token_log_probs,
                   topk_divergence)
-from model import encode, join, load, response_hidden, save, to_device
+from model import chat, encode, join, load, outline, prompt_tokens, response_hidden, save, to_device
 from rollout import Rollout, sample
 
 # What --toy changes (ours: a tiny model trained from scratch in minutes).
@@ -61,7 +63,7 @@ OPSD_HINT = ("\n\nHere is a reference solution to this problem:\n{answer}\n\nAft
              "to solve this problem using your own approach below:")
 # A resumed run must agree with the stopped one on everything but these, which change speed, memory or where it stops.
 FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
-        "checkpointing", "workers", "threads"}
+        "checkpointing", "compile", "workers", "threads"}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -108,10 +110,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--offload-teacher", action=flag, default=False,
                    help="free the teacher's live weights outside its own phase; they are rebuilt from the sharded EMA")
     p.add_argument("--checkpointing", action=flag, default=True, help="recompute each layer's activations in the backward pass")
+    p.add_argument("--compile", action="store_true", help="decode with CUDA graphs in a cache of fixed size, which stays in memory: as "
+                   "many rows as --gen-prompts makes, each as long as the longest prompt and response")
     p.add_argument("--workers", type=int, default=4, help="processes a rank that decode images ahead of the step; 0: none")
     p.add_argument("--threads", type=int, help="CPU threads of torch (--toy: 1, so that the bits do not depend on the machine)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cuda: bf16 live weights; cpu: fp32")
+    p.add_argument("--plan", nargs="?", type=int, const=0, metavar="RANKS", help="print steps, memory and an estimate of the time on "
+                   "so many GPUs (default: torchrun's ranks), and train nothing")
     # what is kept
     p.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (ours: little is lost to a crash)")
     p.add_argument("--show-every", type=int, default=5, help="steps between rollouts kept for the report (ours)")
@@ -141,7 +147,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"{', '.join(idle)} would change nothing with --method {args.method}, --teacher {args.teacher or 'unset'}, --objective "
                 f"{args.objective}, --divergence {args.divergence}. Leave it out, or correct one of them.")
     args.teacher = args.teacher or (None if rewarded else "ema" if distils else "initial")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.plan is not None and (args.toy or args.plan < 0):
+        p.error(f"--plan needs data and a model that are there, so not --toy, and a number of ranks from 1; got {args.plan}")
+    if args.compile and args.device == "cpu":
+        p.error("--compile is about CUDA graphs: leave it out with --device cpu")
+    if args.device == "cuda" and args.plan is None and not torch.cuda.is_available():
         p.error("--device cuda, but torch sees no GPU here. Use --device cpu, or install a CUDA build of torch.")
     return args
 
@@ -319,13 +329,45 @@ def batch_rows(n: int, prompts: int, seed: int, step: int) -> list[int]:
     return order[index * prompts:(index + 1) * prompts].tolist()
 
 
+def check(args, rows: list[dict], world: int) -> None:
+    """Raises ValueError where the data cannot give what is asked for."""
+    if args.method != "vision-opd" and (without := sum(row["answer"] is None for row in rows)):
+        raise ValueError(f"--method {args.method} needs answers, and {without} of {len(rows)} rows of {args.data} have none. "
+                         "Make the data with `synth.py --labels`, or train with --method vision-opd.")
+    if len(rows) < args.prompts:
+        raise ValueError(f"{args.data} has {len(rows)} triplets, fewer than one batch. Lower --prompts ({args.prompts}).")
+    if args.prompts % world:
+        raise ValueError(f"--prompts {args.prompts} cannot be shared evenly by {world} ranks. Choose a multiple of {world}.")
+
+
+def area(path: Path) -> int:
+    """Pixels of an image, by its header; 0 where there is none to read, which loading it will say."""
+    try:
+        with Image.open(path) as image:
+            return image.width * image.height
+    except Exception:                                                                 # decoders raise errors of any kind
+        return 0
+
+
+def deal(batch: list[int], sizes: list[int], rank: int, world: int) -> list[int]:
+    """This rank's part of a batch: the rows are dealt out by size, largest first, back and forth, so that each rank gets as many
+    and about as much."""
+    order = sorted(range(len(batch)), key=lambda i: -sizes[i])
+    return [batch[i] for place, i in enumerate(order) if place % (2 * world) in (rank, 2 * world - 1 - rank)]
+
+
+def views(args) -> list[tuple[str, str, int]]:
+    """What student and teacher (if there is one) are shown: (image, what is added to the question, most tokens)."""
+    teacher = ("image", OPSD_HINT) if args.method == "opsd" else ("crop", "")
+    return [("image", "", args.max_prompt), (*teacher, args.max_crop_prompt)][:1 if args.method in REWARD else 2]
+
+
 class Micros(torch.utils.data.Dataset):
     """This rank's micro-batches in order: (row numbers, the student's prompts, the teacher's prompts if there is one)."""
 
     def __init__(self, rows: list[dict], micros: list[list[int]], processor, args, dtype: torch.dtype):
         self.rows, self.micros, self.processor, self.dtype = rows, micros, processor, dtype
-        teacher = ("image", OPSD_HINT) if args.method == "opsd" else ("crop", "")
-        self.views = [("image", "", args.max_prompt), (*teacher, args.max_crop_prompt)][:1 if args.method in REWARD else 2]
+        self.views = views(args)
 
     def __len__(self) -> int:
         return len(self.micros)
@@ -360,6 +402,8 @@ class Micro:
 
 def respond(args, step: int, micros: list[Micro], model, processor, rows: list[dict], extra: int = 0, quiet: bool = False) -> None:
     """G responses by `model` to each prompt: the full image's, or for sft the crop's. Graded where the method needs labels."""
+    longest = args.max_crop_prompt if args.method == "sft" else args.max_prompt
+    static = longest + args.max_new_tokens if args.compile else 0
     calls, key = max(1, args.gen_prompts // args.micro_prompts), f"{args.seed}/{step}" + f"/{extra}" * (extra > 0)
     with tqdm(desc=f"step {step + 1} rollouts", total=args.max_new_tokens * math.ceil(len(micros) / calls), unit="tok", leave=False,
               disable=quiet) as bar:
@@ -367,7 +411,7 @@ def respond(args, step: int, micros: list[Micro], model, processor, rows: list[d
             seeds = [random.Random(f"{key}/{rows[j]['id']}").getrandbits(63) for micro in part for j in micro.numbers]
             prompts = [micro.seen if args.method == "sft" else micro.full for micro in part]
             rollout = sample(model, processor, join(prompts, processor.tokenizer.pad_token_id), args.group,
-                             max_new_tokens=args.max_new_tokens, seeds=seeds, bar=bar)
+                             max_new_tokens=args.max_new_tokens, seeds=seeds, bar=bar, static=static)
             for micro, piece in zip(part, rollout.split([len(micro.numbers) * args.group for micro in part])):
                 micro.rollout, micro.keep = piece, torch.ones_like(piece.ended)
                 if args.method not in DISTIL:
@@ -564,13 +608,7 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     barrier()
     rows = synth.read_triplets(synth.fetch(args.data))
     args = argparse.Namespace(**vars(args) | {"steps": args.steps or len(rows) // args.prompts})
-    if args.method != "vision-opd" and (without := sum(row["answer"] is None for row in rows)):
-        raise ValueError(f"--method {args.method} needs answers, and {without} of {len(rows)} rows of {args.data} have none. "
-                         "Make the data with `synth.py --labels`, or train with --method vision-opd.")
-    if len(rows) < args.prompts:
-        raise ValueError(f"{args.data} has {len(rows)} triplets, fewer than one batch. Lower --prompts ({args.prompts}).")
-    if args.prompts % world:
-        raise ValueError(f"--prompts {args.prompts} cannot be shared evenly by {world} ranks. Choose a multiple of {world}.")
+    check(args, rows, world)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         claim(args, out, rows)
@@ -595,8 +633,14 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     mine = args.prompts // world
     per_step = math.ceil(mine / args.micro_prompts)
 
+    pixels = cache(lambda j: area(rows[j]["image"]))
+
     def share(step: int, seed: int) -> list[list[int]]:
-        batch = batch_rows(len(rows), args.prompts, seed, step)[rank * mine:(rank + 1) * mine]
+        batch = batch_rows(len(rows), args.prompts, seed, step)
+        if args.method == "dapo":                                                     # fill_up counts in the batch's order
+            batch = batch[rank * mine:(rank + 1) * mine]
+        else:
+            batch = deal(batch, [pixels(j) for j in batch], rank, world)
         return [batch[i:i + args.micro_prompts] for i in range(0, mine, args.micro_prompts)]
 
     def further(step: int, i: int) -> list:
@@ -623,6 +667,92 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(out, step + 1, student, processor, flat, state)
     return out / f"checkpoint-{args.steps:06d}"
+
+
+# -------------------------------------------------------------------------------------------------------------- plan
+
+def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict[str, float]:
+    """Most bytes on a GPU (cpu: of a process's tensors): what stays there, and what each phase of a step adds, one at a time, for
+    prompts of `full` (student) and `seen` (teacher) tokens and responses of --max-new-tokens.
+
+    Activations are those of transformers' own kernels, by factors fitted to tensors counted in small runs; with fla installed
+    they take less. tests/test_plan.py counts again.
+    """
+    c, vision, e, T = config.get_text_config(), config.vision_config, 2 if args.device == "cuda" else 4, args.max_new_tokens
+    N, mine, D, V, head_dim = args.micro_prompts * args.group, args.prompts // world, c.hidden_size, c.vocab_size, c.head_dim
+    linear = sum(kind == "linear_attention" for kind in getattr(c, "layer_types", None) or ())
+    heads, key_dim, value_dim, kernel = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim,
+                                         c.linear_conv_kernel_dim) if linear else (0, 0, 0, 0)
+    token = 2 * (c.num_hidden_layers - linear) * c.num_key_value_heads * head_dim * e                 # of the KV cache
+    state = linear * heads * (key_dim * value_dim * 4 + (2 * key_dim + value_dim) * kernel * e)       # of a row
+
+    def layer(prompts: int, tokens: int, rows: int) -> int:
+        """Of one decoder layer on prompts of `tokens` tokens and their `rows` continuations, the widest kind."""
+        blocks = prompts * math.ceil(tokens / 64) + rows * math.ceil(T / 64)                          # linear attention's
+        delta = blocks * 64 * 2 * heads * (key_dim + value_dim) * (24 + 3 * e)
+        repeated = 4 * rows * (tokens + T) * head_dim * (c.num_attention_heads + c.num_key_value_heads) * e
+        return (prompts * tokens + rows * T) * (8 * D + 3 * c.intermediate_size) * e + max(delta, repeated)
+
+    def block(prompts: int, tokens: int) -> int:
+        """Of one block of the vision tower."""
+        return 4 * prompts * tokens * (8 * vision.hidden_size + 3 * vision.intermediate_size) * e
+
+    micro, prompts, pixel = args.micro_prompts, min(args.gen_prompts, mine), 4 * 6 * vision.patch_size ** 2 * e     # of a token
+    live = 2 + (args.teacher is not None and not args.offload_teacher)                                # and gradients
+    stays = live * e * weights + 20 * weights / world
+    batch, targets = mine * (full + seen) * pixel, mine * args.group * T * D * e * (args.method in DISTIL)
+    cache = prompts * args.group * ((full + T) * token * (1 + 1 / max(1, c.num_hidden_layers - linear)) + 2 * state + 32 * V)
+    prefill = prompts * (full * token + state) + max(block(prompts, full), layer(prompts, full, 0)) // 2
+    teaching = e * weights * args.offload_teacher + targets + layer(micro, seen, N) // 2
+    if args.checkpointing:
+        student = (c.num_hidden_layers * (micro * full + N * T) * D + vision.depth * micro * full * 4 * vision.hidden_size) * e
+        student += max(layer(micro, full, N), block(micro, full))
+    else:
+        student = c.num_hidden_layers * layer(micro, full, N) + vision.depth * block(micro, full)
+    student += V * D * 4 + min(args.chunk, N * T) * V * (2 * e + 4)                                   # the head's gradient, chunks of logits
+    return {"stays": stays, "sampling": batch + prompts * full * pixel + max(cache, prefill), "teacher": (batch + teaching) * (args.method in DISTIL),
+            "student": batch + targets + student}
+
+
+def seconds(args, config, weights: int, world: int, full: int, seen: int) -> dict[str, float]:
+    """A rough estimate of a step on H100s, by phase, for prompts of `full` and `seen` tokens. Assumed, not measured: 400 TFLOP/s in
+    passes, 2 TB/s when decoding, 35 ms a decoded token without --compile, mean responses a quarter of the longest."""
+    c, T, mine = config.get_text_config(), args.max_new_tokens, args.prompts // world
+    token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim                              # bytes of a KV cache, at most
+    if getattr(c, "layer_types", None):
+        token = token * c.layer_types.count("full_attention") // c.num_hidden_layers
+    read = 2 * weights + min(args.gen_prompts, mine) * args.group * (full + T / 2) * token
+    decoding = math.ceil(mine / args.gen_prompts) * T * max(0.0 if args.compile else 0.035, read / 2e12)
+    forward = 2 * weights * mine / 400e12                                                             # of a token of every prompt
+    return {"sampling": forward * full + decoding, "teacher": forward * (seen + args.group * T / 4) * (args.method in DISTIL),
+            "student": 4 * forward * (full + args.group * T / 4)}                                     # forward, again, backward twice
+
+
+def plan(args, world: int) -> str:
+    """What a run would do and take, from the data, the images' headers and the model's configuration (README, Memory)."""
+    rows = synth.read_triplets(synth.fetch(args.data))
+    check(args, rows, world)
+    config, weights, processor = outline(args.model)
+    steps, lengths = args.steps or len(rows) // args.prompts, []
+    for view, hint, limit in views(args):
+        tokens = []
+        for row in tqdm(rows, desc=f"prompts of the {view}", leave=False):
+            with Image.open(row[view]) as image:
+                tokens.append(prompt_tokens(processor, image.size, chat(processor, row["question"] + hint.format(answer=row["answer"]))))
+        lengths.append((sum(tokens) // len(tokens), min(limit, max(tokens)), sum(n > limit for n in tokens)))
+    told = [f"{args.model}: {weights / 1e9:.2f}B weights; {args.data}: {len(rows):,} triplets",
+            f"{steps} steps of {args.prompts} prompts x {args.group} responses on {world} rank(s)"]
+    told += [f"{name}'s prompts: {mean:,} tokens on average, {most:,} the longest" + f"; {shrunk} images will be scaled down" * (shrunk > 0)
+             for name, (mean, most, shrunk) in zip(("student", "teacher"), lengths)]
+    parts = memory(args, config, weights, world, lengths[0][1], lengths[-1][1] * (len(lengths) - 1))
+    stays = parts.pop("stays")
+    told += [f"memory of a rank, at most: {(stays + max(parts.values())) / 1e9:.1f} GB = {stays / 1e9:.1f} for weights, gradients, optimizer and "
+             "EMA + the largest of " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())]
+    if args.device == "cuda":
+        spent = seconds(args, config, weights, world, lengths[0][0], lengths[-1][0] * (len(lengths) - 1))
+        told += ["time, a rough estimate (see train.seconds): " + ", ".join(f"{name} {each:.0f} s" for name, each in spent.items()) +
+                 f" a step; {sum(spent.values()) * steps / 3600:.1f} hours in all"]
+    return "\n".join(told)
 
 
 def tensorboard(out: Path, begin: int):
@@ -664,8 +794,11 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     if args.device == "cpu":                                                          # on a GPU its warning of slow kernels matters
         transformers.utils.logging.set_verbosity_error()
-    rank, world, device = setup(args.device)
     try:
+        if args.plan is not None:
+            world = args.plan or int(os.environ.get("WORLD_SIZE", 1))
+            return print(plan(args, world)) if os.environ.get("RANK", "0") == "0" else None
+        rank, world, device = setup(args.device)
         if args.toy and rank == 0:
             prepare_toy(args, device)
         barrier()

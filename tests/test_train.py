@@ -1,12 +1,14 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,6 +259,17 @@ def test_a_gpu_asked_for_and_absent_is_said(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--device", "cuda"])
     assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_a_batch_is_dealt_out_evenly_by_number_and_size():
+    sizes = [random.Random(i).randint(1, 1000) for i in range(96)]
+    for world in (1, 2, 3, 8):
+        parts = [train.deal(list(range(100, 196)), sizes, rank, world) for rank in range(world)]
+        assert sorted(sum(parts, [])) == list(range(100, 196)) and {len(part) for part in parts} == {96 // world}
+        loads = [sum(sizes[j - 100] for j in part) for part in parts]
+        assert max(loads) <= 1.02 * sum(loads) / world, (world, loads)
+    assert train.deal([5, 3, 4], [7, 7, 7], 0, 1) == [5, 3, 4]                        # nothing to balance: the batch's order
+    assert train.area(Path(__file__)) == 0
 
 
 def test_bad_data_is_named_before_anything_is_trained(run, world, tmp_path):

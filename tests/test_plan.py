@@ -1,0 +1,121 @@
+"""train.py --plan: its formula of memory against tensors counted while the phases of a step run."""
+import weakref
+
+import pytest
+import torch
+from conftest import noise, tiny_qwen3_vl
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import model as M
+import toy
+import train
+
+
+class Counted(TorchDispatchMode):
+    """Bytes of the tensors made inside, all at once at most (`peak`); what a single kernel needs for itself is not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                self.sizes.setdefault(tensor.untyped_storage()._cdata, 0)             # was there before
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage._cdata)
+        return out
+
+    def freed(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)
+
+
+def phases(build, flags: list[str], side: int, monkeypatch) -> tuple[dict, dict]:
+    """(bytes counted, bytes by the formula) of a step on one rank: images of `side` px for the student, half of it for the teacher."""
+    monkeypatch.setattr(M, "causal_lower_right", lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(k - q))   # a mode refuses it
+    args = train.parse(["--steps", "9", "--device", "cpu", "--top-k", "16", *flags])
+    student, processor = build()
+    student.generation_config.eos_token_id = [processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")]    # no response ends early
+    teacher = train.copy.deepcopy(student).requires_grad_(False)
+    flat, teacher_flat = train.Flat(student, 0, 1), train.Flat(teacher, 0, 1)
+    teacher_flat.allocate(not args.offload_teacher)
+    flat.track_gradients()
+    state = train.State(flat, args)
+    stays = [flat.weights, flat.grads, teacher_flat.weights, *state.tensors().values(), state.master.grad]
+    counted = {"stays": sum(tensor.untyped_storage().nbytes() for tensor in stays)}
+    rows = [{"id": str(i)} for i in range(args.prompts)]
+
+    def prompts(side: int) -> list:
+        return [M.encode(processor, [noise(side, side, i) for i in range(args.micro_prompts)], ["what is in it ?"] * args.micro_prompts)
+                for _ in range(args.prompts // args.micro_prompts)]
+    micros = [train.Micro(list(range(args.micro_prompts)), full, seen) for full, seen in zip(prompts(side), prompts(side // 2))]
+    with Counted() as count:
+        train.respond(args, 1, micros, student, processor, rows, quiet=True)
+    counted["sampling"] = count.peak
+    before = {**vars(args)}
+    with Counted() as count:
+        train.teach(args, micros, student, teacher, teacher_flat, state)
+    counted["teacher"] = count.peak + (teacher_flat.weights.nbytes if args.offload_teacher else 0)
+    targets = sum(hidden.nbytes for micro in micros for hidden, _, _ in micro.target)
+    assert vars(args) == before
+    with Counted() as count:
+        micro, mask = micros[0], micros[0].rollout.mask
+        hidden = M.response_hidden(student, micro.full, micro.rollout, checkpoint=args.checkpointing)[mask]
+        train.token_loss(args, hidden, student.lm_head.weight, micro, torch.full((int(mask.sum()),), 1.0))[0].backward()
+    counted["student"] = count.peak + targets
+    pixels = sum(view["pixel_values"].nbytes for micro in micros for view in (micro.full, micro.seen))
+    counted |= {phase: counted[phase] + pixels for phase in ("sampling", "teacher", "student")}
+    lengths = [micros[0].full["input_ids"].shape[1], micros[0].seen["input_ids"].shape[1]]
+    return counted, train.memory(args, student.config, sum(p.numel() for p in student.parameters()), 1, *lengths)
+
+
+@pytest.mark.parametrize("build", [toy.tiny, tiny_qwen3_vl])
+@pytest.mark.parametrize("flags, side", [
+    (["--prompts", "2", "--group", "4", "--max-new-tokens", "40"], 192),
+    (["--prompts", "2", "--group", "8", "--max-new-tokens", "130", "--offload-teacher"], 96),
+    (["--prompts", "4", "--micro-prompts", "2", "--group", "2", "--max-new-tokens", "64", "--no-checkpointing"], 128)])
+def test_memory_is_at_most_what_the_formula_says_and_not_much_less(build, flags, side, monkeypatch):
+    counted, planned = phases(build, flags, side, monkeypatch)
+    assert counted["stays"] == pytest.approx(planned["stays"], rel=0.01)              # parameters are aligned
+    for phase in ("sampling", "teacher", "student"):
+        assert 0.85 * counted[phase] <= planned[phase] <= 1.6 * counted[phase], (phase, counted, planned)
+
+
+def test_a_plan_is_printed_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    """For a GPU that is not here, for as many ranks as asked for; its lengths are those of the prompts that training sees."""
+    toy.draw(tmp_path / "data", 12, 0)
+    model, processor = toy.tiny()
+    M.save(model, processor, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    flags = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--prompts", "4", "--group", "2", "--out", str(tmp_path / "x")]
+    train.main([*flags, "--device", "cuda", "--plan", "4"])
+    told = capsys.readouterr().out
+    args = train.parse([*flags, "--device", "cpu"])
+    rows = train.synth.read_triplets(tmp_path / "data")
+    micros = train.Micros(rows, [[i] for i in range(12)], processor, args, torch.float32)
+    for name, view in (("student", 1), ("teacher", 2)):
+        lengths = [micros[i][view]["input_ids"].shape[1] for i in range(12)]
+        assert f"{name}'s prompts: {sum(lengths) // 12:,} tokens on average, {max(lengths):,} the longest\n" in told
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}B weights" in told and "12 triplets" in told
+    assert "3 steps of 4 prompts x 2 responses on 4 rank(s)" in told and "hours in all" in told and "memory of a rank" in told
+    assert not (tmp_path / "x").exists()
+    train.main([*flags, "--device", "cpu", "--plan", "--max-prompt", "24"])
+    assert "; 12 images will be scaled down" in (told := capsys.readouterr().out) and "on 1 rank(s)" in told and "hours" not in told
+    train.main([*flags, "--device", "cuda", "--plan", "--method", "grpo"])            # there is no teacher
+    assert "teacher's prompts" not in (told := capsys.readouterr().out) and "teacher 0.0" in told and "teacher 0 s" in told
+    for wrong in (["--plan", "--toy"], ["--plan", "-1"]):
+        with pytest.raises(SystemExit):
+            train.main([*flags, *wrong])
+        assert "--plan needs data and a model that are there" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--plan", "3"])
+    assert "--prompts 4 cannot be shared evenly by 3 ranks" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--plan", "--model", str(tmp_path / "data")])
+    assert "is no checkpoint: it has no config.json" in capsys.readouterr().err
