@@ -1,16 +1,20 @@
-"""Speed and memory, as ratios within one run: the shared prefix against the plain way, the phases of a step, the loss; and
-what the images of a data set cost.
+"""Speed and memory of a training step and its phases, each beside a floor measured in the same run and beside the plain way;
+and what the images of a data set cost.
 
-    python tests/bench.py train generate step            minutes on two CPU cores
+    python tests/bench.py                                a small model, minutes on two CPU cores; the loss takes 12 GB
+    python tests/bench.py --device cuda                  a 4B on one GPU of 80 GB, in the shapes of the goals printed at the end
     python tests/bench.py synth                          decode, draw, crop and write photographs of 2250 x 1500 px
     python tests/bench.py loss --tokens 256              the loss alone: against four matmuls, Liger-Kernel and TRL
-    python tests/bench.py --device cuda --dtype bfloat16 --size 4b --prompt-tokens 4000 --response-tokens 200
 
-The plain way is what the official code does: every response is one full sequence, prompt and image included, and
-generation prefills each of the G copies. Weights are random; the shapes are what counts. Medians of --repeats runs.
+The plain way is what the official code does: every response is one full sequence, prompt and image included, generation
+prefills each of the G copies, and the loss has all logits at once. A floor is the time of what cannot be left out, at the
+speed of a bare matmul or copy: of a pass its matmuls (checkpointing's recomputation included), of generation reading weights
+and caches once a token, of the loss its four matmuls, of the step all of these. Weights are random; the shapes are what
+counts. Medians of --repeats runs. tokens/s: response tokens; GB, of 2^30 bytes: a GPU's peak above what was there before.
 """
 import argparse
 import copy
+import gc
 import math
 import statistics
 import sys
@@ -18,17 +22,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-import transformers
-from PIL import Image
-
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+import train  # noqa: E402  before torch: it sets the allocator of GPU memory
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor  # noqa: E402
+
 import bench_loss  # noqa: E402
 import model as M  # noqa: E402
-import toy  # noqa: E402
 import synth  # noqa: E402
-import train  # noqa: E402
+import toy  # noqa: E402
+from loss import divergence  # noqa: E402
 from rollout import sample  # noqa: E402
 
 SIZES = {  # name: text hidden, MLP, layers, heads, KV heads, head dim, linear key / value heads, vision depth, hidden, MLP
@@ -36,6 +42,17 @@ SIZES = {  # name: text hidden, MLP, layers, heads, KV heads, head dim, linear k
     "0.8b": (1024, 3584, 24, 8, 2, 256, 16, 16, 12, 768, 3072),
     "4b": (2560, 9216, 32, 16, 4, 256, 16, 32, 24, 1024, 4096),
 }
+# What --device cuda changes: the shapes of the goals.
+GPU = dict(dtype="bfloat16", size="4b", model_vocab=248320, prompt_tokens=4000, response_tokens=200, group=8, gen_prompts=12,
+           ranks=8, tokens=8192, vocab=248320, hidden=2560, warmup=1)
+GOALS = {  # benchmark: (goal, whether the numbers found reach it)
+    "loss": ("loss, 8,192 tokens: at most 1.6x its floor, under 2 GB beyond the gradients", lambda ratio, gb: ratio <= 1.6 and gb < 2),
+    "generate": ("generation, 96 sequences: at most 2.5x its floor", lambda ratio: ratio <= 2.5),
+    "step": ("whole step, 4,000 prompt and 200 response tokens, G = 8: 3x faster than the plain way", lambda ratio: ratio >= 3),
+}
+COLUMNS = {"ms": ",.0f", "tokens/s": ",.0f", "GB": ".2f", "of step": ".0%", "x floor": ".2f", "speed-up": ".2f"}
+HEADER = " " * 50 + "".join(f"{name:>10}" for name in COLUMNS)
+VISION_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def build(size: str, vocab: int, device, dtype):
@@ -53,8 +70,7 @@ def build(size: str, vocab: int, device, dtype):
                                               mrope_section=[dim // 8 - 2 * (dim // 24), dim // 24, dim // 24], mrope_interleaved=True)),
         vision_config=dict(depth=depth, hidden_size=vision, intermediate_size=vision_mlp, num_heads=vision // 64, patch_size=16,
                            out_hidden_size=hidden, num_position_embeddings=2304),
-        tie_word_embeddings=True, **{key: getattr(donor, key) for key in
-                                     ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")})
+        tie_word_embeddings=True, **{key: getattr(donor, key) for key in VISION_IDS})
     torch.manual_seed(0)
     with torch.device(device):
         torch.set_default_dtype(dtype)
@@ -65,105 +81,196 @@ def build(size: str, vocab: int, device, dtype):
     return model, processor
 
 
-def photo(processor, prompt_tokens: int, share: float = 1.0) -> M.Prompt:
-    """One prompt of exactly `prompt_tokens` (image tokens, then a question that fills the rest)."""
-    images = int((prompt_tokens - 60) * share)
+def photo(processor, args, share: float = 1.0) -> M.Prompt:
+    """One prompt of `share` of --prompt-tokens: image tokens, then a question that fills the rest."""
+    images = int((args.prompt_tokens - 60) * share)
     columns = int(math.sqrt(images))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (images // columns * 32, columns * 32, 3), dtype=np.uint8))
     empty = M.encode(processor, [image], ["what"])["input_ids"].shape[1]
-    return M.encode(processor, [image], ["what" + " is" * max(0, int(prompt_tokens * share) - empty)])
+    prompt = M.encode(processor, [image], ["what" + " is" * max(0, int(args.prompt_tokens * share) - empty)])
+    return M.to_device(prompt | {"pixel_values": prompt["pixel_values"].to(getattr(torch, args.dtype))}, args.device)
 
 
 def copies(prompt: M.Prompt, group: int) -> dict:
-    """The plain way's input: the prompt, image included, once per response."""
+    """The plain way's input: the prompts, images included, once per response."""
     return {key: value.repeat(group, *[1] * (value.ndim - 1)) for key, value in prompt.items() if key != "shrunk"}
 
 
-def measure(run, args) -> float:
-    """Median seconds of a run, after one that does not count."""
-    seconds = []
-    for _ in range(args.repeats + 1):
-        start = now(args)
+def plain_generate(model, prompt: M.Prompt, group: int, tokens: int) -> Tensor:
+    """`generate` on G copies of the prompts, as with num_return_sequences = G: (N, T) sampled ids."""
+    model.model.rope_deltas = None
+    return model.generate(**copies(prompt, group), generation_config=transformers.GenerationConfig(
+        max_new_tokens=tokens, do_sample=True, top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=model.generation_config.eos_token_id,
+        suppress_tokens=[getattr(model.config, key) for key in VISION_IDS]))[:, prompt["input_ids"].shape[1]:]
+
+
+def plain_hidden(model, prompt: M.Prompt, ids: Tensor) -> Tensor:
+    """One full sequence per response: hidden states (N, T, D) that predict the ids (N, T) after N copies of one prompt."""
+    inputs, extra = copies(prompt, len(ids)), torch.zeros_like(ids)
+    inputs |= {key: torch.cat([inputs[key], more], 1) for key, more in
+               (("input_ids", ids), ("attention_mask", extra + 1), ("mm_token_type_ids", extra))}
+    model.model.rope_deltas = None
+    return model.model(**inputs, use_cache=False).last_hidden_state[:, -ids.shape[1] - 1:-1]
+
+
+def forward_flops(model, prompt: M.Prompt, N: int = 0, T: int = 0) -> tuple[float, float]:
+    """Flops of one forward of B prompts, each computed once, and of N responses to them: (with weights, between tokens).
+
+        2 x weights x tokens              B (L - 1) + N T tokens: language model without its head; patches: vision tower
+        4 x heads x head_dim x pairs      scores and values; a pair is a query and a key that it attends to
+
+    Left out: the recurrence of linear attention, a few percent of a 4B's. A backward pass counts as two forwards.
+    """
+    size = lambda module: sum(m.weight.numel() for m in module.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv3d)))
+    (B, L), text, tower = prompt["input_ids"].shape, model.model.language_model, model.model.visual
+    patches = prompt["image_grid_thw"].prod(1).tolist()                               # of each image; its merger sees them merged
+    weights = size(text) * (B * (L - 1) + N * T)
+    weights += (size(tower) - size(tower.merger) * (1 - 1 / tower.spatial_merge_size ** 2)) * sum(patches)
+    between = sum(layer.self_attn.o_proj.in_features for layer in text.layers if hasattr(layer, "self_attn"))
+    between *= B * (L - 1) * L / 2 + N * T * (L - 1 + (T + 1) / 2)
+    between += sum(block.attn.proj.in_features for block in tower.blocks) * sum(n * n for n in patches)
+    return 2 * weights, 4 * between
+
+
+def read_bytes(model, N: int, length: float) -> float:
+    """Bytes that one decoding step of N sequences reads at least, `length` tokens being before it: the language model's weights,
+    its head included and its embeddings not; keys and values; states of linear attention (convolution; recurrence, fp32)."""
+    text, head = model.model.language_model, model.lm_head.weight
+    weights = sum(p.numel() for p in text.parameters()) - text.embed_tokens.weight.numel() + head.numel()
+    full = [layer.self_attn for layer in text.layers if hasattr(layer, "self_attn")]
+    linear = [layer.linear_attn for layer in text.layers if hasattr(layer, "linear_attn")]
+    cached = sum(a.k_proj.out_features + a.v_proj.out_features for a in full) * length + sum(a.conv1d.weight.numel() for a in linear)
+    return (weights + N * cached) * head.element_size() + N * sum(4 * a.num_v_heads * a.head_k_dim * a.head_v_dim for a in linear)
+
+
+def speeds(model, args) -> tuple[float, float]:
+    """(flops a second of the MLP's matmuls, the faster one, on the tokens of a pass; bytes a second that a copy reads and writes)."""
+    mlp, tokens, flops = model.model.language_model.layers[0].mlp, args.prompt_tokens + args.group * args.response_tokens, []
+    for weight in (mlp.up_proj.weight.detach(), mlp.down_proj.weight.detach()):
+        x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=args.device)
+        flops.append(10 * 2 * tokens * weight.numel() / measure(lambda: [x @ weight.t() for _ in range(10)], args)[0])
+    source, target = torch.ones(2, 2 ** 28, dtype=torch.uint8, device=args.device)
+    copied = 10 * 2 * len(source) / measure(lambda: [target.copy_(source) for _ in range(10)], args)[0]
+    print(f"floors at {max(flops) / 1e12:,.3g} TFLOP/s (the MLP's matmuls, {tokens:,} tokens) and {copied / 1e9:,.3g} GB/s (a copy)")
+    return max(flops), copied
+
+
+def measure(run, args) -> tuple[float, float]:
+    """(median seconds of a run, peak GB above what was there before it), after one that does not count. GB is NaN on a CPU;
+    both are NaN where a GPU's memory runs out."""
+    cuda, seconds = args.device == "cuda", []
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    gc.collect()
+    try:
         run()
-        seconds.append(now(args) - start)
-    return statistics.median(seconds[1:])
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()                                        # 0 on a CPU
+        for _ in range(args.repeats):
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            seconds.append(time.perf_counter() - start)
+    except torch.OutOfMemoryError:
+        return math.nan, math.nan
+    return statistics.median(seconds), (torch.cuda.max_memory_allocated() - before) / 2 ** 30 if cuda else math.nan
 
 
-def now(args) -> float:
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def row(name: str, found: tuple[float, float], tokens: int, floor: float, plain: float = math.nan, step: float = math.nan) -> None:
+    """found: (seconds, GB) measured; floor, plain way and whole step in seconds. NaN prints as a dash."""
+    seconds, gb = found
+    cells = zip((seconds * 1e3, tokens / seconds, gb, seconds / step, seconds / floor, plain / seconds), COLUMNS.values())
+    line = "".join(f"{'-' if math.isnan(value) else format(value, form):>10}" for value, form in cells)
+    print(f"  {name:48}{'  out of memory' if math.isnan(seconds) else line}", flush=True)
 
 
-def row(name: str, seconds: float, floor: float) -> None:
-    print(f"  {name:56} {seconds * 1e3:9,.0f} ms {floor / seconds:7.2f}x", flush=True)
+def compare(name: str, ours, plain, tokens: int, floor: float, args, step: float = math.nan) -> tuple[float, float]:
+    """Measures ours and the plain way and prints a row of each. Returns their seconds."""
+    slow, fast = measure(plain, args), measure(ours, args)
+    row(name, fast, tokens, floor, slow[0], step)
+    row("  plain way", slow, tokens, floor)
+    return fast[0], slow[0]
 
 
-def bench_train(model, processor, args) -> None:
-    """Forward and backward of the hidden states that predict the responses: once per sequence, or sharing the prompt."""
-    prompt, G, T = M.to_device(photo(processor, args.prompt_tokens), args.device), args.group, args.response_tokens
-    ids = torch.randint(0, 256, (G, T), device=args.device)
-    plain_inputs = copies(prompt, G)
-    extra = torch.zeros_like(ids)
-    plain_inputs |= {"input_ids": torch.cat([plain_inputs["input_ids"], ids], 1),
-                     "attention_mask": torch.cat([plain_inputs["attention_mask"], extra + 1], 1),
-                     "mm_token_type_ids": torch.cat([plain_inputs["mm_token_type_ids"], extra], 1)}
+class Share(train.Flat):
+    """One rank without the others: it updates and publishes its own slice of the weights, and sends nothing."""
 
-    def plain():
-        model.model.rope_deltas = None
-        model.model(**plain_inputs).last_hidden_state[:, -T - 1:-1].square().sum().backward()
+    def publish(self, own: Tensor) -> None:
+        self.weights[self.own].copy_(own)
 
-    def shared(checkpoint):
-        M.response_hidden(model, prompt, ids, checkpoint=checkpoint).square().sum().backward()
-
-    print(f"training pass, {prompt['input_ids'].shape[1]} prompt and {T} response tokens, G = {G}")
-    for checkpoint in (True, False):
-        (model.activation_checkpointing_enable if checkpoint else model.activation_checkpointing_disable)()
-        model.train()
-        floor = measure(plain, args)
-        model.activation_checkpointing_disable()
-        M.prepare(model, processor)                                                   # also turns the vision tower's back on
-        name = "with" if checkpoint else "without"
-        row(f"plain: {G} full sequences, {name} checkpointing", floor, floor)
-        row(f"shared prefix, {name} checkpointing", measure(lambda: shared(checkpoint), args), floor)
-    model.zero_grad()
+    def reduce_into(self, own: Tensor) -> None:
+        own.add_(self.grads[self.own])
+        self.grads.zero_()
 
 
-def bench_generate(model, processor, args) -> None:
-    """G sampled responses: `num_return_sequences`-style generation of G copies, or one prefill."""
-    prompt, G, T = M.to_device(photo(processor, args.prompt_tokens), args.device), args.group, args.gen_tokens
-    inputs = copies(prompt, G)
-    settings = transformers.GenerationConfig(max_new_tokens=T, min_new_tokens=T, do_sample=True, top_k=0, top_p=1.0, pad_token_id=0)
-
-    def plain():
-        model.model.rope_deltas = None
-        model.generate(**inputs, generation_config=settings)
-
-    print(f"generation, {prompt['input_ids'].shape[1]} prompt and {T} new tokens, G = {G}")
-    with torch.no_grad():
-        floor = measure(plain, args)
-    row(f"plain: generate on {G} copies of the prompt", floor, floor)
-    row("prefill once, copy the cache", measure(lambda: sample(model, processor, prompt, G, max_new_tokens=T, seeds=[0]), args), floor)
-
-
-def bench_step(model, processor, args) -> None:
-    """The three phases of one optimizer step of train.py on one prompt, as `train.learn` logs them."""
-    flags = ["--prompts", "1", "--group", str(args.group), "--max-new-tokens", str(args.response_tokens), "--steps", "9",
-             "--device", args.device, "--gen-prompts", "1"]
-    options = train.parse(flags)
+def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[float]:
+    """One optimizer step on one prompt and its phases: train.learn's, and the plain way's. Returns (the step's speed-up,)."""
+    G, T, n, head = args.group, args.response_tokens, args.group * args.response_tokens, model.lm_head.weight
+    options = train.parse(["--prompts", "1", "--gen-prompts", "1", "--steps", "9", "--group", str(G), "--max-new-tokens", str(T),
+                           "--chunk", str(args.chunk), "--device", args.device])
     teacher = copy.deepcopy(model).requires_grad_(False)
-    flat, teacher_flat = train.Flat(model, 0, 1), train.Flat(teacher, 0, 1)
+    flat, teacher_flat = Share(model, 0, args.ranks), Share(teacher, 0, args.ranks)
     flat.track_gradients()
     state, rows = train.State(flat, options), [{"id": "0", "question": "", "image": "", "crop": "", "answer": None}]
-    micro = ([0], photo(processor, args.prompt_tokens), photo(processor, args.prompt_tokens, 0.4))
-    print(f"one step, {args.prompt_tokens} / {int(args.prompt_tokens * 0.4)} prompt tokens (student / teacher), {args.response_tokens} "
-          f"response tokens, G = {args.group}")
-    train.learn(options, 1, [micro], model, teacher, processor, flat, teacher_flat, state, rows)
-    entry, _ = train.learn(options, 1, [micro], model, teacher, processor, flat, teacher_flat, state, rows)
-    phases = {"1. rollouts (student)": entry["gen_s"], "2. teacher": entry["teach_s"], "3. student, loss, update": entry["learn_s"]}
-    for name, seconds in phases.items():
-        print(f"  {name:56} {seconds * 1e3:9,.0f} ms {seconds / sum(phases.values()):7.0%}")
-    print(f"  {entry['tokens'] / sum(phases.values()):,.0f} response tokens a second, peak memory {entry['mem_gb']:.1f} GB")
+    full, crop, ids = photo(processor, args), photo(processor, args, 0.4), torch.randint(256, (G, T), device=args.device)
+    hidden, target = torch.randn(2, n, head.shape[1], dtype=head.dtype, device=args.device)
+    sides = hidden.requires_grad_(), head, target, teacher.lm_head.weight
+    teacher_pass = torch.no_grad()(lambda hidden, ids: hidden(teacher, crop, ids))      # (G, T, D)
+    step = lambda: train.learn(options, 1, [([0], full, crop)], model, teacher, processor, flat, teacher_flat, state, rows, None)
+    student_pass = lambda checkpoint=True: M.response_hidden(model, full, ids, checkpoint=checkpoint).square().sum().backward()
+
+    def plain_student_pass(ids=ids, loss=lambda hidden, rows: hidden.square().sum(), checkpoint=True):
+        model.model.language_model.activation_checkpointing_enable()                  # in training mode; the vision tower's is on
+        model.train(checkpoint)
+        try:
+            for rows in torch.arange(G).split(args.plain_rows):
+                loss(plain_hidden(model, full, ids[rows]), rows).backward()
+        finally:
+            model.eval().model.language_model.activation_checkpointing_disable()
+
+    def plain_step():
+        ids = plain_generate(model, full, G, T)
+        target = teacher_pass(plain_hidden, ids)
+        plain_student_pass(ids, lambda hidden, rows: divergence(hidden @ head.t(), target[rows] @ teacher.lm_head.weight.t()).sum() / n)
+        update()
+
+    def update():
+        flat.reduce_into(state.master.grad)
+        state.update(options.lr, options.clip, options.ema_rate, 1.0)
+        flat.publish(state.master.data)
+        teacher_flat.publish(state.ema)
+
+    L, crop_L = full["input_ids"].shape[1], crop["input_ids"].shape[1]
+    forward, teacher_forward = (sum(forward_flops(model, prompt, G, T)) / rate for prompt in (full, crop))         # seconds
+    with torch.no_grad():
+        matmuls, _ = measure(bench_loss.matmuls(args, *(side.detach() for side in sides)), args)
+    phases = {  # name: (ours, the plain way, floor in seconds)
+        "generation": (lambda: sample(model, processor, full, G, max_new_tokens=T, seeds=[0]),
+                       lambda: plain_generate(model, full, G, T), T * read_bytes(model, G, L + T / 2) / bandwidth),
+        "teacher pass": (lambda: teacher_pass(M.response_hidden, ids), lambda: teacher_pass(plain_hidden, ids), teacher_forward),
+        "student pass, forward and backward": (student_pass, plain_student_pass, 4 * forward),
+        "loss": (bench_loss.ours(args, *sides), bench_loss.plain(args, *sides), matmuls)}
+    print(f"\none step: {L:,} prompt tokens (teacher {crop_L:,}), {T} response tokens, G = {G}, one of {args.ranks} ranks\n{HEADER}")
+    ours, plain = compare("whole step, train.learn", step, plain_step, n, sum(floor for *_, floor in phases.values()), args)
+    for name, (run, plain_run, floor) in phases.items():
+        compare(name, run, plain_run, n, floor, args, ours)
+    row("update: AdamW, EMA, new weights", measure(update, args), n, math.nan, step=ours)
+    compare("student pass without checkpointing", lambda: student_pass(False), lambda: plain_student_pass(checkpoint=False), n,
+            3 * forward, args)
+    return plain / ours,
+
+
+def bench_generate(model, processor, args, rate: float, bandwidth: float) -> tuple[float]:
+    """G sampled responses to each of --gen-prompts prompts. Returns (its multiple of the floor,)."""
+    B, G, T = args.gen_prompts, args.group, args.response_tokens
+    prompt = M.join([photo(processor, args)] * B, 0)
+    L, generate = prompt["input_ids"].shape[1], lambda T: sample(model, processor, prompt, G, max_new_tokens=T, seeds=[0] * B)
+    floor = T * read_bytes(model, B * G, L + T / 2) / bandwidth
+    print(f"\ngeneration of {B * G} sequences: {B} prompts of {L:,} tokens, {T} response tokens, G = {G}\n{HEADER}")
+    ours, _ = compare("generation", lambda: generate(T), lambda: plain_generate(model, prompt, G, T), B * G * T, floor, args)
+    row("of which prompts and one token", measure(lambda: generate(1), args), B * G, sum(forward_flops(model, prompt)) / rate)
+    return ours / floor,
 
 
 def bench_synth(args) -> None:
@@ -182,7 +289,7 @@ def bench_synth(args) -> None:
         for name, job in (("decode", lambda: synth.photograph(folder, "photo.jpg")), ("draw the frame", lambda: synth.draw_frame(photo, box)),
                           ("crop and enlarge", lambda: synth.cut(framed, window)), ("write the image, JPEG", lambda: synth.save(framed, folder / "a.jpg")),
                           ("write the crop, PNG", lambda: synth.save(crop, folder / "a.png"))):
-            spent[name] = measure(job, args)
+            spent[name] = measure(job, args)[0]
     print(f"photographs of 2250 x 1500 px, {size:.1f} MB, one box each, one core: {1 / sum(spent.values()):.1f} a second")
     for name, seconds in spent.items():
         print(f"  {name:56} {seconds * 1e3:9,.1f} ms {seconds / sum(spent.values()):7.0%}")
@@ -190,35 +297,50 @@ def bench_synth(args) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("what", nargs="*", default=["train", "generate", "step", "loss"], help="train, generate, step, loss (default: these), synth")
+    p.add_argument("what", nargs="*", default=["loss", "generate", "step"], help="loss, generate, step (default: these), synth")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    p.add_argument("--size", default="small", choices=list(SIZES), help="shape of the model for train, generate and step")
-    p.add_argument("--model-vocab", type=int, default=4096, help="its vocabulary (the loss has its own, --vocab)")
-    p.add_argument("--prompt-tokens", type=int, default=612)
+    p.add_argument("--size", default="small", choices=list(SIZES), help="shape of the model for generate and step")
+    p.add_argument("--model-vocab", type=int, default=4096, help="its vocabulary (the loss alone has its own, --vocab)")
+    p.add_argument("--prompt-tokens", type=int, default=612, help="of the student; the teacher's prompt has 40%% of them")
     p.add_argument("--response-tokens", type=int, default=50)
-    p.add_argument("--gen-tokens", type=int, default=32)
     p.add_argument("--group", type=int, default=8)
+    p.add_argument("--gen-prompts", type=int, default=3, help="generate: prompts decoded at once")
+    p.add_argument("--ranks", type=int, default=1, help="step: share the optimizer's state as so many ranks do; nothing is sent")
+    p.add_argument("--plain-rows", type=int, default=8, help="step: sequences at once in the plain way's forward and backward")
     p.add_argument("--repeats", type=int, default=3)
     bench_loss.add_arguments(p)
+    if p.parse_known_args()[0].device == "cuda":
+        p.set_defaults(**GPU)
     args = p.parse_args()
     if args.only:
         return bench_loss.measure(args)
-    if unknown := set(args.what) - {"train", "generate", "step", "loss", "synth"}:
-        p.error(f"unknown benchmark {sorted(unknown)}: choose from train, generate, step, loss, synth")
+    if unknown := set(args.what) - {*GOALS, "synth"}:
+        p.error(f"unknown benchmark {sorted(unknown)}: choose from {', '.join(GOALS)}, synth")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA build of torch.")
     transformers.utils.logging.set_verbosity_error()
     machine = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
     print(f"{args.size} Qwen3.5, {args.dtype}, {machine}, torch {torch.__version__}, transformers {transformers.__version__}")
+    found = {}                                                                        # the numbers that the goals are about
     if "synth" in args.what:
         bench_synth(args)
-    if set(args.what) - {"loss", "synth"}:
+    if "loss" in args.what:                                                           # first: its processes need the GPU's memory
+        found["loss"] = bench_loss.run(args)
+    if {"generate", "step"} & set(args.what):
         model, processor = build(args.size, args.model_vocab, args.device, getattr(torch, args.dtype))
-        for name, bench in (("train", bench_train), ("generate", bench_generate), ("step", bench_step)):
+        measured = speeds(model, args)
+        for name, bench in (("generate", bench_generate), ("step", bench_step)):
             if name in args.what:
-                bench(model, processor, args)
-        del model
-    if "loss" in args.what:
-        bench_loss.run(args)
+                found[name] = bench(model, processor, args, *measured)
+    if not found:
+        return
+    print("\ngoals, in the shapes of --device cuda")
+    elsewhere = any(getattr(args, key) != value for key, value in GPU.items())
+    for name, (goal, reached) in GOALS.items():
+        verdict = ("not run on a GPU" if args.device == "cpu" else "not run in full" if elsewhere or not found.get(name) else
+                   "out of memory" if math.isnan(sum(found[name])) else "reached" if reached(*found[name]) else "missed")
+        print(f"  {goal:90} {verdict:18} {', '.join(f'{number:.2f}' for number in found.get(name) or ())}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time and memory of the loss with its gradient, each contender in a process of its own so that peaks can be compared.
 
     python tests/bench.py loss --tokens 256                               # a few minutes on two CPU cores, about 12 GB
-    python tests/bench.py loss --device cuda --dtype bfloat16 --tokens 8192
+    python tests/bench.py loss --device cuda                              # 8,192 tokens in bfloat16
 
 The yardstick is the four matmuls nobody can avoid, unchunked, into memory that is already there: student logits, teacher
 logits, dhidden, dW. `peak` is what comes on top of the inputs (hidden states and heads), gradients included.
@@ -39,6 +39,11 @@ def ours(args, hidden, head, teacher, teacher_head):
     return lambda: topk_divergence(hidden, head, [(teacher, teacher_head, 1.0)], weights, chunk=args.chunk)[0].backward()
 
 
+def topk(args, hidden, head, teacher, teacher_head):
+    logits = hidden[:args.chunk] @ head.t()                         # (c, V): one chunk's stand for all
+    return lambda: [logits[:len(part)].topk(100) for part in hidden.split(args.chunk)]
+
+
 def plain(args, hidden, head, teacher, teacher_head):
     return lambda: divergence(hidden @ head.t(), teacher @ teacher_head.t()).mean().backward()
 
@@ -58,6 +63,7 @@ def trl(args, hidden, head, teacher, teacher_head):
 CONTENDERS = {  # name: (function, its line in the table, what to install)
     "matmuls": (matmuls, "four bare matmuls", ""),
     "ours": (ours, "loss.py, topk_divergence (1)", ""),
+    "topk": (topk, "  of which topk", ""),
     "plain": (plain, "loss.py, divergence + autograd (1)", ""),
     "liger": (liger, "Liger-Kernel, LigerFusedLinearJSDLoss (2)", "liger-kernel"),
     "trl": (trl, "TRL, generalized_jsd_loss + autograd (3)", "trl accelerate"),
@@ -75,7 +81,7 @@ def measure(args):
     draw = lambda *shape: torch.empty(*shape, dtype=getattr(torch, args.dtype), device=args.device).normal_()
     prepare = CONTENDERS[args.only][0]
     torch.manual_seed(0)
-    torch.set_grad_enabled(args.only != "matmuls")
+    torch.set_grad_enabled(args.only not in ("matmuls", "topk"))
     try:                                                            # imports and thread pools: not what is measured
         prepare(args, *(draw(*shape).requires_grad_(i < 2) for i, shape in enumerate([(8, 16), (256, 16)] * 2)))()
     except ImportError as error:
@@ -109,21 +115,28 @@ def add_arguments(p):
     p.add_argument("--only", choices=list(CONTENDERS), help="used by the script itself: measure this one here")
 
 
-def run(args):
+def run(args) -> tuple[float, float] | None:
+    """Prints the table. Returns the time of ours as a multiple of the matmuls', and the GB of ours beyond dhidden and the fp32
+    dhead, if both were measured."""
     threads = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    print(f"loss and its gradient, {args.tokens:,} tokens, V = {args.vocab:,}, D = {args.hidden:,}, {args.dtype}, {threads}, chunk {args.chunk}, {args.clock} time\n")
+    print(f"\nloss and its gradient, {args.tokens:,} tokens, V = {args.vocab:,}, D = {args.hidden:,}, {args.dtype}, {threads}, chunk {args.chunk}, {args.clock} time\n")
     print(f"{'':44} {'time':>10} {'ratio':>7} {'peak':>10}")
-    floor = None
+    seconds, peak = {}, {}
     for name in ["matmuls"] + [c for c in args.contenders if c != "matmuls"]:
         _, line, package = CONTENDERS[name]
         done = subprocess.run([sys.executable, *sys.argv, "--only", name], capture_output=True, text=True)
         if done.returncode:
-            print(f"{line:44} failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+            error = "failed: " + (done.stderr.strip().splitlines() or ["killed"])[-1]
+            print(f"{line:44} {'out of memory' if 'OutOfMemoryError' in done.stderr else error}")
             continue
         found = json.loads(done.stdout.splitlines()[-1])
         if "missing" in found:
             print(f"{line:44} not installed: pip install {package}   ({found['missing']})")
             continue
-        floor = floor or found["seconds"]
-        print(f"{line:44} {found['seconds'] * 1e3:7,.0f} ms {found['seconds'] / floor:6.2f}x {found['bytes'] / 2**30:7.2f} GB", flush=True)
+        seconds[name], peak[name] = found["seconds"], found["bytes"] / 2**30
+        floor = next(iter(seconds.values()))
+        print(f"{line:44} {seconds[name] * 1e3:7,.0f} ms {seconds[name] / floor:6.2f}x {peak[name]:7.2f} GB", flush=True)
     print(f"\n{NOTES}")
+    if {"matmuls", "ours"} <= seconds.keys():
+        gradients = args.hidden * (args.tokens * getattr(torch, args.dtype).itemsize + args.vocab * 4) / 2**30
+        return seconds["ours"] / seconds["matmuls"], peak["ours"] - gradients
