@@ -65,6 +65,12 @@ def mixed_prompt(lively):
     return vision_model.encode(lively[1], images, ["what is in the red box ?", "a ?", "what is the green circle in the red box with ?"])
 
 
+@pytest.fixture
+def dense_mask(monkeypatch):
+    """The continuation's mask written out: torch's dispatch modes, which count flops and bytes, refuse its causal bias."""
+    monkeypatch.setattr(vision_model, "causal_lower_right", lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(k - q))
+
+
 def alone(prompt, row: int) -> dict:
     """Row `row` of a padded prompt batch, without its padding."""
     real = prompt["attention_mask"][row].bool()

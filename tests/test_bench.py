@@ -23,7 +23,7 @@ def bench_main(monkeypatch, *flags):
     bench.main()
 
 
-def test_flops_of_a_pass_are_those_that_torch_counts_exactly(tiny):
+def test_flops_of_a_pass_are_those_that_torch_counts_exactly(tiny, dense_mask):
     model, prompt = tiny
     (B, L), N, T = prompt["input_ids"].shape, 6, 7
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu            # not among those that torch counts
@@ -62,7 +62,7 @@ def test_every_row_of_the_step_and_of_generation_is_measured(monkeypatch, capsys
     bench_main(monkeypatch, "generate", "step", "--prompt-tokens", "80", "--response-tokens", "4", "--group", "2", "--gen-prompts", "2",
                "--model-vocab", "512", "--repeats", "1", "--plain-rows", "1", "--ranks", "2")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and "x floor" not in line]
-    assert len(rows) == 3 + 13 + len(bench.GOALS)
+    assert len(rows) == 4 + 13 + len(bench.GOALS)
     assert not any("nan" in line or "out of memory" in line for line in rows)
 
 
