@@ -700,8 +700,11 @@ def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict
     micro, prompts, pixel = args.micro_prompts, min(args.gen_prompts, mine), 4 * 6 * vision.patch_size ** 2 * e     # of a token
     live = 2 + (args.teacher is not None and not args.offload_teacher)                                # and gradients
     stays = live * e * weights + 20 * weights / world
-    batch, targets = mine * (full + seen) * pixel, mine * args.group * T * D * e * (args.method in DISTIL)
-    cache = prompts * args.group * ((full + T) * token * (1 + 1 / max(1, c.num_hidden_layers - linear)) + 2 * state + 32 * V)
+    rows, batch, targets = prompts * args.group, mine * (full + seen) * pixel, mine * args.group * T * D * e * (args.method in DISTIL)
+    cache = rows * ((full + T) * token * (1 + 1 / max(1, c.num_hidden_layers - linear)) + 2 * state + 32 * V)     # a layer's is copied
+    if args.compile:                                                                                  # its cache stays as well
+        batch += rows * ((args.max_prompt + T) * token + state)
+        cache = prompts * (full * token + state) + rows * (full * token // max(1, c.num_hidden_layers - linear) + 2 * state + 32 * V)
     prefill = prompts * (full * token + state) + max(block(prompts, full), layer(prompts, full, 0)) // 2
     teaching = e * weights * args.offload_teacher + targets + layer(micro, seen, N) // 2
     if args.checkpointing:
