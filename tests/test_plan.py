@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as M
+import plan
 import toy
 import train
 from rollout import CACHES
@@ -76,7 +77,7 @@ def phases(build, flags: list[str], side: int, compile: bool) -> tuple[dict, dic
     stays = pixels + sum(tensor.nbytes for tensor in kept)
     counted |= {phase: counted[phase] + more for phase, more in (("sampling", pixels), ("teacher", stays), ("student", stays))}
     lengths = [micros[0].full["input_ids"].shape[1], micros[0].seen["input_ids"].shape[1]]
-    return counted, train.memory(args, student.config, sum(p.numel() for p in student.parameters()), 1, *lengths)
+    return counted, plan.memory(args, student.config, sum(p.numel() for p in student.parameters()), 1, *lengths)
 
 
 @pytest.mark.parametrize("build", [toy.tiny, tiny_qwen3_vl])

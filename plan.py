@@ -1,0 +1,96 @@
+"""What a run of train.py would take, before anything is loaded: steps, prompt lengths, memory by phase, a rough time.
+
+    python train.py --plan 8 --device cuda --data DIR --model DIR          # flags as for the run; no GPU needed
+"""
+import math
+
+from PIL import Image
+from tqdm import tqdm
+
+from model import chat, outline, prompt_tokens
+
+
+def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict[str, float]:
+    """Bytes on a GPU (cpu: of a process's tensors) at most: `stays`, and what each phase of a step adds, one at a time, for prompts
+    of `full` (student) and `seen` (teacher; 0: there is none) tokens, and responses of --max-new-tokens.
+
+    Activations are those of transformers' own kernels, by factors fitted to tensors counted in small runs; with fla installed
+    they take less. tests/test_plan.py counts again.
+    """
+    c, vision, e, T = config.get_text_config(), config.vision_config, 2 if args.device == "cuda" else 4, args.max_new_tokens
+    N, mine, D, V, head_dim = args.micro_prompts * args.group, args.prompts // world, c.hidden_size, c.vocab_size, c.head_dim
+    linear = sum(kind == "linear_attention" for kind in getattr(c, "layer_types", None) or ())
+    heads, key_dim, value_dim, kernel = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim,
+                                         c.linear_conv_kernel_dim) if linear else (0, 0, 0, 0)
+    token = 2 * (c.num_hidden_layers - linear) * c.num_key_value_heads * head_dim * e                 # of the KV cache
+    state = linear * heads * (key_dim * value_dim * 4 + (2 * key_dim + value_dim) * kernel * e)       # of a row
+
+    def layer(prompts: int, tokens: int, rows: int) -> int:
+        """Of one decoder layer on prompts of `tokens` tokens and their `rows` continuations, the widest kind."""
+        blocks = prompts * math.ceil(tokens / 64) + rows * math.ceil(T / 64)                          # linear attention's
+        delta = blocks * 64 * 2 * heads * (key_dim + value_dim) * (24 + 3 * e)
+        repeated = 4 * rows * (tokens + T) * head_dim * (c.num_attention_heads + c.num_key_value_heads) * e
+        return (prompts * tokens + rows * T) * (8 * D + 3 * c.intermediate_size) * e + max(delta, repeated)
+
+    def block(prompts: int, tokens: int) -> int:
+        """Of one block of the vision tower."""
+        return 4 * prompts * tokens * (8 * vision.hidden_size + 3 * vision.intermediate_size) * e
+
+    micro, prompts, pixel = args.micro_prompts, min(args.gen_prompts, mine), 4 * 6 * vision.patch_size ** 2 * e     # of a token
+    live = 2 + (args.teacher is not None and not args.offload_teacher)                                # and gradients
+    stays = live * e * weights + 20 * weights / world
+    rows, batch, targets = prompts * args.group, mine * (full + seen) * pixel, mine * args.group * T * D * e * (seen > 0)
+    cache = rows * ((full + T) * token * (1 + 1 / max(1, c.num_hidden_layers - linear)) + 2 * state + 32 * V)     # a layer's is copied
+    if args.compile:                                                                                  # its cache stays as well
+        batch += rows * ((args.max_prompt + T) * token + state)
+        cache = prompts * (full * token + state) + rows * (full * token // max(1, c.num_hidden_layers - linear) + 2 * state + 32 * V)
+    prefill = prompts * (full * token + state) + max(block(prompts, full), layer(prompts, full, 0)) // 2
+    teaching = e * weights * args.offload_teacher + targets + layer(micro, seen, N) // 2
+    if args.checkpointing:
+        student = (c.num_hidden_layers * (micro * full + N * T) * D + vision.depth * micro * full * 4 * vision.hidden_size) * e
+        student += max(layer(micro, full, N), block(micro, full))
+    else:
+        student = c.num_hidden_layers * layer(micro, full, N) + vision.depth * block(micro, full)
+    student += V * D * 4 + min(args.chunk, N * T) * V * (2 * e + 4)                                   # the head's gradient, chunks of logits
+    return {"stays": stays, "sampling": batch + prompts * full * pixel + max(cache, prefill), "teacher": (batch + teaching) * (seen > 0),
+            "student": batch + targets + student}
+
+
+def seconds(args, config, weights: int, world: int, full: int, seen: int) -> dict[str, float]:
+    """A rough estimate of a step on H100s, by phase, for prompts of `full` and `seen` tokens. Assumed, not measured: 400 TFLOP/s in
+    passes, 2 TB/s when decoding, 35 ms a decoded token without --compile, mean responses a quarter of the longest."""
+    c, T, mine = config.get_text_config(), args.max_new_tokens, args.prompts // world
+    token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim                              # bytes of a KV cache, at most
+    if getattr(c, "layer_types", None):
+        token = token * c.layer_types.count("full_attention") // c.num_hidden_layers
+    read = 2 * weights + min(args.gen_prompts, mine) * args.group * (full + T / 2) * token
+    decoding = math.ceil(mine / args.gen_prompts) * T * max(0.0 if args.compile else 0.035, read / 2e12)
+    forward = 2 * weights * mine / 400e12                                                             # of a token of every prompt
+    return {"sampling": forward * full + decoding, "teacher": forward * (seen + args.group * T / 4) * (seen > 0),
+            "student": 4 * forward * (full + args.group * T / 4)}                                     # forward, again, backward twice
+
+
+def plan(args, rows: list[dict], views: list[tuple[str, str, int]], world: int) -> str:
+    """What a run would do and take. rows, views: as train.py has them. Raises OSError / ValueError for images and models that are
+    none."""
+    config, weights, processor = outline(args.model)
+    steps, lengths = args.steps or len(rows) // args.prompts, []
+    for view, hint, limit in views:
+        tokens = []
+        for row in tqdm(rows, desc=f"prompts of the {view}", leave=False):
+            with Image.open(row[view]) as image:
+                tokens.append(prompt_tokens(processor, image.size, chat(processor, row["question"] + hint.format(answer=row["answer"]))))
+        lengths.append((sum(tokens) // len(tokens), min(limit, max(tokens)), sum(n > limit for n in tokens)))
+    told = [f"{args.model}: {weights / 1e9:.2f}B weights; {args.data}: {len(rows):,} triplets",
+            f"{steps} steps of {args.prompts} prompts x {args.group} responses on {world} rank(s)"]
+    told += [f"{name}'s prompts: {mean:,} tokens on average, {most:,} the longest" + f"; {shrunk} images will be scaled down" * (shrunk > 0)
+             for name, (mean, most, shrunk) in zip(("student", "teacher"), lengths)]
+    parts = memory(args, config, weights, world, lengths[0][1], lengths[-1][1] * (len(lengths) - 1))
+    stays = parts.pop("stays")
+    told += [f"memory of a rank, at most: {(stays + max(parts.values())) / 1e9:.1f} GB = {stays / 1e9:.1f} for weights, gradients, optimizer and "
+             "EMA + the largest of " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())]
+    if args.device == "cuda":
+        spent = seconds(args, config, weights, world, lengths[0][0], lengths[-1][0] * (len(lengths) - 1))
+        told += ["time, a rough estimate (see plan.seconds): " + ", ".join(f"{name} {each:.0f} s" for name, each in spent.items()) +
+                 f" a step; {sum(spent.values()) * steps / 3600:.1f} hours in all"]
+    return "\n".join(told)
