@@ -80,10 +80,11 @@ def value_and_slope(log_s: Tensor, log_t: Tensor, beta: float, kind: str) -> tup
     return beta * (t * (log_t - log_m)).sum(-1) + slope.sum(-1), slope
 
 
-def log_probs(logits: Tensor, peak: Tensor, at: Tensor, idx: Tensor, p: Tensor) -> Tensor:
-    """log softmax(logits) at idx, (c, K); leaves softmax(logits), (c, V), in the buffer `p`. peak, at: the largest logit, (c, 1)."""
-    torch.softmax(logits, -1, dtype=p.dtype, out=p)                                     # one kernel, bf16 in and fp32 out
-    return logits.gather(-1, idx).to(p.dtype) - peak.to(p.dtype) + p.gather(-1, at).log()
+def log_probs(logits: Tensor, peak: Tensor, idx: Tensor, exp: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax(logits) at idx, (c, K), and the normaliser (c, 1); leaves exp(logits - peak), (c, V), in the buffer `exp`."""
+    peak = peak.to(exp.dtype)                                                           # (c, 1)
+    total = torch.sub(logits, peak, out=exp).exp_().sum(-1, keepdim=True)               # (c, 1)
+    return logits.gather(-1, idx).to(exp.dtype) - peak - total.log(), total
 
 
 class _TopKDivergence(torch.autograd.Function):
@@ -106,12 +107,12 @@ class _TopKDivergence(torch.autograd.Function):
         size = (min(chunk, len(rows)), vocab)
         buffers = head.new_empty(size), teachers[0][1].new_empty(size), head.new_empty(size, dtype=dtype)
         for number, r in enumerate(rows.split(chunk)):                                  # (c,)
-            x, (student, teacher, p) = hidden[r], (b[:len(r)] for b in buffers)       # (c, D), (c, V)
+            x, (student, teacher, exp) = hidden[r], (b[:len(r)] for b in buffers)       # (c, D), (c, V)
             top, idx = torch.mm(x, head.t(), out=student).topk(k)                       # (c, K)
             for i, (teacher_hidden, teacher_head, coefficient) in enumerate(teachers):
                 teacher.addmm_(teacher_hidden[r], teacher_head.t(), beta=float(i > 0), alpha=coefficient)
-            log_t = log_probs(teacher, *teacher.max(-1, keepdim=True), idx, p)
-            log_s = log_probs(student, top[:, :1], idx[:, :1], idx, p)                  # p is now the student's
+            log_t, _ = log_probs(teacher, teacher.amax(-1, keepdim=True), idx, exp)
+            log_s, total = log_probs(student, top[:, :1], idx, exp)                     # exp / total is the student's p
             agree[r] = log_t.argmax(-1) == 0                                            # topk sorts: 0 is the likeliest
             log_s, log_t = with_tail(log_s, vocab), with_tail(log_t, vocab)             # (c, K + 1)
             per_token[r], slope = value_and_slope(log_s, log_t, beta, kind)
@@ -120,10 +121,10 @@ class _TopKDivergence(torch.autograd.Function):
 
             slope *= weights[r, None]
             slope[:, k:] *= log_s[:, :k].logsumexp(-1, keepdim=True) <= TAIL_LIMIT      # nothing to do if k = V
-            events, slope_sum = log_s.exp(), slope.sum(-1, keepdim=True)
-            ratio = (slope[:, k:] / events[:, k:]).sum(-1, keepdim=True)                # (c, 1), 0 if k = V
-            torch.mul(p, ratio - slope_sum, out=student)                                # student's logits become dlogits
-            student.scatter_(-1, idx, (slope - events * slope_sum)[:, :k].to(student.dtype))
+            p, slope_sum = log_s.exp(), slope.sum(-1, keepdim=True)
+            ratio = (slope[:, k:] / p[:, k:]).sum(-1, keepdim=True)                     # (c, 1), 0 if k = V
+            torch.mul(exp, (ratio - slope_sum) / total, out=student)                    # student's logits become dlogits
+            student.scatter_(-1, idx, (slope - p * slope_sum)[:, :k].to(student.dtype))
             if d_hidden is not None:
                 d_hidden[r] = student @ head
             if d_head is not None and head.is_cuda and head.dtype != dtype:             # bf16 in, fp32 out, no copy
