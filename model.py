@@ -286,7 +286,7 @@ def attention_masks(real: Tensor, rows: Tensor, length: int) -> tuple[dict[str, 
 
     real: (B, L-1) bool, False on left padding. Full attention: (B, 1, L-1, L-1), or None (plain causal) without padding;
     linear attention: (B, L-1), or None. Continuation: (N, 1, T, L-1+T), the real prompt tokens, then causal; without padding
-    that is "causal, aligned to the last key", (T, L-1+T), which is never written out: flash attention knows it.
+    a causal bias that is aligned to the last key, which a GPU's attention kernels know and need no mask for.
     """
     if real.all():
         return {"full": None, "linear": None}, causal_lower_right(length, real.shape[1] + length)

@@ -10,9 +10,14 @@ from tqdm import tqdm
 from model import chat, outline, prompt_tokens
 
 
+def decoded(args, world: int) -> int:
+    """Prompts that a rank decodes at once: whole micro-batches."""
+    return min(args.prompts // world, max(1, args.gen_prompts // args.micro_prompts) * args.micro_prompts)
+
+
 def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict[str, float]:
     """Bytes on a GPU (cpu: of a process's tensors) at most: `stays`, and what each phase of a step adds, one at a time, for prompts
-    of `full` (student) and `seen` (teacher; 0: there is none) tokens, and responses of --max-new-tokens.
+    of `full` (student) and `seen` (teacher) tokens, and responses of --max-new-tokens.
 
     Activations are those of transformers' own kernels, by factors fitted to tensors counted in small runs; with fla installed
     they take less. tests/test_plan.py counts again.
@@ -36,24 +41,28 @@ def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict
         """Of one block of the vision tower."""
         return 4 * prompts * tokens * (8 * vision.hidden_size + 3 * vision.intermediate_size) * e
 
-    micro, prompts, pixel = args.micro_prompts, min(args.gen_prompts, mine), 4 * 6 * vision.patch_size ** 2 * e     # of a token
+    micro, prompts, pixel = args.micro_prompts, decoded(args, world), 4 * 6 * vision.patch_size ** 2 * e     # of a token
+    rows, full_layers, late = prompts * args.group, max(1, c.num_hidden_layers - linear), e * weights * args.offload_teacher
+    distils, sampled = args.method in ("vision-opd", "opsd"), seen if args.method == "sft" else full
     live = 2 + (args.teacher is not None and not args.offload_teacher)                                # and gradients
     stays = live * e * weights + 20 * weights / world
-    rows, batch, targets = prompts * args.group, mine * (full + seen) * pixel, mine * args.group * T * D * e * (seen > 0)
-    cache = rows * ((full + T) * token * (1 + 1 / max(1, c.num_hidden_layers - linear)) + 2 * state + 32 * V)     # a layer's is copied
-    if args.compile:                                                                                  # its cache stays as well
-        batch += rows * ((args.max_prompt + T) * token + state)
-        cache = prompts * (full * token + state) + rows * (full * token // max(1, c.num_hidden_layers - linear) + 2 * state + 32 * V)
-    prefill = prompts * (full * token + state) + max(block(prompts, full), layer(prompts, full, 0)) // 2
-    teaching = e * weights * args.offload_teacher + targets + layer(micro, seen, N) // 2
+    batch = mine * (full + seen) * pixel * (1 + args.resample * (args.method == "dapo"))
+    targets = mine * args.group * T * D * e * distils
+    cache = rows * ((sampled + T) * token * (1 + 1 / full_layers) + 2 * state + 32 * V)               # a layer's is copied
+    if args.compile:                                                                                  # its caches stay, of every shape
+        limit = args.max_crop_prompt if args.method == "sft" else args.max_prompt
+        batch += (rows + mine % prompts * args.group) * ((limit + T) * token + state)
+        cache = prompts * (sampled * token + state) + rows * (sampled * token // full_layers + 2 * state + 32 * V)
+    prefill = prompts * (sampled * token + state) + max(block(prompts, sampled), layer(prompts, sampled, 0)) // 2
+    sampling = late * (args.method == "sft") + batch + prompts * sampled * pixel + max(cache, prefill)
+    teaching = late + batch + targets + layer(micro, seen, N) // 2
     if args.checkpointing:
         student = (c.num_hidden_layers * (micro * full + N * T) * D + vision.depth * micro * full * 4 * vision.hidden_size) * e
         student += max(layer(micro, full, N), block(micro, full))
     else:
         student = c.num_hidden_layers * layer(micro, full, N) + vision.depth * block(micro, full)
     student += V * D * 4 + min(args.chunk, N * T) * V * (2 * e + 4)                                   # the head's gradient, chunks of logits
-    return {"stays": stays, "sampling": batch + prompts * full * pixel + max(cache, prefill), "teacher": (batch + teaching) * (seen > 0),
-            "student": batch + targets + student}
+    return {"stays": stays, "sampling": sampling, "teacher": teaching * distils, "student": batch + targets + student}
 
 
 def seconds(args, config, weights: int, world: int, full: int, seen: int) -> dict[str, float]:
@@ -63,34 +72,42 @@ def seconds(args, config, weights: int, world: int, full: int, seen: int) -> dic
     token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim                              # bytes of a KV cache, at most
     if getattr(c, "layer_types", None):
         token = token * c.layer_types.count("full_attention") // c.num_hidden_layers
-    read = 2 * weights + min(args.gen_prompts, mine) * args.group * (full + T / 2) * token
-    decoding = math.ceil(mine / args.gen_prompts) * T * max(0.0 if args.compile else 0.035, read / 2e12)
+    slots = args.max_prompt + T if args.compile else full + T / 2                                     # of a row, read at every token
+    read = 2 * weights + decoded(args, world) * args.group * slots * token
+    decoding = math.ceil(mine / decoded(args, world)) * T * max(0.0 if args.compile else 0.035, read / 2e12)
     forward = 2 * weights * mine / 400e12                                                             # of a token of every prompt
-    return {"sampling": forward * full + decoding, "teacher": forward * (seen + args.group * T / 4) * (seen > 0),
+    return {"sampling": forward * full + decoding, "teacher": forward * (seen + args.group * T / 4) * (args.method in ("vision-opd", "opsd")),
             "student": 4 * forward * (full + args.group * T / 4)}                                     # forward, again, backward twice
 
 
-def plan(args, rows: list[dict], views: list[tuple[str, str, int]], world: int) -> str:
-    """What a run would do and take. rows, views: as train.py has them. Raises OSError / ValueError for images and models that are
-    none."""
+def plan(args, rows: list[dict], views: list[tuple[str, str, int]]) -> str:
+    """What a run on args.plan ranks would do and take. rows, views: as train.py has them. Raises FileNotFoundError / ValueError for
+    images and models that are none."""
     config, weights, processor = outline(args.model)
-    steps, lengths = args.steps or len(rows) // args.prompts, []
+    steps, world, lengths = args.steps or len(rows) // args.prompts, args.plan, []
     for view, hint, limit in views:
         tokens = []
         for row in tqdm(rows, desc=f"prompts of the {view}", leave=False):
-            with Image.open(row[view]) as image:
-                tokens.append(prompt_tokens(processor, image.size, chat(processor, row["question"] + hint.format(answer=row["answer"]))))
-        lengths.append((sum(tokens) // len(tokens), min(limit, max(tokens)), sum(n > limit for n in tokens)))
+            try:
+                with Image.open(row[view]) as image:
+                    size = image.size
+            except Exception as error:                                                # decoders raise errors of any kind
+                raise ValueError(f"sample {row['id']}: {row[view]} cannot be read as a picture: {error}. Fetch or save the file again, "
+                                 "or take it out of the data.") from error
+            tokens.append(prompt_tokens(processor, size, chat(processor, row["question"] + hint.format(answer=row["answer"]))))
+        shrunk = sum(n > limit for n in tokens)
+        tokens = [min(n, limit) for n in tokens]
+        lengths.append((sum(tokens) // len(tokens), max(tokens), shrunk))
     told = [f"{args.model}: {weights / 1e9:.2f}B weights; {args.data}: {len(rows):,} triplets",
             f"{steps} steps of {args.prompts} prompts x {args.group} responses on {world} rank(s)"]
     told += [f"{name}'s prompts: {mean:,} tokens on average, {most:,} the longest" + f"; {shrunk} images will be scaled down" * (shrunk > 0)
              for name, (mean, most, shrunk) in zip(("student", "teacher"), lengths)]
-    parts = memory(args, config, weights, world, lengths[0][1], lengths[-1][1] * (len(lengths) - 1))
+    parts = memory(args, config, weights, world, lengths[0][1], lengths[1][1] if lengths[1:] else 0)
     stays = parts.pop("stays")
     told += [f"memory of a rank, at most: {(stays + max(parts.values())) / 1e9:.1f} GB = {stays / 1e9:.1f} for weights, gradients, optimizer and "
              "EMA + the largest of " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())]
     if args.device == "cuda":
-        spent = seconds(args, config, weights, world, lengths[0][0], lengths[-1][0] * (len(lengths) - 1))
+        spent = seconds(args, config, weights, world, lengths[0][0], lengths[1][0] if lengths[1:] else 0)
         told += ["time, a rough estimate (see plan.seconds): " + ", ".join(f"{name} {each:.0f} s" for name, each in spent.items()) +
                  f" a step; {sum(spent.values()) * steps / 3600:.1f} hours in all"]
     return "\n".join(told)

@@ -31,7 +31,6 @@ import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")        # caches and batches change size all the time
@@ -117,7 +116,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--threads", type=int, help="CPU threads of torch (--toy: 1, so that the bits do not depend on the machine)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cuda: bf16 live weights; cpu: fp32")
-    p.add_argument("--plan", nargs="?", type=int, const=0, metavar="RANKS", help="print steps, memory and an estimate of the time on "
+    p.add_argument("--plan", nargs="?", type=int, const=int(os.environ.get("WORLD_SIZE", 1)), metavar="RANKS", help="print steps, memory and an estimate of the time on "
                    "so many GPUs (default: torchrun's ranks), and train nothing")
     # what is kept
     p.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (ours: little is lost to a crash)")
@@ -148,7 +147,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"{', '.join(idle)} would change nothing with --method {args.method}, --teacher {args.teacher or 'unset'}, --objective "
                 f"{args.objective}, --divergence {args.divergence}. Leave it out, or correct one of them.")
     args.teacher = args.teacher or (None if rewarded else "ema" if distils else "initial")
-    if args.plan is not None and (args.toy or args.plan < 0):
+    if args.plan is not None and (args.toy or args.plan < 1):
         p.error(f"--plan needs data and a model that are there, so not --toy, and a number of ranks from 1; got {args.plan}")
     if args.compile and args.device == "cpu":
         p.error("--compile is about CUDA graphs: leave it out with --device cpu")
@@ -342,7 +341,7 @@ def check(args, rows: list[dict], world: int) -> None:
 
 
 def area(path: Path) -> int:
-    """Pixels of an image, by its header; 0 where there is none to read, which loading it will say."""
+    """Pixels of an image, by its header; 0 where that cannot be read: loading the image will say so, if it cannot either."""
     try:
         with Image.open(path) as image:
             return image.width * image.height
@@ -634,14 +633,16 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     mine = args.prompts // world
     per_step = math.ceil(mine / args.micro_prompts)
 
-    pixels = cache(lambda j: area(rows[j]["image"]))
+    sizes = [[area(row["image"]) for row in rows] if rank == 0 else None]             # read once: all must deal alike
+    if world > 1:
+        dist.broadcast_object_list(sizes, device=device)
 
     def share(step: int, seed: int) -> list[list[int]]:
         batch = batch_rows(len(rows), args.prompts, seed, step)
         if args.method == "dapo":                                                     # fill_up counts in the batch's order
             batch = batch[rank * mine:(rank + 1) * mine]
         else:
-            batch = deal(batch, [pixels(j) for j in batch], rank, world)
+            batch = deal(batch, [sizes[0][j] for j in batch], rank, world)
         return [batch[i:i + args.micro_prompts] for i in range(0, mine, args.micro_prompts)]
 
     def further(step: int, i: int) -> list:
@@ -711,10 +712,11 @@ def main(argv: list[str] | None = None) -> None:
         transformers.utils.logging.set_verbosity_error()
     try:
         if args.plan is not None:
-            rows, world = synth.read_triplets(synth.fetch(args.data)), args.plan or int(os.environ.get("WORLD_SIZE", 1))
-            check(args, rows, world)
-            shown = views(args)[:1 + (args.method in DISTIL)]
-            return print(plan.plan(args, rows, shown, world)) if os.environ.get("RANK", "0") == "0" else None
+            if os.environ.get("RANK", "0") == "0":
+                rows = synth.read_triplets(synth.fetch(args.data))
+                check(args, rows, args.plan)
+                print(plan.plan(args, rows, views(args)))
+            return
         rank, world, device = setup(args.device)
         if args.toy and rank == 0:
             prepare_toy(args, device)

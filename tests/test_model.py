@@ -52,15 +52,18 @@ def float64_inside(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-@pytest.mark.parametrize("checkpoint", [True, False])
-def test_hidden_states_and_gradients_are_those_of_a_plain_forward_of_each_sequence(lively, mixed_prompt, checkpoint, float64_inside):
+@pytest.mark.parametrize("checkpoint, padded", [(True, True), (False, True), (True, False)])
+def test_hidden_states_and_gradients_are_those_of_a_plain_forward_of_each_sequence(lively, mixed_prompt, checkpoint, padded, float64_inside):
     model, _ = lively
     model.double()
     torch.manual_seed(0)
-    ids, lengths = torch.randint(0, 300, (6, 7)), [7, 3, 1, 5, 7, 2]
-    target = torch.randn(6, 7, model.lm_head.in_features, dtype=torch.float64)
-    shared = M.response_hidden(model, mixed_prompt, ids, checkpoint=checkpoint)
-    plain = [plain_hidden(model, mixed_prompt, row // 2, ids[row, :length]) for row, length in enumerate(lengths)]
+    prompt = mixed_prompt if padded else alone(mixed_prompt, 1)
+    assert prompt["attention_mask"].all() != padded
+    rows = 2 * len(prompt["input_ids"])
+    ids, lengths = torch.randint(0, 300, (rows, 7)), [7, 3, 1, 5, 7, 2][:rows]
+    target = torch.randn(rows, 7, model.lm_head.in_features, dtype=torch.float64)
+    shared = M.response_hidden(model, prompt, ids, checkpoint=checkpoint)
+    plain = [plain_hidden(model, prompt, row // 2, ids[row, :length]) for row, length in enumerate(lengths)]
     for row, length in enumerate(lengths):
         torch.testing.assert_close(shared[row, :length], plain[row], atol=1e-12, rtol=1e-12)
     # what follows a response's end has no weight, and so must not reach the gradient

@@ -112,8 +112,13 @@ def test_a_vision_token_cannot_be_sampled_however_likely_it_is(mixed_prompt, liv
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_static_cache_compiled_or_not_gives_the_same_tokens(lively, mixed_prompt, monkeypatch, compiled):
     model, processor = lively
-    if compiled:                                                                      # on a CPU only if told so; traced, not code
-        monkeypatch.setattr(rollout, "COMPILE", rollout.CompileConfig(backend="eager", mode=None, dynamic=False))
+    heads, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def traced(module, inputs):
+        heads.extend(node.args[1].meta["example_value"].shape[1] for node in module.graph.nodes if node.target is attention)
+        return module.forward
+    if compiled:                                                                      # on a CPU only if told so; traced, no kernels made
+        monkeypatch.setattr(rollout, "COMPILE", rollout.CompileConfig(backend=traced, mode=None, dynamic=False))
         rollout.COMPILE._compile_all_devices = True
     want = [sample(model, processor, mixed_prompt, 2, max_new_tokens=8, seeds=seeds) for seeds in ([0, 1, 2], [3, 4, 5])]
     room = mixed_prompt["input_ids"].shape[1] + 8
@@ -126,6 +131,7 @@ def test_a_static_cache_compiled_or_not_gives_the_same_tokens(lively, mixed_prom
         torch.testing.assert_close(rows.log_probs, plain.log_probs, equal_nan=True, rtol=1e-4, atol=1e-5)
     assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs) and (graphs > 0) == compiled
     assert len(rollout.CACHES[model]) == 1
+    assert set(heads) == ({model.config.text_config.num_key_value_heads} if compiled else set())    # keys are not repeated
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with pytest.raises(ValueError, match=f"holds {room - 1} tokens a row, prompt and response need {room}"):
