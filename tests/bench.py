@@ -16,6 +16,7 @@ import argparse
 import copy
 import gc
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+os.environ.setdefault("TQDM_DISABLE", "1")                # no bars between the rows
 import train  # noqa: E402  before torch: it sets the allocator of GPU memory
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
