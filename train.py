@@ -203,6 +203,7 @@ class Flat:
 
     def track_gradients(self) -> None:
         self.grads = torch.zeros_like(self.weights)
+        self.side = torch.cuda.Stream() if self.weights.is_cuda else None             # reduces gradients
         for param, span in zip(self.params, self.spans):
             param.grad = self.grads[span].view_as(param)
 
@@ -214,16 +215,25 @@ class Flat:
 
     def reduce_into(self, own: Tensor) -> None:
         """Add the sum of all ranks' gradients to this rank's fp32 slice `own`, and clear them. Summed in fp32 (a
-        reduce-scatter of bf16 gradients would round at every rank), 64M at a time."""
-        if self.world == 1:
-            own.add_(self.grads)
-        for part in self.grads.view(self.world, self.size).split(2 ** 26, dim=1) if self.world > 1 else ():
-            sent = part.contiguous()                                                  # (world, part): row r is for rank r
-            received = torch.empty_like(sent)
-            dist.all_to_all_single(received, sent)
-            own[:sent.shape[1]].add_(received.sum(0, dtype=own.dtype))
-            own = own[sent.shape[1]:]
-        self.grads.zero_()
+        reduce-scatter of bf16 gradients would round at every rank), 64M at a time, and on a GPU beside what follows, until
+        `settle`."""
+        if self.side:
+            self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            if self.world == 1:
+                own.add_(self.grads)
+            for part in self.grads.view(self.world, self.size).split(2 ** 26, dim=1) if self.world > 1 else ():
+                sent = part.contiguous()                                              # (world, part): row r is for rank r
+                received = torch.empty_like(sent)
+                dist.all_to_all_single(received, sent)
+                own[:sent.shape[1]].add_(received.sum(0, dtype=own.dtype))
+                own = own[sent.shape[1]:]
+            self.grads.zero_()
+
+    def settle(self) -> None:
+        """Gradients are touched by nothing queued before this any more."""
+        if self.side:
+            torch.cuda.current_stream().wait_stream(self.side)
 
     def allocate(self, there: bool) -> None:
         """Give the live weights' memory back, or take it again (contents undefined until the next publish)."""
@@ -534,11 +544,13 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
                 weights = (1 / (mask.sum(1, keepdim=True) * n)).expand_as(mask).float()
             hidden = response_hidden(student, micro.full, micro.rollout, checkpoint=args.checkpointing)[mask]      # (n, D)
             loss, per_token, agree = token_loss(args, hidden, student.lm_head.weight, micro, weights[mask])
+            flat.settle()                                                             # the forward ran beside the last reduction
             loss.backward()
             sums += torch.stack([loss.detach().double(), agree.double().sum() / tokens])
             if not shown and (step % args.show_every == 0 or step + 1 == args.steps):
                 shown = show(args, step, micro.rollout, per_token, [rows[j] for j in micro.numbers], processor)
         flat.reduce_into(state.master.grad)                                           # all ranks, equally often
+    flat.settle()
     squares = sum(part.double().square().sum() for part in state.master.grad.split(2 ** 24)).item()
     value, agreement, squares = total([*sums.tolist(), squares], device)
     if not math.isfinite(value) or not math.isfinite(squares):
