@@ -11,6 +11,7 @@ import math
 import shutil
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -105,6 +106,14 @@ def prepare(model, processor):
     ends = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.eos_token_id} - {None}
     model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
     return model
+
+
+def missing_kernels(model) -> list[str]:
+    """Packages that are not installed and would make this model faster here; transformers uses them when they are."""
+    if not torch.cuda.is_available() or not any(hasattr(layer, "linear_attn") for layer in model.model.language_model.layers):
+        return []
+    kernels = {"flash-linear-attention": "fla", "causal-conv1d": "causal_conv1d"}
+    return [package for package, module in kernels.items() if find_spec(module) is None]
 
 
 def save(model, processor, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

@@ -52,7 +52,7 @@ import synth
 import toy
 from loss import (clipped_policy_gradient, group_advantages, overlong_penalty, sampled_token, token_log_probs,
                   topk_divergence)
-from model import encode, join, load, response_hidden, save, to_device
+from model import encode, join, load, missing_kernels, response_hidden, save, to_device
 from rollout import Rollout, sample
 
 # What --toy changes (ours: a tiny model trained from scratch in minutes).
@@ -639,6 +639,8 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     if rank == 0:
         for path in (log, shown_log):                                                # what came after the checkpoint is redone
             path.write_text("".join(json.dumps(entry) + "\n" for entry in evaluate.read_jsonl(path, []) if entry["step"] <= begin))
+        if slow := missing_kernels(student):
+            print(f"Linear attention runs on slow kernels: pip install {' '.join(slow)}", flush=True)
         print(f"{len(rows):,} triplets, {flat.numel / 1e6:,.1f}M weights, {world} rank(s), steps {begin + 1} to {args.steps}", flush=True)
     board = tensorboard(out, begin) if rank == 0 else None
 
@@ -720,8 +722,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
-    if args.device == "cpu":                                                          # on a GPU its warning of slow kernels matters
-        transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
     try:
         if args.plan is not None:
             if os.environ.get("RANK", "0") == "0":

@@ -176,6 +176,16 @@ def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output
     assert (plain.lm_head.weight is plain.model.language_model.embed_tokens.weight) == (build is toy.tiny)     # tied, or not
 
 
+def test_missing_gpu_kernels_are_named_for_models_that_use_them(monkeypatch):
+    assert M.missing_kernels(toy.tiny()[0]) == []                                     # a CPU has no use for them
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    there = {"fla"}
+    monkeypatch.setattr(M, "find_spec", lambda name: name if name in there else None)
+    assert M.missing_kernels(toy.tiny()[0]) == ["causal-conv1d"] and M.missing_kernels(tiny_qwen3_vl()[0]) == []
+    there.clear()
+    assert M.missing_kernels(toy.tiny()[0]) == ["flash-linear-attention", "causal-conv1d"]
+
+
 def test_generation_settings_of_a_checkpoint_do_not_change_the_rollouts(tmp_path):
     model, processor = toy.tiny()
     M.save(model, processor, tmp_path)
