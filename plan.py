@@ -98,7 +98,7 @@ def plan(args, rows: list[dict], views: list[tuple[str, str, int]]) -> str:
         shrunk = sum(n > limit for n in tokens)
         tokens = [min(n, limit) for n in tokens]
         lengths.append((sum(tokens) // len(tokens), max(tokens), shrunk))
-    told = [f"{args.model}: {weights / 1e9:.2f}B weights; {args.data}: {len(rows):,} triplets",
+    told = [f"{args.model}: {weights / 1e6:,.1f}M weights; {args.data}: {len(rows):,} triplets",
             f"{steps} steps of {args.prompts} prompts x {args.group} responses on {world} rank(s)"]
     told += [f"{name}'s prompts: {mean:,} tokens on average, {most:,} the longest" + f"; {shrunk} images will be scaled down" * (shrunk > 0)
              for name, (mean, most, shrunk) in zip(("student", "teacher"), lengths)]

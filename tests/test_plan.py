@@ -108,7 +108,7 @@ def test_a_plan_is_printed_before_anything_is_loaded(tmp_path, capsys, monkeypat
     for name, view in (("student", 1), ("teacher", 2)):
         lengths = [micros[i][view]["input_ids"].shape[1] for i in range(12)]
         assert f"{name}'s prompts: {sum(lengths) // 12:,} tokens on average, {max(lengths):,} the longest\n" in told
-    assert f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}B weights" in told and "12 triplets" in told
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f}M weights" in told and "12 triplets" in told
     assert "3 steps of 4 prompts x 2 responses on 4 rank(s)" in told and "hours in all" in told and "memory of a rank" in told
     assert not (tmp_path / "x").exists()
     train.main([*flags, "--device", "cpu", "--plan", "--max-prompt", "24"])
