@@ -156,10 +156,15 @@ def test_the_command_line_draws_a_set_and_its_contact_sheet(tmp_path):
     assert (sheet == synth.RED).all(-1).sum() > 24 * 4 * 60                     # 24 boxes, enlarged
 
 
-def test_a_command_line_that_asks_for_nothing_or_too_little_says_so(tmp_path):
-    for args in ([], ["--out", tmp_path, "--n", 0], ["--ablate", "--out", tmp_path, "--variants", "nonsense"], ["--ablate", "--out", tmp_path, "--seeds"],
-                 ["--out", tmp_path, "--jobs", 1], ["--ablate", "--out", tmp_path, "--n=4"]):
-        assert run(*args).returncode == 2
+@pytest.mark.parametrize("flags, said", [
+    ([], "--out"), (["--out", "x", "--n", "0"], "must be at least 1"), (["--ablate", "--out", "x", "--variants", "nonsense"], "invalid choice"),
+    (["--ablate", "--out", "x", "--seeds"], "expected at least one"), (["--out", "x", "--jobs", "1"], "--jobs would change nothing without --ablate"),
+    (["--ablate", "--out", "x", "--n=4"], "--n would change nothing with --ablate")])
+def test_a_command_line_that_asks_for_nothing_or_too_little_says_so(flags, said, monkeypatch, capsys):
+    monkeypatch.setattr(toy.sys, "argv", ["toy.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        toy.main()
+    assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- the table
