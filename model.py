@@ -168,9 +168,9 @@ def fit(processor, image: Image.Image, chat: str, max_tokens: int) -> Image.Imag
     """`image` itself when its prompt has at most `max_tokens` tokens, else a copy scaled down so that it has."""
     vision = processor.image_processor
     side = vision.patch_size * vision.merge_size                                     # px per image token along an edge
-    room = max_tokens - len(processor.tokenizer(chat)["input_ids"]) + 1              # the chat holds one placeholder
     if prompt_tokens(processor, image.size, chat) <= max_tokens:
         return image
+    room = max_tokens - len(processor.tokenizer(chat)["input_ids"]) + 1              # the chat holds one placeholder
     least = math.ceil(vision.size["shortest_edge"] / side ** 2)
     if room < least:
         raise ValueError(

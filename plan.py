@@ -4,15 +4,28 @@
 """
 import math
 
-from PIL import Image
 from tqdm import tqdm
 
+import synth
 from model import chat, outline, prompt_tokens
+
+DISTIL = ("vision-opd", "opsd")                            # as in train.py: their teacher reads the responses
 
 
 def decoded(args, world: int) -> int:
     """Prompts that a rank decodes at once: whole micro-batches."""
     return min(args.prompts // world, max(1, args.gen_prompts // args.micro_prompts) * args.micro_prompts)
+
+
+def key_values(c, e: int) -> tuple[int, int]:
+    """(layers of full attention, bytes that a token takes in the KV cache of all of them); e: bytes of a number."""
+    layers = (getattr(c, "layer_types", None) or ["full_attention"] * c.num_hidden_layers).count("full_attention")
+    return layers, 2 * layers * c.num_key_value_heads * c.head_dim * e
+
+
+def sampled(args, full: int, seen: int) -> tuple[int, int]:
+    """(tokens, most tokens) of the prompts that are answered: the student's, or for sft the teacher's."""
+    return (seen, args.max_crop_prompt) if args.method == "sft" else (full, args.max_prompt)
 
 
 def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict[str, float]:
@@ -24,10 +37,10 @@ def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict
     """
     c, vision, e, T = config.get_text_config(), config.vision_config, 2 if args.device == "cuda" else 4, args.max_new_tokens
     N, mine, D, V, head_dim = args.micro_prompts * args.group, args.prompts // world, c.hidden_size, c.vocab_size, c.head_dim
-    linear = sum(kind == "linear_attention" for kind in getattr(c, "layer_types", None) or ())
+    full_layers, token = key_values(c, e)
+    linear = c.num_hidden_layers - full_layers
     heads, key_dim, value_dim, kernel = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim,
                                          c.linear_conv_kernel_dim) if linear else (0, 0, 0, 0)
-    token = 2 * (c.num_hidden_layers - linear) * c.num_key_value_heads * head_dim * e                 # of the KV cache
     state = linear * heads * (key_dim * value_dim * 4 + (2 * key_dim + value_dim) * kernel * e)       # of a row
 
     def layer(prompts: int, tokens: int, rows: int) -> int:
@@ -42,19 +55,17 @@ def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict
         return 4 * prompts * tokens * (8 * vision.hidden_size + 3 * vision.intermediate_size) * e
 
     micro, prompts, pixel = args.micro_prompts, decoded(args, world), 4 * 6 * vision.patch_size ** 2 * e     # of a token
-    rows, full_layers, late = prompts * args.group, max(1, c.num_hidden_layers - linear), e * weights * args.offload_teacher
-    distils, sampled = args.method in ("vision-opd", "opsd"), seen if args.method == "sft" else full
+    rows, late, teaches, (asked, limit) = prompts * args.group, e * weights * args.offload_teacher, args.method in DISTIL, sampled(args, full, seen)
     live = 2 + (args.teacher is not None and not args.offload_teacher)                                # and gradients
     stays = live * e * weights + 20 * weights / world
     batch = mine * (full + seen) * pixel * (1 + args.resample * (args.method == "dapo"))
-    targets = mine * args.group * T * D * e * distils
-    cache = rows * ((sampled + T) * token * (1 + 1 / full_layers) + 2 * state + 32 * V)               # a layer's is copied
+    targets = mine * args.group * T * D * e * teaches
+    cache = rows * ((asked + T) * token * (1 + 1 / max(1, full_layers)) + 2 * state + 32 * V)         # a layer's is copied
     if args.compile:                                                                                  # its caches stay, of every shape
-        limit = args.max_crop_prompt if args.method == "sft" else args.max_prompt
         batch += (rows + mine % prompts * args.group) * ((limit + T) * token + state)
-        cache = prompts * (sampled * token + state) + rows * (sampled * token // full_layers + 2 * state + 32 * V)
-    prefill = prompts * (sampled * token + state) + max(block(prompts, sampled), layer(prompts, sampled, 0)) // 2
-    sampling = late * (args.method == "sft") + batch + prompts * sampled * pixel + max(cache, prefill)
+        cache = prompts * (asked * token + state) + rows * (asked * token // max(1, full_layers) + 2 * state + 32 * V)
+    prefill = prompts * (asked * token + state) + max(block(prompts, asked), layer(prompts, asked, 0)) // 2
+    sampling = late * (args.method == "sft") + batch + prompts * asked * pixel + max(cache, prefill)
     teaching = late + batch + targets + layer(micro, seen, N) // 2
     if args.checkpointing:
         student = (c.num_hidden_layers * (micro * full + N * T) * D + vision.depth * micro * full * 4 * vision.hidden_size) * e
@@ -62,21 +73,18 @@ def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict
     else:
         student = c.num_hidden_layers * layer(micro, full, N) + vision.depth * block(micro, full)
     student += V * D * 4 + min(args.chunk, N * T) * V * (2 * e + 4)                                   # the head's gradient, chunks of logits
-    return {"stays": stays, "sampling": sampling, "teacher": teaching * distils, "student": batch + targets + student}
+    return {"stays": stays, "sampling": sampling, "teacher": teaching * teaches, "student": batch + targets + student}
 
 
 def seconds(args, config, weights: int, world: int, full: int, seen: int) -> dict[str, float]:
     """A rough estimate of a step on H100s, by phase, for prompts of `full` and `seen` tokens. Assumed, not measured: 400 TFLOP/s in
     passes, 2 TB/s when decoding, 35 ms a decoded token without --compile, mean responses a quarter of the longest."""
-    c, T, mine = config.get_text_config(), args.max_new_tokens, args.prompts // world
-    token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim                              # bytes of a KV cache, at most
-    if getattr(c, "layer_types", None):
-        token = token * c.layer_types.count("full_attention") // c.num_hidden_layers
-    slots = args.max_prompt + T if args.compile else full + T / 2                                     # of a row, read at every token
-    read = 2 * weights + decoded(args, world) * args.group * slots * token
-    decoding = math.ceil(mine / decoded(args, world)) * T * max(0.0 if args.compile else 0.035, read / 2e12)
+    T, mine, prompts, (asked, limit) = args.max_new_tokens, args.prompts // world, decoded(args, world), sampled(args, full, seen)
+    slots = limit + T if args.compile else asked + T / 2                                              # of a row, read at every token
+    read = 2 * weights + prompts * args.group * slots * key_values(config.get_text_config(), 2)[1]
+    decoding = math.ceil(mine / prompts) * T * max(0.0 if args.compile else 0.035, read / 2e12)
     forward = 2 * weights * mine / 400e12                                                             # of a token of every prompt
-    return {"sampling": forward * full + decoding, "teacher": forward * (seen + args.group * T / 4) * (args.method in ("vision-opd", "opsd")),
+    return {"sampling": forward * asked + decoding, "teacher": forward * (seen + args.group * T / 4) * (args.method in DISTIL),
             "student": 4 * forward * (full + args.group * T / 4)}                                     # forward, again, backward twice
 
 
@@ -89,11 +97,9 @@ def plan(args, rows: list[dict], views: list[tuple[str, str, int]]) -> str:
         tokens = []
         for row in tqdm(rows, desc=f"prompts of the {view}", leave=False):
             try:
-                with Image.open(row[view]) as image:
-                    size = image.size
-            except Exception as error:                                                # decoders raise errors of any kind
-                raise ValueError(f"sample {row['id']}: {row[view]} cannot be read as a picture: {error}. Fetch or save the file again, "
-                                 "or take it out of the data.") from error
+                size = synth.image_size(row[view])
+            except ValueError as error:
+                raise ValueError(f"sample {row['id']}: {error}") from error
             tokens.append(prompt_tokens(processor, size, chat(processor, row["question"] + hint.format(answer=row["answer"]))))
         shrunk = sum(n > limit for n in tokens)
         tokens = [min(n, limit) for n in tokens]

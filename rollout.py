@@ -36,6 +36,10 @@ class Rollout:
     ended: Tensor                   # (N,) bool, False where max_new_tokens cut the response off
     log_probs: Tensor               # (N, T) fp32, of each token where it was sampled; NaN after a response and when greedy
 
+    def decode(self, tokenizer) -> list[str]:
+        """The responses as texts, without special tokens."""
+        return [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(self.ids, self.mask)]
+
     def split(self, sizes: list[int]) -> list["Rollout"]:
         """Consecutive parts of `sizes` rows, each as narrow as its longest response."""
         parts = zip(*(tensor.split(sizes) for tensor in (self.ids, self.mask, self.ended, self.log_probs)))
@@ -152,9 +156,8 @@ def answers(model, processor, images: list, texts: list, max_new_tokens: int, ro
     if not rounds:
         prompt = to_device(encode(processor, images, texts), next(model.parameters()).device)
         rollout = sample(model, processor, prompt, group, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds)
-        replies = [processor.tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(rollout.ids, rollout.mask)]
         return [{"output": text, "tokens": int(mask.sum()), "truncated": not ended}
-                for text, mask, ended in zip(replies, rollout.mask, rollout.ended)]
+                for text, mask, ended in zip(rollout.decode(processor.tokenizer), rollout.mask, rollout.ended)]
     views, done = [[image] for image in images], [{"tokens": 0, "calls": 0, "malformed": 0} for _ in texts]
     chats = [[{"role": "system", "content": TOOLS},
               {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]

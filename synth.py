@@ -66,6 +66,16 @@ def load_image(path: str | Path) -> Image.Image:
                          "Fetch or save the file again, or take it out of the data.") from error
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of a picture by its header alone, as stored: EXIF rotation is not applied. Raises ValueError."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:                                                  # decoders raise errors of any kind
+        raise ValueError(f"{path} cannot be read as a picture: {error}. Fetch or save the file again, or take it out of the "
+                         "data.") from error
+
+
 @contextmanager
 def naming_full_disks(folder: Path):
     """Turns 'no space left' under `folder` into an error that says where, how much is free, and what to do."""

@@ -40,7 +40,6 @@ if "--toy" in sys.argv:
 import torch
 import torch.distributed as dist
 import transformers
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -208,7 +207,8 @@ class Flat:
             param.grad = self.grads[span].view_as(param)
 
     def publish(self, own: Tensor) -> None:
-        """Every rank's fp32 slice `own` -> the live weights of all ranks."""
+        """Every rank's fp32 slice `own` -> the live weights of all ranks, whose memory is taken if it was given back."""
+        self.allocate(True)
         self.weights[self.own].copy_(own)
         if self.world > 1:
             dist.all_gather_single(self.weights, self.weights[self.own].clone())
@@ -353,9 +353,8 @@ def check(args, rows: list[dict], world: int) -> None:
 def area(path: Path) -> int:
     """Pixels of an image, by its header; 0 where that cannot be read: loading the image will say so, if it cannot either."""
     try:
-        with Image.open(path) as image:
-            return image.width * image.height
-    except Exception:                                                                 # decoders raise errors of any kind
+        return math.prod(synth.image_size(path))
+    except ValueError:
         return 0
 
 
@@ -430,10 +429,9 @@ def respond(args, step: int, micros: list[Micro], model, processor, rows: list[d
 
 def grade(args, micro: Micro, processor, rows: list[dict]) -> None:
     """Which responses match the label; sft keeps those, dapo the groups that are neither all right nor all wrong (paper, Table 2)."""
-    texts = [processor.tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(micro.rollout.ids, micro.rollout.mask)]
-    asked = map(evaluate.triplet_row, rows)
-    asked = [row for row in asked for _ in range(args.group)]
-    right = [evaluate.score(row | {"bench": "", "output": text})["correct"] for row, text in zip(asked, texts)]
+    asked = [row for row in map(evaluate.triplet_row, rows) for _ in range(args.group)]
+    right = [evaluate.score(row | {"bench": "", "output": text})["correct"]
+             for row, text in zip(asked, micro.rollout.decode(processor.tokenizer))]
     micro.right = torch.tensor(right, device=micro.keep.device)
     groups = micro.right.view(-1, args.group)                                         # (B, G)
     if args.method == "sft":
@@ -472,7 +470,6 @@ def fill_up(args, micros: list[Micro], flat: Flat, further) -> list[Micro]:
 @torch.no_grad()
 def teach(args, micros: list[Micro], student, teacher, teacher_flat: Flat, state: State) -> None:
     """Sets each target. The teacher leaves hidden states, not logits; a trust-region one the student's own as well (paper, Table 3)."""
-    teacher_flat.allocate(True)
     teacher_flat.publish(state.ema)
     head = teacher.lm_head.weight.detach()
     sides = [(teacher, head.clone() if args.offload_teacher else head, 1.0)]
@@ -512,7 +509,6 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
         respond(args, step, micros, teacher if args.method == "sft" else student, processor, rows, extra, quiet=flat.rank > 0)
         return micros
     if args.method == "sft":
-        teacher_flat.allocate(True)
         teacher_flat.publish(state.ema)
     micros = answered(batch)
     if args.method == "dapo":
@@ -647,7 +643,7 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     mine = args.prompts // world
     per_step = math.ceil(mine / args.micro_prompts)
 
-    sizes = [[area(row["image"]) for row in rows] if rank == 0 else None]             # read once: all must deal alike
+    sizes = [[area(row["image"]) for row in rows] if rank == 0 and args.method != "dapo" else None]    # read once: all must deal alike
     if world > 1:
         dist.broadcast_object_list(sizes, device=device)
 
@@ -699,7 +695,7 @@ def judge(args, checkpoint: str | Path, when: str, device: torch.device) -> None
     """Evaluate a checkpoint on scenes never trained on, into OUT/eval-WHEN."""
     out = Path(args.out)
     benches = {name: evaluate.benchmark(name, out) for name in evaluate.GROUPS["toy"]}
-    evaluate.evaluate(str(checkpoint), benches, out / f"eval-{when}", views=["full", "crop"], max_new_tokens=18, batch=100,
+    evaluate.evaluate(str(checkpoint), benches, out / f"eval-{when}", views=["full", "crop"], max_new_tokens=TOY["max_new_tokens"], batch=100,
                       device=str(device))
     evaluate.summarise(out / f"eval-{when}")
 
