@@ -1,5 +1,4 @@
-"""The distillation loss: top-K divergence between teacher and student, token by token (paper, Eq. 3 and 4); and, at the end,
-what the baselines optimise instead, on the sampled tokens alone (paper, Tables 2 and 6).
+"""The distillation loss: top-K divergence between teacher and student, token by token (paper, Eq. 3 and 4).
 
     divergence(student_logits, teacher_logits)                  the equation on full logits: read and edit this one first
     topk_divergence(hidden, head, [(hidden, head, 1.0)], w)     the same from hidden states, with its gradient: train.py's
@@ -13,8 +12,6 @@ import math
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 KINDS = ("jsd", "forward_kl", "reverse_kl")
 LOG_ZERO = -1e30                     # stands for log 0: finite, so that 0 log 0 is 0 and never inf - inf
@@ -177,44 +174,3 @@ def topk_divergence(student_hidden: Tensor, student_head: Tensor, teachers: list
     loss, per_token, agree = _TopKDivergence.apply(student_hidden, student_head, teachers, weights, min(k, vocab), beta,
                                                    divergence, chunk, torch.is_grad_enabled())
     return (loss, per_token, agree) if agreement else (loss, per_token)
-
-
-# --------------------------------------------------------------------------------------- losses on the sampled tokens alone
-
-def token_log_probs(sides: list[tuple[Tensor, Tensor, float]], ids: Tensor, chunk: int = 512) -> Tensor:
-    """Log-probabilities of the tokens `ids` (n,) under the logits that `sides` give, as `teachers` do in topk_divergence.
-
-    Returns (n,) fp32 (float64 for float64 inputs), differentiable; the logits of one chunk of tokens exist at once, and
-    once more in the backward pass. In bf16 the heads' gradients are rounded once a chunk.
-    """
-    def part(ids: Tensor, *hidden: Tensor) -> Tensor:
-        logits = sum(coefficient * (h @ head.t()) for h, (_, head, coefficient) in zip(hidden, sides))      # (c, V)
-        return -cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="none")
-    parts = zip(ids.split(chunk), *(hidden.split(chunk) for hidden, *_ in sides))
-    return torch.cat([checkpoint(part, *chunks, use_reentrant=False, preserve_rng_state=False) for chunks in parts])
-
-
-def sampled_token(log_s: Tensor, log_t: Tensor, rollout: Tensor, clip: float = 2.0) -> Tensor:
-    """Policy-gradient form of KL(S || T) on the sampled tokens (paper, Table 6): -ratio A with the advantage A = log_t - log_s.
-
-    The importance ratio of the student to the policy that wrote the tokens is cut off at `clip`; neither it nor A has a gradient.
-    All (n,) log-probabilities; returns (n,), whose value estimates the KL and whose gradient is -ratio A dlog_s.
-    """
-    now = log_s.detach()
-    return (now - rollout).exp().clamp(max=clip) * (now - log_t.detach()) * (log_s - now).exp()
-
-
-def clipped_policy_gradient(log_s: Tensor, rollout: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """-min(r A, clip(r, 1 - low, 1 + high) A) with r = p_student / p_rollout (GRPO: 0.2, 0.2; DAPO: 0.2, 0.28). All (n,)."""
-    ratio = (log_s - rollout).exp()
-    return -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-
-
-def group_advantages(rewards: Tensor) -> Tensor:
-    """(reward - mean) / (std + 1e-6) within each prompt's group: (B, G) -> (B, G); 0 where all rewards are 0, or all 1."""
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-
-
-def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
-    """DAPO's soft penalty: 0 up to limit - buffer tokens, from there linearly down to -1 at `limit`."""
-    return ((limit - buffer - lengths) / buffer).clamp(-1, 0)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 if not torch.cuda.is_available():                          # transformers would call these GPU kernels on CPU tensors
     sys.modules.update(fla=None, causal_conv1d=None)
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, Qwen3VLProcessor
+from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLProcessor
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 MIN_CONTINUATION = 4                                       # tokens; fewer would take the kernels of one-token decoding
@@ -60,38 +60,22 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
     return prepare(model.to(device), processor), processor
 
 
-def outline(path: str):
-    """(configuration, number of weights, processor) of a checkpoint directory or hub id, without its weights."""
-    folder = find(path, ["*.json", "*.jinja", "*.txt"])
-    try:
-        config, processor = AutoConfig.from_pretrained(folder), ImageTextProcessor.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} has no configuration of a Qwen3.5 / Qwen3-VL style model: {error}") from error
-    return config, sum(weight.numel() for weight in model.parameters()), processor
-
-
 def find(path: str, patterns: list[str] | None = None) -> Path:
     """The checkpoint directory `path`, or that of a hub id, whose files (all, or those that fit the patterns) are downloaded."""
     folder = Path(path)
     if not folder.is_dir():
-        folder = download(path, patterns)
+        from huggingface_hub import snapshot_download
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=patterns))
+        except Exception as error:                                                    # network, name, gate, disk
+            raise FileNotFoundError(
+                f"--model {path!r} is neither a directory here nor a model the hub gave us ({type(error).__name__}: {error}). "
+                "Check the name, the network, and `hf auth login` for gated models.") from error
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} is no checkpoint: it has no config.json (it has {sorted(p.name for p in folder.iterdir())[:8]}). "
             "Expected a directory written by save_pretrained, or a hub id such as Qwen/Qwen3.5-4B.")
     return folder
-
-
-def download(hub_id: str, patterns: list[str] | None) -> Path:
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except Exception as error:                                                        # network, name, gate, disk
-        raise FileNotFoundError(
-            f"--model {hub_id!r} is neither a directory here nor a model the hub gave us ({type(error).__name__}: {error}). "
-            "Check the name, the network, and `hf auth login` for gated models.") from error
 
 
 def prepare(model, processor):
@@ -153,8 +137,9 @@ def encode(processor, images: list, texts: list, *, max_tokens: int | None = Non
 
 def chat(processor, text: str | list) -> str:
     """A question about one image, or a chat's messages, as the model reads it, with a placeholder for each image."""
-    messages = text if isinstance(text, list) else [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-    return processor.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
+    if isinstance(text, str):
+        text = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    return processor.apply_chat_template(text, add_generation_prompt=True, enable_thinking=False)
 
 
 def prompt_tokens(processor, size: tuple[int, int], chat: str) -> int:

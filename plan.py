@@ -4,12 +4,25 @@
 """
 import math
 
+import torch
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-import synth
-from model import chat, outline, prompt_tokens
+import triplets
+from baselines import DISTIL
+from model import ImageTextProcessor, chat, find, prompt_tokens
 
-DISTIL = ("vision-opd", "opsd")                            # as in train.py: their teacher reads the responses
+
+def outline(path: str):
+    """(configuration, number of weights, processor) of a checkpoint directory or hub id, without its weights."""
+    folder = find(path, ["*.json", "*.jinja", "*.txt"])
+    try:
+        config, processor = AutoConfig.from_pretrained(folder), ImageTextProcessor.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} has no configuration of a Qwen3.5 / Qwen3-VL style model: {error}") from error
+    return config, sum(weight.numel() for weight in model.parameters()), processor
 
 
 def decoded(args, world: int) -> int:
@@ -55,13 +68,14 @@ def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict
         return 4 * prompts * tokens * (8 * vision.hidden_size + 3 * vision.intermediate_size) * e
 
     micro, prompts, pixel = args.micro_prompts, decoded(args, world), 4 * 6 * vision.patch_size ** 2 * e     # of a token
-    rows, late, teaches, (asked, limit) = prompts * args.group, e * weights * args.offload_teacher, args.method in DISTIL, sampled(args, full, seen)
+    rows, late, teaches = prompts * args.group, e * weights * args.offload_teacher, args.method in DISTIL
+    asked, limit = sampled(args, full, seen)
     live = 2 + (args.teacher is not None and not args.offload_teacher)                                # and gradients
     stays = live * e * weights + 20 * weights / world
     batch = mine * (full + seen) * pixel * (1 + args.resample * (args.method == "dapo"))
     targets = mine * args.group * T * D * e * teaches
     cache = rows * ((asked + T) * token * (1 + 1 / max(1, full_layers)) + 2 * state + 32 * V)         # a layer's is copied
-    if args.compile:                                                                                  # its caches stay, of every shape
+    if args.compile:                                                                                  # its caches stay
         batch += (rows + mine % prompts * args.group) * ((limit + T) * token + state)
         cache = prompts * (asked * token + state) + rows * (asked * token // max(1, full_layers) + 2 * state + 32 * V)
     prefill = prompts * (asked * token + state) + max(block(prompts, asked), layer(prompts, asked, 0)) // 2
@@ -72,7 +86,7 @@ def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict
         student += max(layer(micro, full, N), block(micro, full))
     else:
         student = c.num_hidden_layers * layer(micro, full, N) + vision.depth * block(micro, full)
-    student += V * D * 4 + min(args.chunk, N * T) * V * (2 * e + 4)                                   # the head's gradient, chunks of logits
+    student += V * D * 4 + min(args.chunk, N * T) * V * (2 * e + 4)                                   # head's gradient, logits
     return {"stays": stays, "sampling": sampling, "teacher": teaching * teaches, "student": batch + targets + student}
 
 
@@ -80,12 +94,12 @@ def seconds(args, config, weights: int, world: int, full: int, seen: int) -> dic
     """A rough estimate of a step on H100s, by phase, for prompts of `full` and `seen` tokens. Assumed, not measured: 400 TFLOP/s in
     passes, 2 TB/s when decoding, 35 ms a decoded token without --compile, mean responses a quarter of the longest."""
     T, mine, prompts, (asked, limit) = args.max_new_tokens, args.prompts // world, decoded(args, world), sampled(args, full, seen)
-    slots = limit + T if args.compile else asked + T / 2                                              # of a row, read at every token
+    slots = limit + T if args.compile else asked + T / 2                                              # read at every token
     read = 2 * weights + prompts * args.group * slots * key_values(config.get_text_config(), 2)[1]
     decoding = math.ceil(mine / prompts) * T * max(0.0 if args.compile else 0.035, read / 2e12)
     forward = 2 * weights * mine / 400e12                                                             # of a token of every prompt
     return {"sampling": forward * asked + decoding, "teacher": forward * (seen + args.group * T / 4) * (args.method in DISTIL),
-            "student": 4 * forward * (full + args.group * T / 4)}                                     # forward, again, backward twice
+            "student": 4 * forward * (full + args.group * T / 4)}                                     # forward twice, backward
 
 
 def plan(args, rows: list[dict], views: list[tuple[str, str, int]]) -> str:
@@ -97,7 +111,7 @@ def plan(args, rows: list[dict], views: list[tuple[str, str, int]]) -> str:
         tokens = []
         for row in tqdm(rows, desc=f"prompts of the {view}", leave=False):
             try:
-                size = synth.image_size(row[view])
+                size = triplets.image_size(row[view])
             except ValueError as error:
                 raise ValueError(f"sample {row['id']}: {error}") from error
             tokens.append(prompt_tokens(processor, size, chat(processor, row["question"] + hint.format(answer=row["answer"]))))
@@ -106,12 +120,13 @@ def plan(args, rows: list[dict], views: list[tuple[str, str, int]]) -> str:
         lengths.append((sum(tokens) // len(tokens), max(tokens), shrunk))
     told = [f"{args.model}: {weights / 1e6:,.1f}M weights; {args.data}: {len(rows):,} triplets",
             f"{steps} steps of {args.prompts} prompts x {args.group} responses on {world} rank(s)"]
-    told += [f"{name}'s prompts: {mean:,} tokens on average, {most:,} the longest" + f"; {shrunk} images will be scaled down" * (shrunk > 0)
-             for name, (mean, most, shrunk) in zip(("student", "teacher"), lengths)]
+    for name, (mean, most, shrunk) in zip(("student", "teacher"), lengths):
+        told.append(f"{name}'s prompts: {mean:,} tokens on average, {most:,} the longest" +
+                    f"; {shrunk} images will be scaled down" * (shrunk > 0))
     parts = memory(args, config, weights, world, lengths[0][1], lengths[1][1] if lengths[1:] else 0)
     stays = parts.pop("stays")
-    told += [f"memory of a rank, at most: {(stays + max(parts.values())) / 1e9:.1f} GB = {stays / 1e9:.1f} for weights, gradients, optimizer and "
-             "EMA + the largest of " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())]
+    told += [f"memory of a rank, at most: {(stays + max(parts.values())) / 1e9:.1f} GB = {stays / 1e9:.1f} for weights, gradients, "
+             "optimizer and EMA + the largest of " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())]
     if args.device == "cuda":
         spent = seconds(args, config, weights, world, lengths[0][0], lengths[1][0] if lengths[1:] else 0)
         told += ["time, a rough estimate (see plan.seconds): " + ", ".join(f"{name} {each:.0f} s" for name, each in spent.items()) +

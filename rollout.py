@@ -1,5 +1,4 @@
-"""Rollouts: G sampled responses per prompt, the prompt computed once (paper, Eq. 3: y ~ student(. | x, q)); and answers,
-with or without a zoom-in tool.
+"""Rollouts: G sampled responses per prompt, the prompt computed once (paper, Eq. 3: y ~ student(. | x, q)).
 
     rollout = sample(student, processor, prompt, group=8, max_new_tokens=1024, seeds=[step_seed] * B)
     texts = [reply["output"] for reply in answers(model, processor, images, questions, max_new_tokens=1024)]
@@ -9,14 +8,10 @@ CDF(v) > u, one uniform u per row and token drawn from that prompt's own generat
 depend on its seed alone, never on which prompts share its batch, on the number of ranks or on earlier draws (the logits
 still differ by rounding from batch to batch).
 """
-import json
-import math
-import re
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 from transformers.integrations import sdpa_attention
@@ -135,83 +130,11 @@ def static_cache(model, cache: DynamicCache, rows: Tensor, tokens: int, needed: 
     return static
 
 
-# ---------------------------------------------------------------------------------------------------------------- answers
-
-TOOLS = """# Tools
-You may call a function to assist with the question. Its signature:
-{"name": "image_zoom_in_tool", "description": "Crop a region of the first image and return it enlarged.", "parameters": {"bbox_2d":
-"[x1, y1, x2, y2] of the region, in thousandths of the image's width and height", "label": "what is looked for (optional)"}}
-To call it, answer <tool_call>{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [...], "label": "..."}}</tool_call>"""
-
-
-def answers(model, processor, images: list, texts: list, max_new_tokens: int, rounds: int = 0, *, temperature: float = 0,
+def answers(model, processor, images: list, texts: list, max_new_tokens: int, *, temperature: float = 0,
             seeds: list[int] | None = None, group: int = 1) -> list[dict]:
     """Answers, greedy unless there is a temperature: {"output": text, "tokens": sampled, "truncated": bool}, `group` of them a row
-    (those of a row together; seeds: one a row). A row is an image and a question, or, as in model.encode, a list of images and a chat.
-
-    With `rounds` the model may call a zoom-in tool (paper, Appendix A) at most so often: the region comes back as a further
-    image, or an error that it can react to. Then `output` is the last turn, `tokens` counts all of them, and the row also
-    has "calls" and "malformed" (calls). Every turn computes its whole prompt anew.
-    """
-    if not rounds:
-        prompt = to_device(encode(processor, images, texts), next(model.parameters()).device)
-        rollout = sample(model, processor, prompt, group, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds)
-        return [{"output": text, "tokens": int(mask.sum()), "truncated": not ended}
-                for text, mask, ended in zip(rollout.decode(processor.tokenizer), rollout.mask, rollout.ended)]
-    views, done = [[image] for image in images], [{"tokens": 0, "calls": 0, "malformed": 0} for _ in texts]
-    chats = [[{"role": "system", "content": TOOLS},
-              {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
-    active = range(len(texts))
-    for left in range(rounds, -1, -1):
-        replies = answers(model, processor, [views[i] for i in active], [chats[i] for i in active], max_new_tokens)
-        for i, reply in zip(active, replies):
-            done[i] |= reply | {"tokens": done[i]["tokens"] + reply["tokens"]}
-        active = [i for i in active if left and "<tool_call>" in done[i]["output"]]
-        if not active:
-            break
-        for i in active:
-            said = done[i]["output"].replace("<|", "< |")                           # spelled-out vision tokens
-            content = [{"type": "text", "text": "This was the last call: answer now."}] * (left == 1)
-            done[i]["calls"] += 1
-            try:
-                views[i].append(region(re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", said, re.S)[-1], images[i]))
-                content = [{"type": "image"}, *content]
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
-                done[i]["malformed"] += 1
-                wrong = f"Error: {error!r}. Expected a call as described, 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000."
-                content = [{"type": "text", "text": wrong.replace("<|", "< |")}, *content]
-            content = [{"type": "text", "text": "<tool_response>"}, *content, {"type": "text", "text": "</tool_response>"}]
-            chats[i] += [{"role": "assistant", "content": said}, {"role": "user", "content": content}]
-    return done
-
-
-def texts(model, processor, images: list, prompts: list[str], batch: list[int], **settings) -> list[list[str] | None]:
-    """What the model says to each image and prompt: `group` texts (settings are those of `answers`), or None where a row alone does
-    not fit in memory. batch: [rows at once], halved in place, for this call and later ones, whenever memory runs out."""
-    said, seeds, group, most = [], settings.pop("seeds", None), settings.get("group", 1), batch[0]
-    while len(said) < len(prompts):
-        part = slice(len(said), len(said) + batch[0])
-        try:
-            replies = answers(model, processor, images[part], prompts[part], seeds=seeds and seeds[part], **settings)
-            said += [[reply["output"] for reply in replies[k:k + group]] for k in range(0, len(replies), group)]
-        except torch.OutOfMemoryError:
-            alone = len(prompts[part]) == 1
-            said += [None] * alone                                                   # this row's fault, not the batch's
-            batch[0] = most if alone else len(prompts[part]) // 2
-    return said
-
-
-def region(call: str, image: Image.Image) -> Image.Image:
-    """The crop that a tool call asks for, enlarged to at least 448 px along its longer side. Raises ValueError, LookupError or
-    TypeError for anything but a well-formed call."""
-    call = json.loads(call)
-    box = x1, y1, x2, y2 = call["arguments"]["bbox_2d"]
-    if call["name"] != "image_zoom_in_tool" or not all(type(v) in (int, float) for v in box) or not (
-            0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):
-        raise ValueError(f"{str(call['name'])[:80]} of {str(box)[:80]}")
-    w, h = image.size
-    crop = image.crop((math.floor(x1 * w / 1000), math.floor(y1 * h / 1000), math.ceil(x2 * w / 1000), math.ceil(y2 * h / 1000)))
-    if max(crop.size) > 100 * min(crop.size):                                         # image processors refuse 200
-        raise ValueError(f"the region has {crop.width} x {crop.height} pixels, which is too thin")
-    scale = max(1, 448 / max(crop.size))
-    return crop.resize((math.ceil(crop.width * scale), math.ceil(crop.height * scale)), Image.Resampling.BICUBIC)
+    (those of a row together; seeds: one a row). A row is an image and a question, or a list of images and a chat (model.encode)."""
+    prompt = to_device(encode(processor, images, texts), next(model.parameters()).device)
+    rollout = sample(model, processor, prompt, group, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds)
+    return [{"output": text, "tokens": int(mask.sum()), "truncated": not ended}
+            for text, mask, ended in zip(rollout.decode(processor.tokenizer), rollout.mask, rollout.ended)]

@@ -21,6 +21,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -33,7 +34,10 @@ from tokenizers import pre_tokenizers
 from tqdm import tqdm
 from transformers import Qwen2VLImageProcessorPil, Qwen3_5Config, Qwen3_5ForConditionalGeneration, Qwen3_5Tokenizer
 
-import synth
+import benchmarks
+import evaluate
+import figures
+import triplets
 from model import VISION_TOKENS, ImageTextProcessor, encode, prepare, response_hidden, save, to_device
 
 SPLITS = ("train", "base", "eval")                         # their streams of scenes never meet, whatever the seeds
@@ -82,7 +86,7 @@ def enlarge(pixels: np.ndarray, times: int) -> np.ndarray:
 
 
 def scene(seed: int, index: int, kind: str, split: str = "train") -> dict:
-    """Scene `index` of a stream as a sample for synth.write_triplets; the same whenever and in whatever order it is drawn.
+    """Scene `index` of a stream as a sample for triplets.write_triplets; the same whenever and in whatever order it is drawn.
 
     image: (64, 64) px with a 1-px red box on the outer ring of the target's cells (none for `corner`). crop: these cells
     without the box, 32 px high always (small cells: pixels doubled), so 4 image tokens of 16 x 16 px, or 8 for a pair.
@@ -115,7 +119,7 @@ def scene(seed: int, index: int, kind: str, split: str = "train") -> dict:
     if kind == "corner":
         question = f"what is at the {'bottom' if row else 'top'} {'right' if column else 'left'} ?"
     else:
-        target[[0, -1]] = target[:, [0, -1]] = synth.RED
+        target[[0, -1]] = target[:, [0, -1]] = triplets.RED
     return {"id": f"{split}-{seed}-{index:06d}-{kind}", "question": question, "answer": answer, "bbox": [left, top, right, bottom],
             "image": Image.fromarray(picture), "crop": Image.fromarray(crop), "extra": {"toy": kind}}
 
@@ -145,7 +149,7 @@ def draw(folder: str | Path, n: int, seed: int, split: str = "train") -> Path:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(wanted))
-        synth.write_triplets(folder, scenes(n, seed, split))
+        triplets.write_triplets(folder, scenes(n, seed, split))
     return folder
 
 
@@ -204,9 +208,10 @@ def train_base(folder: Path, seed: int, device: torch.device | str = "cpu") -> N
     optimizer = torch.optim.AdamW(model.parameters(), lr=BASE["lr"], betas=(0.9, 0.98), weight_decay=0.01)
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    read = 0.0                                                                        # running share of small targets read in full view
+    read = 0.0                                                                        # running share of small targets, full view
     for _ in tqdm(range(steps), desc="base model", unit="step"):
-        for view, count, mix in (("crop", BASE["crops"], "crop"), ("image", BASE["fulls"], "late" if read > BASE["enough"] else "full")):
+        fulls = "late" if read > BASE["enough"] else "full"
+        for view, count, mix in (("crop", BASE["crops"], "crop"), ("image", BASE["fulls"], fulls)):
             kinds = rng.choices([*BASE[mix]], [*BASE[mix].values()], k=count)
             shown = [scene(seed, rng.randrange(BASE["scenes"]), kind, "base") for kind in kinds]
             prompt = to_device(encode(processor, [s[view] for s in shown], [s["question"] for s in shown]), device)
@@ -227,6 +232,36 @@ def train_base(folder: Path, seed: int, device: torch.device | str = "cpu") -> N
     shutil.rmtree(partial, ignore_errors=True)
     save(model, processor, partial)
     partial.rename(folder)
+
+
+# ------------------------------------------------------------------------------------------------- train.py --toy
+
+# What it changes (ours: a tiny model trained from scratch in minutes).
+RUN = dict(prompts=16, group=2, steps=600, max_new_tokens=18, lr=5e-4, weight_decay=0.0, schedule="cosine", top_k=16,
+           ema_rate=0.001, adam_eps=5e-5, micro_prompts=16, gen_prompts=16, workers=1, threads=1, save_every=50, show_every=25,
+           out="runs/toy")
+
+
+def prepare_run(args, device: torch.device) -> None:
+    """Draw the scenes, train the base model and evaluate it, each only if it is not there yet."""
+    out, start = Path(args.out), time.perf_counter()
+    if args.data == f"{args.out}/data":
+        triplets.preview(draw(out / "data", ROWS, args.seed))
+    if not Path(args.model).exists() and args.model == f"{args.out}/base":
+        train_base(Path(args.model), args.seed, device)
+    if not (out / "seconds.json").exists():
+        seconds = {"base": time.perf_counter() - start}
+        judge(out, args.model, "before", device)
+        triplets.write(out / "seconds.json", json.dumps(seconds))
+
+
+def judge(out: str | Path, model: str | Path, when: str, device: torch.device) -> None:
+    """Evaluate a model on scenes never trained on, into OUT/eval-WHEN."""
+    benches = {name: benchmarks.benchmark(name, Path(out)) for name in benchmarks.GROUPS["toy"]}
+    folder = Path(out) / f"eval-{when}"
+    evaluate.evaluate(str(model), benches, folder, views=["full", "crop"], max_new_tokens=RUN["max_new_tokens"], batch=100,
+                      device=str(device))
+    figures.summarise(folder)
 
 
 # ------------------------------------------------------------------------------------------------- the table of methods
@@ -304,7 +339,7 @@ def main() -> None:
     if found := sorted(idle & {token.partition("=")[0] for token in sys.argv[1:]}):
         p.error(f"{', '.join(found)} would change nothing {'with' if args.ablate else 'without'} --ablate. Leave it out.")
     if not args.ablate:
-        print(f"drawn: {synth.preview(draw(args.out, args.n, args.seed, args.split))}")
+        print(f"drawn: {triplets.preview(draw(args.out, args.n, args.seed, args.split))}")
         return
     torch.set_num_threads(1)                                                          # as train.py --toy: the bits depend on it
     variants = list(dict.fromkeys(["vision-opd", *args.variants]))

@@ -6,14 +6,7 @@
 
 The student sees the full image, the teacher (an EMA of the student) only the crop. Each step: the student answers (1), the
 teacher reads those answers (2), the student is pulled token by token toward what the teacher would have said (3).
-The paper's other teachers and objectives (Tables 3, 4, 6) are flags; its baselines (Table 2) are `--method`, which changes who
-writes the responses, what the teacher sees, and the loss of a token:
-
-    method                writes, from          teacher sees               loss of a token
-    vision-opd            student, full image   the crop                   divergence to the teacher, or --objective
-    opsd                  student, full image   full image and the answer  the same
-    sft                   teacher, crop         -                          cross-entropy, on responses that match the label
-    grpo, dapo            student, full image   -                          clipped policy gradient, reward 1 for the label
+The paper's other teachers and objectives (Tables 3, 4, 6) are flags; its baselines (Table 2) are `--method`: baselines.py.
 Killed at any moment, the same command goes on where the last checkpoint was, with any number of ranks.
 """
 import argparse
@@ -24,42 +17,35 @@ import math
 import os
 import random
 import resource
-import shutil
 import subprocess
 import sys
 import time
 import traceback
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")        # caches and batches change size all the time
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")        # caches and batches change size
 if "--toy" in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""                                           # fp32 and tiny: made for the CPU
 
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+import baselines
 import evaluate
+import figures
 import plan
-import synth
 import toy
-from loss import (clipped_policy_gradient, group_advantages, overlong_penalty, sampled_token, token_log_probs,
-                  topk_divergence)
-from model import encode, join, load, missing_kernels, response_hidden, save, to_device
+import triplets
+from baselines import DISTIL, OPSD_HINT, REWARD
+from loss import topk_divergence
+from model import encode, join, load, missing_kernels, response_hidden, to_device
 from rollout import Rollout, sample
+from sharding import Flat, State, barrier, resume, save_checkpoint, setup, total
 
-# What --toy changes (ours: a tiny model trained from scratch in minutes).
-TOY = dict(prompts=16, group=2, steps=600, max_new_tokens=18, lr=5e-4, weight_decay=0.0, schedule="cosine", top_k=16,
-           ema_rate=0.001, adam_eps=5e-5, micro_prompts=16, gen_prompts=16, workers=1, threads=1, save_every=50, show_every=25, out="runs/toy")
-DISTIL, REWARD = ("vision-opd", "opsd"), ("grpo", "dapo")                              # families of --method; the other is sft
-OPSD_HINT = ("\n\nHere is a reference solution to this problem:\n{answer}\n\nAfter understanding the reference solution, please try "
-             "to solve this problem using your own approach below:")
 # A resumed run must agree with the stopped one on everything but these, which change speed, memory or where it stops.
 FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
         "checkpointing", "compile", "workers", "threads"}
@@ -82,10 +68,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max-prompt", type=int, default=8192, help="student's prompt tokens; larger images are scaled down to fit")
     p.add_argument("--max-crop-prompt", type=int, default=10240, help="the same for the teacher's prompt")
     # method and objective (paper, section 4.1; the others: Tables 2, 3, 4 and 6)
-    p.add_argument("--method", choices=[*DISTIL, "sft", *REWARD], default="vision-opd", help="see above; all but "
-                   "vision-opd need answers in the data")
-    p.add_argument("--teacher", choices=["ema", "initial", "current", "trust-region"], help="whose weights (default: ema; of sft: initial, a frozen copy). current: "
-                   "the student's; trust-region: logits (1 - trust) initial + trust current")
+    p.add_argument("--method", choices=[*DISTIL, "sft", *REWARD], default="vision-opd", help="who writes, what the teacher "
+                   "sees, a token's loss: see baselines.py; all but vision-opd need answers in the data")
+    p.add_argument("--teacher", choices=["ema", "initial", "current", "trust-region"], help="whose weights (default: ema; "
+                   "of sft: initial, frozen). current: the student's; trust-region: logits (1 - trust) initial + trust current")
     p.add_argument("--trust", type=float, default=0.05, help="the current student's share in a trust-region teacher")
     p.add_argument("--objective", choices=["topk", "sampled-token"], default="topk", help="sampled-token: policy gradient with the "
                    "advantage log p_teacher - log p_student")
@@ -109,23 +95,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--offload-teacher", action=flag, default=False,
                    help="free the teacher's live weights outside its own phase; they are rebuilt from the sharded EMA")
     p.add_argument("--checkpointing", action=flag, default=True, help="recompute each layer's activations in the backward pass")
-    p.add_argument("--compile", action="store_true", help="decode with CUDA graphs in a cache of fixed size, which stays in memory: as "
-                   "many rows as --gen-prompts makes, each as long as the longest prompt and response")
+    p.add_argument("--compile", action="store_true", help="decode with CUDA graphs in a cache of fixed size, which stays in "
+                   "memory: as many rows as --gen-prompts makes, each as long as the longest prompt and response")
     p.add_argument("--workers", type=int, default=4, help="processes a rank that decode images ahead of the step; 0: none")
     p.add_argument("--threads", type=int, help="CPU threads of torch (--toy: 1, so that the bits do not depend on the machine)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cuda: bf16 live weights; cpu: fp32")
-    p.add_argument("--plan", nargs="?", type=int, const=int(os.environ.get("WORLD_SIZE", 1)), metavar="RANKS", help="print steps, memory and an estimate of the time on "
-                   "so many GPUs (default: torchrun's ranks), and train nothing")
+    p.add_argument("--plan", nargs="?", type=int, const=int(os.environ.get("WORLD_SIZE", 1)), metavar="RANKS",
+                   help="only print steps, memory and an estimate of the time on so many GPUs (default: torchrun's ranks)")
     # what is kept
     p.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (ours: little is lost to a crash)")
     p.add_argument("--show-every", type=int, default=5, help="steps between rollouts kept for the report (ours)")
     if "--toy" in (sys.argv[1:] if argv is None else argv):
-        p.set_defaults(**TOY)
+        p.set_defaults(**toy.RUN)
     args = p.parse_args(argv)
     args.model = args.model or (f"{args.out}/base" if args.toy else "Qwen/Qwen3.5-4B")
     args.data = args.data or (f"{args.out}/data" if args.toy else "yuanqianhao/Vision-OPD-6K")
-    for name in ("steps", "prompts", "group", "max_new_tokens", "micro_prompts", "gen_prompts", "chunk", "top_k", "save_every", "show_every"):
+    for name in ("steps", "prompts", "group", "max_new_tokens", "micro_prompts", "gen_prompts", "chunk", "top_k", "save_every",
+                 "show_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 0 < args.beta < 1 or not 0 <= args.ema_rate <= 1 or not 0 <= args.trust <= 1 or args.resample < 0:
@@ -139,12 +126,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     given = {token.partition("=")[0] for token in (sys.argv[1:] if argv is None else argv)}
     unused = dict.fromkeys(("--teacher", "--offload-teacher", "--no-offload-teacher", "--max-crop-prompt"), rewarded)
     unused |= {"--trust": args.teacher != "trust-region", "--objective": not distils,
-              "--ema-rate": rewarded or (args.teacher or ("ema" if distils else "initial")) != "ema", "--resample": args.method != "dapo"}
+               "--ema-rate": rewarded or (args.teacher or ("ema" if distils else "initial")) != "ema",
+               "--resample": args.method != "dapo"}
     unused |= dict.fromkeys(("--divergence", "--beta", "--top-k"), not distils or args.objective != "topk")
     unused["--beta"] |= args.divergence != "jsd"
     if idle := [flag for flag, without in unused.items() if without and flag in given]:
-        p.error(f"{', '.join(idle)} would change nothing with --method {args.method}, --teacher {args.teacher or 'unset'}, --objective "
-                f"{args.objective}, --divergence {args.divergence}. Leave it out, or correct one of them.")
+        p.error(f"{', '.join(idle)} would change nothing with --method {args.method}, --teacher {args.teacher or 'unset'}, "
+                f"--objective {args.objective}, --divergence {args.divergence}. Leave it out, or correct one of them.")
     args.teacher = args.teacher or (None if rewarded else "ema" if distils else "initial")
     if args.plan is not None and (args.toy or args.plan < 1):
         p.error(f"--plan needs data and a model that are there, so not --toy, and a number of ranks from 1; got {args.plan}")
@@ -155,159 +143,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------- ranks
-
-def setup(device: str) -> tuple[int, int, torch.device]:
-    """(rank, world, device) from torchrun's environment; plain python is rank 0 of 1."""
-    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    here = torch.device(device, local) if device == "cuda" else torch.device("cpu")
-    if device == "cuda":
-        torch.cuda.set_device(here)
-    if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=here if device == "cuda" else None,
-                                timeout=timedelta(hours=6))                           # rank 0 may download for long
-    return rank, world, here
-
-
-def total(values: list[float], device, op=dist.ReduceOp.SUM) -> list[float]:
-    """Each value summed (or reduced by `op`) over all ranks, in float64."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op)
-    return tensor.tolist()
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-# ------------------------------------------------------------------------------------- sharded weights, AdamW and EMA
-
-class Flat:
-    """All parameters of a model as views into one vector, and their gradients into another, so that gradients reduce and
-    weights publish without a copy. Rank r owns slice r of `world` equal ones. Offsets do not depend on the world size."""
-
-    def __init__(self, model, rank: int, world: int):
-        self.params = list(model.parameters())                                        # tied weights appear once
-        starts = [0]
-        for param in self.params:
-            starts.append(starts[-1] + math.ceil(param.numel() / 64) * 64)            # aligned for fast kernels
-        self.numel, self.size = starts[-1], math.ceil(starts[-1] / (64 * world)) * 64
-        self.rank, self.world, self.own = rank, world, slice(rank * self.size, (rank + 1) * self.size)
-        self.weights = torch.zeros(self.size * world, dtype=self.params[0].dtype, device=self.params[0].device)
-        self.spans = [slice(start, start + param.numel()) for param, start in zip(self.params, starts)]
-        for param, span in zip(self.params, self.spans):
-            param.data = self.weights[span].view_as(param).copy_(param.data)
-
-    def track_gradients(self) -> None:
-        self.grads = torch.zeros_like(self.weights)
-        self.side = torch.cuda.Stream() if self.weights.is_cuda else None             # reduces gradients
-        for param, span in zip(self.params, self.spans):
-            param.grad = self.grads[span].view_as(param)
-
-    def publish(self, own: Tensor) -> None:
-        """Every rank's fp32 slice `own` -> the live weights of all ranks, whose memory is taken if it was given back."""
-        self.allocate(True)
-        self.weights[self.own].copy_(own)
-        if self.world > 1:
-            dist.all_gather_single(self.weights, self.weights[self.own].clone())
-
-    def reduce_into(self, own: Tensor) -> None:
-        """Add the sum of all ranks' gradients to this rank's fp32 slice `own`, and clear them. Summed in fp32 (a
-        reduce-scatter of bf16 gradients would round at every rank), 64M at a time, and on a GPU beside what follows, until
-        `settle`."""
-        if self.side:
-            self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            if self.world == 1:
-                own.add_(self.grads)
-            for part in self.grads.view(self.world, self.size).split(2 ** 26, dim=1) if self.world > 1 else ():
-                sent = part.contiguous()                                              # (world, part): row r is for rank r
-                received = torch.empty_like(sent)
-                dist.all_to_all_single(received, sent)
-                own[:sent.shape[1]].add_(received.sum(0, dtype=own.dtype))
-                own = own[sent.shape[1]:]
-            self.grads.zero_()
-
-    def settle(self) -> None:
-        """Gradients are touched by nothing queued before this any more."""
-        if self.side:
-            torch.cuda.current_stream().wait_stream(self.side)
-
-    def allocate(self, there: bool) -> None:
-        """Give the live weights' memory back, or take it again (contents undefined until the next publish)."""
-        self.weights.untyped_storage().resize_(self.weights.nbytes if there else 0)
-
-
-class State:
-    """This rank's fp32 slices: master weights and their gradient, AdamW's moments, the EMA teacher (paper, section 3.3)."""
-
-    def __init__(self, student: Flat, args):
-        self.master = torch.nn.Parameter(student.weights[student.own].float())
-        self.master.grad = torch.zeros_like(self.master)
-        self.ema = self.master.detach().clone()
-        self.adam = torch.optim.AdamW([self.master], lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps,
-                                      weight_decay=args.weight_decay, fused=True)
-        self.moments = self.adam.state[self.master] = {
-            "step": torch.zeros((), device=self.master.device),
-            "exp_avg": torch.zeros_like(self.ema), "exp_avg_sq": torch.zeros_like(self.ema)}
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"master": self.master.data, "ema": self.ema} | {name: self.moments[name] for name in ("exp_avg", "exp_avg_sq")}
-
-    def update(self, lr: float, clip: float, ema_rate: float, norm: float) -> None:
-        self.master.grad.mul_(min(1.0, clip / (norm + 1e-6)))
-        self.adam.param_groups[0]["lr"] = lr
-        self.adam.step()
-        self.master.grad.zero_()
-        self.ema.lerp_(self.master.data, ema_rate)                    # teacher <- (1 - rate) teacher + rate student
-
-
-# ------------------------------------------------------------------------------------------------- checkpoint, resume
-
-def save_checkpoint(out: Path, step: int, student, processor, flat: Flat, state: State) -> None:
-    """out/checkpoint-STEP: a model directory plus every rank's fp32 state; written beside, then renamed, so it is whole or
-    absent. Older checkpoints keep their model and lose their state."""
-    final, partial = out / f"checkpoint-{step:06d}", out / "checkpoint.partial"
-    if flat.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "state").mkdir(parents=True)
-    barrier()
-    try:
-        save_file(state.tensors(), partial / "state" / f"{flat.rank}-of-{flat.world}.safetensors")
-        if flat.rank == 0:
-            save(student, processor, partial, {name: weight.detach().to("cpu", copy=True) for name, weight in student.named_parameters()})
-            write_json(partial / "state" / "state.json", {"step": step, "world": flat.world, "numel": flat.numel, "size": flat.size})
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"Could not write {final} ({shutil.disk_usage(out).free / 1e9:.1f} GB free on its disk): {error}. Earlier "
-                      "checkpoints are whole: make room, then start the same command again.") from error
-    barrier()
-    if flat.rank == 0:
-        partial.rename(final)
-        for older in set(out.glob("checkpoint-*/state")) - {final / "state"}:
-            shutil.rmtree(older)
-
-
-def resume(out: Path, flat: Flat, state: State) -> int:
-    """Load the newest whole checkpoint into `state`, re-sliced when the number of ranks changed. Returns its step, or 0."""
-    newest = max(out.glob("checkpoint-*/state/state.json"), default=None)
-    if newest is None:
-        return 0
-    saved = json.loads(newest.read_text())
-    if saved["numel"] != flat.numel:
-        raise ValueError(f"{newest.parent} holds the state of {saved['numel']:,} weights, but this model has {flat.numel:,}.")
-    size, start, stop = saved["size"], flat.own.start, min(flat.own.stop, flat.numel)     # slices then, and this rank's now
-    for old in range(saved["world"]):
-        low, high = max(start, old * size), min(stop, (old + 1) * size)
-        if low < high:
-            with safe_open(newest.parent / f"{old}-of-{saved['world']}.safetensors", "pt") as file:
-                for name, own in state.tensors().items():
-                    own[low - start:high - start].copy_(file.get_slice(name)[low - old * size:high - old * size])
-    state.moments["step"].fill_(saved["step"])
-    return saved["step"]
-
+# -------------------------------------------------------------------------------------------------------------- data
 
 def claim(args, out: Path, rows: list[dict]) -> None:
     """Write args.json with commit and versions; refuse a folder whose run had other settings or data."""
@@ -316,21 +152,13 @@ def claim(args, out: Path, rows: list[dict]) -> None:
     now, path = {**vars(args), "rows_sha256": hashlib.sha256(json.dumps(told).encode()).hexdigest()}, out / "args.json"
     then = json.loads(path.read_text()) if path.exists() else now
     free = FREE - ({"steps"} if args.schedule == "cosine" else set())
-    if differ := [f"{key}: {then.get(key)!r} -> {value!r}" for key, value in now.items() if key not in free and then.get(key) != value]:
-        raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}). Resume it with the same ones, or choose "
-                         "another --out.")
+    differ = [key for key in now if key not in free and then.get(key) != now[key]]
+    if told := "; ".join(f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in differ):
+        raise ValueError(f"{out} holds a run with other settings ({told}). Resume it with the same ones, or choose another --out.")
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    write_json(path, now | {"commit": commit.stdout.strip() or None, "versions": {
-        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}})
+    triplets.write(path, json.dumps(now | {"commit": commit.stdout.strip() or None, "versions": {
+        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}}, indent=1))
 
-
-def write_json(path: Path, value) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.rename(path)
-
-
-# -------------------------------------------------------------------------------------------------------------- data
 
 def batch_rows(n: int, prompts: int, seed: int, step: int) -> list[int]:
     """Row numbers of a step, a function of (seed, step): epochs are shuffled, each one's last incomplete batch is dropped."""
@@ -350,18 +178,10 @@ def check(args, rows: list[dict], world: int) -> None:
         raise ValueError(f"--prompts {args.prompts} cannot be shared evenly by {world} ranks. Choose a multiple of {world}.")
 
 
-def area(path: Path) -> int:
-    """Pixels of an image, by its header; 0 where that cannot be read: loading the image will say so, if it cannot either."""
-    try:
-        return math.prod(synth.image_size(path))
-    except ValueError:
-        return 0
-
-
-def deal(batch: list[int], sizes: list[int], rank: int, world: int) -> list[int]:
-    """This rank's part of a batch: the rows are dealt out by size, largest first, back and forth, so that each rank gets as many
-    and about as much."""
-    order = sorted(range(len(batch)), key=lambda i: -sizes[i])
+def deal(batch: list[int], areas: list[int], rank: int, world: int) -> list[int]:
+    """This rank's part of a batch: the rows are dealt out by their images' area, largest first, back and forth, so that each rank
+    gets as many and about as much."""
+    order = sorted(range(len(batch)), key=lambda i: -areas[i])
     return [batch[i] for place, i in enumerate(order) if place % (2 * world) in (rank, 2 * world - 1 - rank)]
 
 
@@ -385,7 +205,7 @@ class Micros(torch.utils.data.Dataset):
         rows, prompts = [self.rows[j] for j in self.micros[i]], []
         try:
             for view, hint, limit in self.views:
-                images = [synth.load_image(row[view]) for row in rows]
+                images = [triplets.load_image(row[view]) for row in rows]
                 texts = [row["question"] + hint.format(answer=row["answer"]) for row in rows]
                 prompt = encode(self.processor, images, texts, max_tokens=limit)
                 prompts.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
@@ -424,52 +244,12 @@ def respond(args, step: int, micros: list[Micro], model, processor, rows: list[d
             for micro, piece in zip(part, rollout.split([len(micro.numbers) * args.group for micro in part])):
                 micro.rollout, micro.keep = piece, torch.ones_like(piece.ended)
                 if args.method not in DISTIL:
-                    grade(args, micro, processor, [rows[j] for j in micro.numbers])
-
-
-def grade(args, micro: Micro, processor, rows: list[dict]) -> None:
-    """Which responses match the label; sft keeps those, dapo the groups that are neither all right nor all wrong (paper, Table 2)."""
-    asked = [row for row in map(evaluate.triplet_row, rows) for _ in range(args.group)]
-    right = [evaluate.score(row | {"bench": "", "output": text})["correct"]
-             for row, text in zip(asked, micro.rollout.decode(processor.tokenizer))]
-    micro.right = torch.tensor(right, device=micro.keep.device)
-    groups = micro.right.view(-1, args.group)                                         # (B, G)
-    if args.method == "sft":
-        micro.keep = micro.right
-        return
-    rewards = groups.float()
-    if args.method == "dapo":
-        lengths, buffer = micro.rollout.mask.sum(1).view_as(groups), max(1, args.max_new_tokens // 5)    # a fifth, as in DAPO
-        rewards = rewards + overlong_penalty(lengths, args.max_new_tokens, buffer)
-        micro.keep = (groups.any(1) & ~groups.all(1)).repeat_interleave(args.group)
-    micro.advantages = group_advantages(rewards).flatten()
-
-
-def fill_up(args, micros: list[Micro], flat: Flat, further) -> list[Micro]:
-    """DAPO's dynamic sampling: further(1), further(2), .. are this rank's shares of further batches, answered and graded; they are
-    drawn until --prompts groups of all ranks are kept. Those that are over are left out, the last ones first, whatever the ranks."""
-    mine, parts, kept = args.prompts // flat.world, [micros], []
-    own = slice(flat.rank * mine, (flat.rank + 1) * mine)
-    while True:
-        found = torch.zeros(args.prompts, dtype=torch.long, device=flat.weights.device)    # of a batch, which groups are kept
-        found[own] = torch.cat([micro.keep[::args.group] for micro in parts[-1]]).long()
-        if flat.world > 1:
-            dist.all_reduce(found)
-        kept.append(found)
-        if sum(map(torch.sum, kept)) >= args.prompts or len(parts) > args.resample:
-            break
-        parts.append(further(len(parts)))
-    kept = torch.stack(kept)                                                          # (batches, prompts)
-    kept *= kept.flatten().cumsum(0).view_as(kept) <= args.prompts
-    for part, chosen in zip(parts, kept[:, own].bool()):
-        for micro, some in zip(part, chosen.split([len(micro.numbers) for micro in part])):
-            micro.keep = some.repeat_interleave(args.group)
-    return sum(parts, [])
+                    baselines.grade(args, micro, processor, [rows[j] for j in micro.numbers])
 
 
 @torch.no_grad()
 def teach(args, micros: list[Micro], student, teacher, teacher_flat: Flat, state: State) -> None:
-    """Sets each target. The teacher leaves hidden states, not logits; a trust-region one the student's own as well (paper, Table 3)."""
+    """Sets each target. The teacher leaves hidden states, not logits; a trust-region one also the student's own (Table 3)."""
     teacher_flat.publish(state.ema)
     head = teacher.lm_head.weight.detach()
     sides = [(teacher, head.clone() if args.offload_teacher else head, 1.0)]
@@ -480,22 +260,12 @@ def teach(args, micros: list[Micro], student, teacher, teacher_flat: Flat, state
 
 
 def token_loss(args, hidden: Tensor, head: Tensor, micro: Micro, weights: Tensor) -> tuple[Tensor, ...]:
-    """(sum of weights * loss; loss of each token; for top-K, whether teacher and student agree on it). hidden (n, D), weights (n,)."""
+    """(sum of weights * loss; loss of each token; for top-K, whether teacher and student agree). hidden (n, D), weights (n,)."""
     if args.method in DISTIL and args.objective == "topk":
         return topk_divergence(hidden, head, micro.target, weights, k=args.top_k, beta=args.beta, divergence=args.divergence,
                                chunk=args.chunk, agreement=True)
-    mask = micro.rollout.mask
-    ids = micro.rollout.ids[mask]                                                     # (n,)
-    log_s = token_log_probs([(hidden, head, 1.0)], ids, args.chunk)
-    if args.method == "sft":
-        per_token = -log_s
-    elif args.objective == "sampled-token":
-        per_token = sampled_token(log_s, token_log_probs(micro.target, ids, args.chunk), micro.rollout.log_probs[mask])
-    else:
-        advantages = micro.advantages[:, None].expand_as(mask)[mask]
-        high = 0.28 if args.method == "dapo" else 0.2                                 # old = new: a batch is used once (official code)
-        per_token = clipped_policy_gradient(log_s, log_s.detach(), advantages, 0.2, high)
-    return (weights * per_token).sum(), per_token.detach(), torch.zeros_like(ids)
+    per_token = baselines.per_token(args, hidden, head, micro)
+    return (weights * per_token).sum(), per_token.detach(), torch.zeros_like(per_token)
 
 
 def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat, teacher_flat: Flat, state: State, rows, further):
@@ -512,7 +282,7 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
         teacher_flat.publish(state.ema)
     micros = answered(batch)
     if args.method == "dapo":
-        micros = fill_up(args, micros, flat, lambda i: answered(further(step, i), i))
+        micros = baselines.fill_up(args, micros, flat, lambda i: answered(further(step, i), i))
     counts = [[len(m.keep), m.rollout.mask.sum(), m.rollout.ended.sum(), 0 if m.right is None else m.right.sum(), m.keep.sum(),
                m.full["shrunk"].sum() + (m.seen["shrunk"].sum() if m.seen else 0)] for m in micros]
     micros = [micro for micro in micros if micro.keep.any()]
@@ -599,24 +369,27 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)
 
 
-def line(entry: dict) -> str:
-    spent = {name: entry[f"{name}_s"] for name in ("gen", "teach", "learn", "other")}
-    phases = " ".join(f"{name} {seconds:.1f}s {seconds / sum(spent.values()):.0%}" for name, seconds in spent.items())
-    return (f"step {entry['step']:4d}/{entry['steps']} | loss {entry['loss']:.4f} | grad {entry['grad_norm']:.2f} | "
-            f"len {entry['length']:.0f} | eos {entry['eos']:.2f}" + "".join(
-                f" | {key} {entry[name]:.2f}" for key, name in (("agree", "agreement"), ("right", "right"), ("kept", "kept"))
-                if name in entry) + f" | {phases} | mem {entry['mem_gb']:.1f}G" + (f" | shrunk {entry['shrunk']}" if entry["shrunk"] else ""))
+def line(e: dict) -> str:
+    """A step's log entry as people read it."""
+    spent = {name: e[f"{name}_s"] for name in ("gen", "teach", "learn", "other")}
+    told = [f"step {e['step']:4d}/{e['steps']}", f"loss {e['loss']:.4f}", f"grad {e['grad_norm']:.2f}", f"len {e['length']:.0f}",
+            f"eos {e['eos']:.2f}"]
+    told += [f"{name} {e[key]:.2f}" for name, key in (("agree", "agreement"), ("right", "right"), ("kept", "kept")) if key in e]
+    told += [" ".join(f"{name} {seconds:.1f}s {seconds / sum(spent.values()):.0%}" for name, seconds in spent.items()),
+             f"mem {e['mem_gb']:.1f}G"]
+    return " | ".join(told + [f"shrunk {e['shrunk']}"] * (e["shrunk"] > 0))
 
 
 def train(args, rank: int, world: int, device: torch.device) -> Path:
     """The run: load, resume, step, log, save. Returns the final checkpoint's folder."""
     out = Path(args.out)
     if rank == 0:                                                                     # downloads and unpacks, onto a shared disk
-        synth.fetch(args.data)
+        triplets.fetch(args.data)
     barrier()
-    rows = synth.read_triplets(synth.fetch(args.data))
+    rows = triplets.read_triplets(triplets.fetch(args.data))
     args = argparse.Namespace(**vars(args) | {"steps": args.steps or len(rows) // args.prompts})
     check(args, rows, world)
+    areas = [math.prod(triplets.image_size(row["image"])) for row in rows]           # by the headers, so that all ranks deal alike
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         claim(args, out, rows)
@@ -634,25 +407,23 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     log, shown_log = out / "log.jsonl", out / "rollouts.jsonl"
     if rank == 0:
         for path in (log, shown_log):                                                # what came after the checkpoint is redone
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in evaluate.read_jsonl(path, []) if entry["step"] <= begin))
+            kept = [entry for entry in figures.read_jsonl(path, []) if entry["step"] <= begin]
+            path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         if slow := missing_kernels(student):
             print(f"Linear attention runs on slow kernels: pip install {' '.join(slow)}", flush=True)
-        print(f"{len(rows):,} triplets, {flat.numel / 1e6:,.1f}M weights, {world} rank(s), steps {begin + 1} to {args.steps}", flush=True)
+        print(f"{len(rows):,} triplets, {flat.numel / 1e6:,.1f}M weights, {world} rank(s), steps {begin + 1} to {args.steps}",
+              flush=True)
     board = tensorboard(out, begin) if rank == 0 else None
 
     mine = args.prompts // world
     per_step = math.ceil(mine / args.micro_prompts)
-
-    sizes = [[area(row["image"]) for row in rows] if rank == 0 and args.method != "dapo" else None]    # read once: all must deal alike
-    if world > 1:
-        dist.broadcast_object_list(sizes, device=device)
 
     def share(step: int, seed: int) -> list[list[int]]:
         batch = batch_rows(len(rows), args.prompts, seed, step)
         if args.method == "dapo":                                                     # fill_up counts in the batch's order
             batch = batch[rank * mine:(rank + 1) * mine]
         else:
-            batch = deal(batch, [sizes[0][j] for j in batch], rank, world)
+            batch = deal(batch, [areas[j] for j in batch], rank, world)
         return [batch[i:i + args.micro_prompts] for i in range(0, mine, args.micro_prompts)]
 
     def further(step: int, i: int) -> list:
@@ -689,30 +460,6 @@ def tensorboard(out: Path, begin: int):
     return SummaryWriter(out / "tensorboard", purge_step=begin + 1)
 
 
-# --------------------------------------------------------------------------------------------------------------- toy
-
-def judge(args, checkpoint: str | Path, when: str, device: torch.device) -> None:
-    """Evaluate a checkpoint on scenes never trained on, into OUT/eval-WHEN."""
-    out = Path(args.out)
-    benches = {name: evaluate.benchmark(name, out) for name in evaluate.GROUPS["toy"]}
-    evaluate.evaluate(str(checkpoint), benches, out / f"eval-{when}", views=["full", "crop"], max_new_tokens=TOY["max_new_tokens"], batch=100,
-                      device=str(device))
-    evaluate.summarise(out / f"eval-{when}")
-
-
-def prepare_toy(args, device: torch.device) -> None:
-    """Draw the scenes, train the base model and evaluate it, each only if it is not there yet."""
-    out, start = Path(args.out), time.perf_counter()
-    if args.data == f"{args.out}/data":
-        synth.preview(toy.draw(out / "data", toy.ROWS, args.seed))
-    if not Path(args.model).exists() and args.model == f"{args.out}/base":
-        toy.train_base(Path(args.model), args.seed, device)
-    if not (out / "seconds.json").exists():
-        seconds = {"base": time.perf_counter() - start}
-        judge(args, args.model, "before", device)
-        write_json(out / "seconds.json", seconds)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.threads:
@@ -722,20 +469,19 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.plan is not None:
             if os.environ.get("RANK", "0") == "0":
-                rows = synth.read_triplets(synth.fetch(args.data))
+                rows = triplets.read_triplets(triplets.fetch(args.data))
                 check(args, rows, args.plan)
                 print(plan.plan(args, rows, views(args)))
             return
         rank, world, device = setup(args.device)
         if args.toy and rank == 0:
-            prepare_toy(args, device)
+            toy.prepare_run(args, device)
         barrier()
         final = train(args, rank, world, device)
         if rank == 0:
             if args.toy:
-                out = Path(args.out)
-                judge(args, final, "after", device)
-                print(evaluate.compare(out / "eval-before", out / "eval-after")[0])
+                toy.judge(args.out, final, "after", device)
+                print(figures.compare(*(Path(args.out) / f"eval-{when}" for when in ("before", "after")))[0])
             print(f"model: {final}   page: {evaluate.report(Path(args.out))}")
         barrier()
     except (ValueError, OSError, FloatingPointError) as error:

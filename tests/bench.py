@@ -35,6 +35,7 @@ from torch import Tensor  # noqa: E402
 import bench_loss  # noqa: E402
 import model as M  # noqa: E402
 import synth  # noqa: E402
+import triplets  # noqa: E402
 import toy  # noqa: E402
 from loss import divergence  # noqa: E402
 from rollout import CACHES, sample  # noqa: E402
@@ -286,15 +287,15 @@ def bench_synth(args) -> None:
     grain = np.asarray(smooth, int) + rng.normal(0, 6, (1500, 2250, 1))               # a JPEG of about 2 MB, as a camera's
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        synth.save(Image.fromarray(grain.clip(0, 255).astype(np.uint8)), folder / "photo.jpg")
+        triplets.save(Image.fromarray(grain.clip(0, 255).astype(np.uint8)), folder / "photo.jpg")
         size = (folder / "photo.jpg").stat().st_size / 1e6
         photo = synth.photograph(folder, "photo.jpg")["image"]
         window = synth.geometry(photo.size, box)[2]
         framed = synth.draw_frame(photo, box)
         crop, _ = synth.cut(framed, window)
         for name, job in (("decode", lambda: synth.photograph(folder, "photo.jpg")), ("draw the frame", lambda: synth.draw_frame(photo, box)),
-                          ("crop and enlarge", lambda: synth.cut(framed, window)), ("write the image, JPEG", lambda: synth.save(framed, folder / "a.jpg")),
-                          ("write the crop, PNG", lambda: synth.save(crop, folder / "a.png"))):
+                          ("crop and enlarge", lambda: synth.cut(framed, window)), ("write the image, JPEG", lambda: triplets.save(framed, folder / "a.jpg")),
+                          ("write the crop, PNG", lambda: triplets.save(crop, folder / "a.png"))):
             spent[name] = measure(job, args)[0]
     print(f"photographs of 2250 x 1500 px, {size:.1f} MB, one box each, one core: {1 / sum(spent.values()):.1f} a second")
     for name, seconds in spent.items():

@@ -17,8 +17,9 @@ import torch
 from conftest import noise
 from PIL import Image
 
+import benchmarks
 import evaluate
-import synth
+import triplets
 import toy
 
 KEYS = ("id", "prompt", "answer", "kind", "options", "group", "pair", "image", "crop")
@@ -74,7 +75,7 @@ def row(prompt, answer, image, options=None, group=None, kind="mc", crop=None, p
 def read(name: str, root: Path) -> list[dict]:
     """The converted rows, with the bytes of their images."""
     return [{key: r[key].read_bytes() if isinstance(r[key], Path) else r[key] for key in KEYS}
-            for r in evaluate.benchmark(name, root)]
+            for r in benchmarks.benchmark(name, root)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sources
@@ -269,7 +270,7 @@ def test_a_source_becomes_rows_with_its_own_images_byte_for_byte(name, form, tmp
 @every_source
 def test_an_interrupted_conversion_starts_over_and_a_finished_one_is_found_again_without_its_source(name, form, tmp_path):
     source(name, form, tmp_path / name)
-    first, images = read(name, tmp_path), [r["image"] for r in evaluate.benchmark(name, tmp_path)]
+    first, images = read(name, tmp_path), [r["image"] for r in benchmarks.benchmark(name, tmp_path)]
     (tmp_path / f"{name}.jsonl").unlink()
     images[-1].rename(images[-1].with_suffix(".part"))
     assert read(name, tmp_path) == first
@@ -286,7 +287,7 @@ def test_without_pyarrow_a_parquet_source_says_what_to_install_and_the_others_wo
         assert [r["answer"] for r in read(name, tmp_path)] == [r["answer"] for r in expected]
     else:
         with pytest.raises((ImportError, ValueError), match="pip install pyarrow"):
-            evaluate.benchmark(name, tmp_path)
+            benchmarks.benchmark(name, tmp_path)
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\n"
@@ -312,7 +313,7 @@ def test_a_damaged_source_is_refused_by_name_and_leaves_nothing_that_looks_conve
     source(name, form, tmp_path / name)
     damage(tmp_path / name / file)
     with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
-        evaluate.benchmark(name, tmp_path)
+        benchmarks.benchmark(name, tmp_path)
     assert not (tmp_path / f"{name}.jsonl").exists()
 
 
@@ -342,7 +343,7 @@ def test_without_a_connection_the_error_names_the_repository_and_where_to_put_th
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(FileNotFoundError) as error:
-        evaluate.benchmark(name, tmp_path)
+        benchmarks.benchmark(name, tmp_path)
     assert REPOSITORIES[name] in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
@@ -357,7 +358,7 @@ def test_a_download_that_broke_off_is_not_taken_for_the_whole_benchmark(tmp_path
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: download(*a, **k, whole=False))
     with pytest.raises(FileNotFoundError):
-        evaluate.benchmark("pope", tmp_path / "root")
+        benchmarks.benchmark("pope", tmp_path / "root")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: download(*a, **k, whole=True))
     assert read("pope", tmp_path / "root") == expected
 
@@ -365,7 +366,7 @@ def test_a_download_that_broke_off_is_not_taken_for_the_whole_benchmark(tmp_path
 def test_a_folder_that_holds_no_known_form_is_refused_with_what_was_expected(tmp_path):
     put(tmp_path / "mmvp/readme.txt", "questions?")
     with pytest.raises((ValueError, FileNotFoundError), match=r"(?s)mmvp.*Questions\.csv"):
-        evaluate.benchmark("mmvp", tmp_path)
+        benchmarks.benchmark("mmvp", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- benchmarks of one's own
@@ -387,7 +388,7 @@ def own(root: Path, name: str, rows: list[dict]) -> list[dict]:
 
 def test_a_benchmark_of_ones_own_is_read_from_its_file(tmp_path):
     rows = own(tmp_path / "mine", "signs", [{"answer": "A", "crop": True}, {"answer": "yes", "kind": "yn", "group": "easy"}])
-    found = evaluate.benchmark(str(tmp_path / "mine/signs.jsonl"), tmp_path)
+    found = benchmarks.benchmark(str(tmp_path / "mine/signs.jsonl"), tmp_path)
     for r, e in zip(found, rows, strict=True):
         assert {**{key: r[key] for key in KEYS}, "image": None, "crop": None} == {**e, "image": None, "crop": None}
     assert found[0]["image"].read_bytes() == picture(0, 8, 8) and found[0]["crop"].read_bytes() == picture(1000, 8, 8)
@@ -396,7 +397,7 @@ def test_a_benchmark_of_ones_own_is_read_from_its_file(tmp_path):
 def test_numbers_may_stand_where_texts_are_meant(tmp_path):
     (tmp_path / "own.jsonl").write_text(json.dumps(
         {"id": 7, "image": "a.png", "prompt": "how many ?", "answer": 3, "kind": "free", "group": 2, "pair": 0}))
-    row, = evaluate.benchmark(str(tmp_path / "own.jsonl"), tmp_path)
+    row, = benchmarks.benchmark(str(tmp_path / "own.jsonl"), tmp_path)
     assert [row[key] for key in ("id", "answer", "group", "pair")] == ["7", "3", "2", "0"]
 
 
@@ -405,13 +406,13 @@ def test_a_broken_line_in_such_a_file_is_named(line, tmp_path):
     own(tmp_path, "signs", [{"answer": "A"}])
     put(tmp_path / "signs.jsonl", (tmp_path / "signs.jsonl").read_text() + line)
     with pytest.raises(ValueError, match=r"signs\.jsonl.*\b2\b"):
-        evaluate.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+        benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
 
 
 def test_a_folder_of_triplets_is_a_benchmark_with_crops(tmp_path):
     toy.draw(tmp_path / "toy", 2, 0, split="eval")
-    rows = evaluate.benchmark(str(tmp_path / "toy"), tmp_path)
-    for r, triplet in zip(rows, synth.read_triplets(tmp_path / "toy"), strict=True):
+    rows = benchmarks.benchmark(str(tmp_path / "toy"), tmp_path)
+    for r, triplet in zip(rows, triplets.read_triplets(tmp_path / "toy"), strict=True):
         assert [r[key] for key in ("prompt", "answer", "image", "crop")] == [triplet[key] for key in ("question", "answer", "image", "crop")]
 
 
@@ -422,13 +423,13 @@ def figures(monkeypatch, root: Path, name: str, replies: list[str | tuple | None
     Of a None the image is cut off. Every reply is given to its own image and prompt only."""
     said = {}
     for view, texts in (("image", replies), ("crop", crop or [])):
-        for r, reply in zip(evaluate.benchmark(name, root), texts):
+        for r, reply in zip(benchmarks.benchmark(name, root), texts):
             if reply is None and r[view]:
                 r[view].write_bytes(r[view].read_bytes()[:50])
             elif r[view]:
-                said[synth.load_image(r[view]).tobytes(), r["prompt"]] = reply if isinstance(reply, tuple) else (reply, 10, True)
+                said[triplets.load_image(r[view]).tobytes(), r["prompt"]] = reply if isinstance(reply, tuple) else (reply, 10, True)
 
-    def answers(model, processor, images: list[Image.Image], texts: list[str], max_new_tokens: int, rounds: int):
+    def answers(model, processor, images: list[Image.Image], texts: list[str], max_new_tokens: int):
         replies = [said[image.tobytes(), prompt] for image, prompt in zip(images, texts, strict=True)]
         return [{"output": text, "tokens": tokens, "truncated": not ended} for text, tokens, ended in replies]
 

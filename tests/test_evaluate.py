@@ -20,7 +20,10 @@ import pytest
 import torch
 from conftest import ROOT, livelier, noise
 
+import benchmarks
 import evaluate
+import figures
+import scoring
 import model as M
 import toy
 import rollout
@@ -55,14 +58,14 @@ def line(n, output: str, answer: str = "A", kind: str = "mc", bench: str = "mine
 def results(folder: Path, answers: list[dict], **scoring) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "answers-mine-0.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
-    evaluate.summarise(folder, **scoring)
+    figures.summarise(folder, **scoring)
     return folder
 
 
 def outcome(out: Path) -> tuple[dict, dict]:
     """The answers and the figures in a results folder, without what differs from run to run."""
     timeless = lambda value: {key: timeless(v) for key, v in value.items() if key != "seconds"} if isinstance(value, dict) else value
-    return {(a["bench"], a["id"], a["view"]): (a.get("output"), a.get("tokens")) for a in evaluate.saved(out)}, timeless(evaluate.summarise(out)["benches"])
+    return {(a["bench"], a["id"], a["view"]): (a.get("output"), a.get("tokens")) for a in figures.saved(out)}, timeless(figures.summarise(out)["benches"])
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def model(monkeypatch):
     class model(torch.nn.Linear):
         asked, says, before = [], dict(enumerate(REPLIES)), staticmethod(lambda prompts: None)
 
-    def answers(_, processor, images, prompts, max_new_tokens, rounds):
+    def answers(_, processor, images, prompts, max_new_tokens):
         assert len(images) == len(prompts) > 0
         model.before(prompts)
         model.asked.append(prompts)
@@ -83,7 +86,7 @@ def model(monkeypatch):
 
 def answer(path: Path, out: Path, batch: int = 2, **more) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    evaluate.answer(None, None, "mine", evaluate.benchmark(str(path), path), out, views=["full", "crop"], max_new_tokens=9, batch=batch, **more)
+    evaluate.answer(None, None, "mine", benchmarks.benchmark(str(path), path), out, views=["full", "crop"], max_new_tokens=9, batch=batch, **more)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +185,7 @@ def test_rows_that_cannot_be_asked_are_errors_that_the_next_run_tries_again_and_
     assert max(map(len, model.asked)) == 2 and "out of memory with 4 rows at once, going on with 2" in "".join(capsys.readouterr())
     answers, found = outcome(out)
     assert [(f["n"], f.get("errors")) for f in found["mine"].values()] == [(5, 2), (6, 1), (5, None)]      # full, crop, gap
-    cut, large, _ = [a["error"] for a in evaluate.saved(out) if "error" in a]
+    cut, large, _ = [a["error"] for a in figures.saved(out) if "error" in a]
     assert "mine3.png" in cut and "OutOfMemoryError with this row alone" in large
     model.before = lambda prompts: None
     model.asked.clear()
@@ -221,10 +224,10 @@ def test_other_questions_under_the_same_ids_are_refused(model, tmp_path):
     ("exact", "a red cross .", "a red cross", "wrong", "wrong", "wrong", ["wrong", "right", "wrong"])])
 def test_a_verdict_counts_only_where_the_scorer_is_undecided(kind, gold, output, ours, yes, no, official):
     for scorer, states in (("ours", [ours, yes, no]), ("official", official)):
-        marks = [evaluate.score(line(0, output, gold, kind), verdict, scorer) for verdict in (None, True, False)]
+        marks = [scoring.score(line(0, output, gold, kind), verdict, scorer) for verdict in (None, True, False)]
         assert [a["state"] for a in marks] == states and [a["correct"] for a in marks] == [state == "right" for state in states]
         assert [a["judged"] for a in marks] == [False, marks[0]["undecided"], marks[0]["undecided"]]
-    assert evaluate.score({"error": "no image"}, True) == {"error": "no image", "state": "error"}
+    assert scoring.score({"error": "no image"}, True) == {"error": "no image", "state": "error"}
 
 
 @pytest.fixture
@@ -273,7 +276,7 @@ def test_the_judge_is_asked_once_and_only_about_what_is_undecided(judge, tmp_pat
         evaluate.main(["--rescore", str(tmp_path), "--judge", judge.url, "--judge-model", "big"])
     assert len(judge.requests) == 3
     assert "sk-very" not in "".join(capsys.readouterr()) and not any(b"sk-very" in path.read_bytes() for path in tmp_path.iterdir())
-    evaluate.summarise(tmp_path, judge=judge.url, judge_model="other")            # another judge has verdicts of its own
+    figures.summarise(tmp_path, judge=judge.url, judge_model="other")            # another judge has verdicts of its own
     assert len(judge.requests) == 6
 
 
@@ -281,9 +284,9 @@ def test_a_call_that_fails_is_tried_again_then_counted_then_asked_next_time(judg
     judge.says = {"crimson": [500, b"{}", "Yes"], "of some colour": [b"<html>", b'{"choices": []}', 503, "Yes, it does"], "hm": ["hm", "Yes"]}
     result = json.loads((results(tmp_path, FREE, judge=judge.url) / "result.json").read_text())
     assert result["judge_failures"] == 2 and result["benches"]["mine"]["full"]["right"] == 2 and len(judge.requests) == 7
-    assert "2 calls of the judge failed: scored as wrong" in evaluate.table(result)
+    assert "2 calls of the judge failed: scored as wrong" in figures.table(result)
     assert "no verdict on mine 2" in (printed := "".join(capsys.readouterr())) and "no verdict on mine 3: 'hm'" in printed
-    again = evaluate.summarise(tmp_path, judge=judge.url)
+    again = figures.summarise(tmp_path, judge=judge.url)
     assert again["judge_failures"] == 0 and again["benches"]["mine"]["full"]["right"] == 4 and len(judge.requests) == 9
 
 
@@ -297,7 +300,7 @@ def test_a_verdict_torn_by_a_kill_is_asked_again_once(judge, tmp_path):
     file = results(tmp_path, FREE, judge=judge.url) / "verdicts.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
     for _ in range(2):
-        evaluate.summarise(tmp_path, judge=judge.url)
+        figures.summarise(tmp_path, judge=judge.url)
     assert len(judge.requests) == 4
 
 
@@ -318,7 +321,7 @@ def test_a_local_language_model_can_be_the_judge(tmp_path):
         chain = tokenizer.convert_tokens_to_ids(["\u010a", "Y", "e", "s"]) + [tokenizer.eos_token_id]      # the newline that ends the prompt, Y ..
         judge.lm_head.weight.zero_()[chain[1:]] = torch.nn.functional.normalize(judge.model.embed_tokens.weight[chain[:-1]])
     judge.save_pretrained(tmp_path / "judge"), tokenizer.save_pretrained(tmp_path / "judge")
-    assert list(evaluate.ask_judge(str(tmp_path / "judge"), None, ["red ?", "a blue cross ?"])) == ["Yes<|im_end|>"] * 2
+    assert list(scoring.ask_judge(str(tmp_path / "judge"), None, ["red ?", "a blue cross ?"])) == ["Yes<|im_end|>"] * 2
     results(tmp_path / "out", FREE, judge=str(tmp_path / "judge"))
     assert json.loads((tmp_path / "out/result.json").read_text())["benches"]["mine"]["full"]["right"] == 4
 
@@ -369,10 +372,10 @@ def test_the_toys_small_and_large_targets_and_ones_own_rows_share_a_folder(model
     monkeypatch.setattr("rollout.answers", lambda m, p, images, prompts, *_: [{"output": "A", "tokens": 1, "truncated": False} for _ in prompts])
     run("--bench", f"toy,{own(tmp_path)}", "--data-root", tmp_path, "--limit", 7, "--model", "m", "--view", "both", "--out", tmp_path / "out")
     (tmp_path / "out/answers-torn-0.jsonl").write_text('{"id": "0", "bench": "to')
-    benches = evaluate.summarise(tmp_path / "out")["benches"]
+    benches = figures.summarise(tmp_path / "out")["benches"]
     assert {name: [(view, f["n"]) for view, f in benches[name].items()] for name in benches} == {
         name: [("full", 7), ("crop", 7), ("gap", 7)] for name in ("toy", "toy-large", "mine")} | {"toy-holdout": [("full", 7)]}
-    groups = {(a["bench"], a["group"]) for a in evaluate.saved(tmp_path / "out")}
+    groups = {(a["bench"], a["group"]) for a in figures.saved(tmp_path / "out")}
     assert groups == {("toy", "small"), ("toy", "pair"), ("toy-large", "large"), ("toy-holdout", "colour"), ("toy-holdout", "corner"), ("mine", None)}
 
 
@@ -396,7 +399,7 @@ def test_crops_are_asked_for_only_where_there_are_some(model, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--bench", "vstarr", "--model", "m", "--out", "o"], f"--bench vstarr is unknown. Benchmarks: {', '.join(evaluate.BENCHES)}, toy; groups: fine, holdout, all"),
+    (["--bench", "vstarr", "--model", "m", "--out", "o"], f"--bench vstarr is unknown. Benchmarks: {', '.join(benchmarks.BENCHES)}, toy; groups: fine, holdout, all"),
     (["--bench", "toy", "--model", "m"], "expected --bench, --out, and --model or --checkpoints"), (["--model", "m", "--out", "o"], "expected --bench, --out,"),
     (["--bench", "toy", "--model", "m", "--checkpoints", "r", "--out", "o"], "--model or --checkpoints"), ([], "or one of --report, --rescore, --compare"),
     (["--bench", "toy", "--model", "m", "--out", "o", "--limit", "0"], "must be at least 1"), (["--mod", "m"], "unrecognized arguments: --mod"),
@@ -435,11 +438,12 @@ def test_the_checkpoints_of_a_run_make_a_trajectory(checkpoint, tmp_path):
 def test_the_tiny_model_answers_a_choice_a_yes_or_no_and_a_free_question(rounds, checkpoint, tmp_path):
     path = own(tmp_path, [ROWS[0], ROWS[2], ROWS[4]], crops=False)
     printed = run("--bench", path, "--model", checkpoint, "--max-new-tokens", 6, "--zoom", rounds, "--out", tmp_path / "out")
-    rows, loaded = evaluate.benchmark(str(path), tmp_path), M.load(str(checkpoint))
-    want = rollout.answers(*loaded, [evaluate.synth.load_image(row["image"]) for row in rows], [row["prompt"] for row in rows], 6, rounds)
-    saved = evaluate.saved(tmp_path / "out")
+    rows, loaded = benchmarks.benchmark(str(path), tmp_path), M.load(str(checkpoint))
+    asked = *loaded, [evaluate.load_image(row["image"]) for row in rows], [row["prompt"] for row in rows], 6
+    want = evaluate.zoomed(*asked, rounds) if rounds else rollout.answers(*asked)
+    saved = figures.saved(tmp_path / "out")
     assert [{key: a[key] for key in want[0]} for a in saved] == want and [a["kind"] for a in saved] == ["mc", "yn", "free"]
     assert all((tmp_path / "out" / a["image"]).samefile(row["image"]) for a, row in zip(saved, rows))
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["settings"]["model"] == str(checkpoint) and ("calls" in result["benches"]["mine"]["full"]) == bool(rounds)
-    assert evaluate.table(result) in printed and printed.endswith(f"{tmp_path / 'out/report.html'}\n")
+    assert figures.table(result) in printed and printed.endswith(f"{tmp_path / 'out/report.html'}\n")

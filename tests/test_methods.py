@@ -10,10 +10,10 @@ from conftest import SMALL, plain_logits
 from safetensors.torch import load_file
 from test_train import assert_same_update, in_processes, launch, log
 
-import evaluate
+import baselines
 import loss
 import model as M
-import synth
+import triplets
 import toy
 import train
 from rollout import Rollout
@@ -32,7 +32,7 @@ def sides(n=7, d=6, v=11, seed=0):
 def test_token_log_probs_are_those_of_full_logits_and_so_is_their_gradient(chunk):
     ((hidden, head), _, _), ids = sides()
     weights, got = torch.linspace(-1, 2, len(ids), dtype=torch.float64), []
-    for log_p in (lambda h, w: loss.token_log_probs([(h, w, 1.0)], ids, chunk), lambda h, w: (h @ w.T).log_softmax(-1)[range(len(ids)), ids]):
+    for log_p in (lambda h, w: baselines.token_log_probs([(h, w, 1.0)], ids, chunk), lambda h, w: (h @ w.T).log_softmax(-1)[range(len(ids)), ids]):
         leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
         values = log_p(*leaves)
         (weights * values).sum().backward()
@@ -43,8 +43,8 @@ def test_token_log_probs_are_those_of_full_logits_and_so_is_their_gradient(chunk
 def test_token_log_probs_of_a_mixture_of_logits_and_of_no_tokens():
     (_, (ref, ref_head), (now, now_head)), ids = sides()
     mixed = (0.95 * (ref @ ref_head.T) + 0.05 * (now @ now_head.T)).log_softmax(-1)[range(len(ids)), ids]
-    torch.testing.assert_close(loss.token_log_probs([(ref, ref_head, 0.95), (now, now_head, 0.05)], ids, 2), mixed)
-    empty = loss.token_log_probs([(ref[:0].requires_grad_(), ref_head, 1.0)], ids[:0])
+    torch.testing.assert_close(baselines.token_log_probs([(ref, ref_head, 0.95), (now, now_head, 0.05)], ids, 2), mixed)
+    empty = baselines.token_log_probs([(ref[:0].requires_grad_(), ref_head, 1.0)], ids[:0])
     assert empty.shape == (0,) and empty.sum().backward() is None
 
 
@@ -54,7 +54,7 @@ def test_sampled_token_has_the_gradient_of_the_reverse_kl_in_expectation():
     student.requires_grad_()
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
     kl, = torch.autograd.grad((log_s.exp() * (log_s - log_t)).sum(), student, retain_graph=True)
-    per_token = loss.sampled_token(log_s, log_t, log_s.detach())
+    per_token = baselines.sampled_token(log_s, log_t, log_s.detach())
     expected, = torch.autograd.grad((log_s.detach().exp() * per_token).sum(), student)
     torch.testing.assert_close(expected, kl)
     torch.testing.assert_close((log_s.exp() * per_token).sum(), (log_s.exp() * (log_s - log_t)).sum())
@@ -63,7 +63,7 @@ def test_sampled_token_has_the_gradient_of_the_reverse_kl_in_expectation():
 @pytest.mark.parametrize("ratio, used", [(0.5, 0.5), (1.0, 1.0), (1.9, 1.9), (2.1, 2.0), (50.0, 2.0)])
 def test_the_importance_ratio_is_cut_off_at_two(ratio, used):
     log_s = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
-    loss.sampled_token(log_s, torch.tensor([-3.0]), log_s.detach() - math.log(ratio)).sum().backward()
+    baselines.sampled_token(log_s, torch.tensor([-3.0]), log_s.detach() - math.log(ratio)).sum().backward()
     assert log_s.grad.item() == pytest.approx(-used * (-3 - -1))                       # -ratio A, A = log_t - log_s
 
 
@@ -72,7 +72,7 @@ def test_the_importance_ratio_is_cut_off_at_two(ratio, used):
     (1.0, -2.0, 2.0, 2.0), (0.9, -2.0, 1.8, 1.8), (0.5, -2.0, 1.6, 0.0), (1.5, -2.0, 3.0, 3.0), (1.5, 0.0, 0.0, 0.0)])
 def test_the_policy_gradient_is_clipped_at_both_ends_where_that_is_pessimistic(ratio, advantage, value, slope):
     log_s = torch.tensor([-0.7], dtype=torch.float64, requires_grad=True)
-    per_token = loss.clipped_policy_gradient(log_s, log_s.detach() - math.log(ratio), torch.tensor([advantage]), 0.2, 0.28)
+    per_token = baselines.clipped_policy_gradient(log_s, log_s.detach() - math.log(ratio), torch.tensor([advantage]), 0.2, 0.28)
     per_token.sum().backward()
     assert per_token.item() == pytest.approx(value)
     assert log_s.grad.item() == pytest.approx(slope)
@@ -81,13 +81,13 @@ def test_the_policy_gradient_is_clipped_at_both_ends_where_that_is_pessimistic(r
 def test_advantages_are_standard_scores_within_a_group():
     rewards = [[1.0, 0, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0.5, -0.5, 1, 0]]
     want = [[(r - statistics.mean(group)) / (statistics.stdev(group) + 1e-6) for r in group] for group in rewards]
-    torch.testing.assert_close(loss.group_advantages(torch.tensor(rewards)), torch.tensor(want))
-    assert not loss.group_advantages(torch.tensor(rewards))[2:4].any()
+    torch.testing.assert_close(baselines.group_advantages(torch.tensor(rewards)), torch.tensor(want))
+    assert not baselines.group_advantages(torch.tensor(rewards))[2:4].any()
 
 
 def test_the_overlong_penalty_falls_from_0_to_minus_1_over_the_buffer():
     lengths = torch.tensor([1, 79, 80, 85, 90, 99, 100])
-    assert loss.overlong_penalty(lengths, 100, 20).tolist() == pytest.approx([0, 0, 0, -0.25, -0.5, -0.95, -1])
+    assert baselines.overlong_penalty(lengths, 100, 20).tolist() == pytest.approx([0, 0, 0, -0.25, -0.5, -0.95, -1])
 
 
 # ------------------------------------------------------------------------------------------------------------- grading
@@ -112,7 +112,7 @@ def test_sft_keeps_the_responses_that_match_the_label():
     texts = ["a green cross with 7 .", "a blue cross with 7 .", "A", "The answer is (B)."]
     m, processor = micro(texts, 2)
     rows = [triplet("a green cross with 7 .", extra={"toy": "small"}), triplet("B", question="Which?\n\nA. moss\nB. bark")]
-    train.grade(args_of("--method", "sft"), m, processor, rows)
+    baselines.grade(args_of("--method", "sft"), m, processor, rows)
     assert m.keep.tolist() == m.right.tolist() == [True, False, False, True] and m.advantages is None
 
 
@@ -120,7 +120,7 @@ def test_sft_keeps_the_responses_that_match_the_label():
 def test_dapo_leaves_out_groups_that_are_all_right_or_all_wrong_and_grpo_does_not(method):
     good, bad = "a green cross with 7 .", "a blue one ."
     m, processor = micro([good, bad, good, good, bad, bad], 2)
-    train.grade(args_of("--method", method, "--max-new-tokens", "100"), m, processor, [triplet(good, extra={"toy": "small"})] * 3)
+    baselines.grade(args_of("--method", method, "--max-new-tokens", "100"), m, processor, [triplet(good, extra={"toy": "small"})] * 3)
     assert m.right.tolist() == [True, False, True, True, False, False]
     assert m.keep.tolist() == [True, True, False, False, False, False] if method == "dapo" else m.keep.all()
     half = math.sqrt(0.5)                                                             # 1 and 0: mean 1/2, deviation sqrt(1/2)
@@ -131,7 +131,7 @@ def test_dapo_counts_long_responses_as_worse():
     m, processor = micro([good := "a green cross with 7 .", good], 2)
     long = m.rollout.mask.sum(1)[0].item()
     m.rollout.mask[1, 4:] = False                                                     # the second one counts 4 tokens
-    train.grade(args_of("--method", "dapo", "--max-new-tokens", str(long)), m, processor, [triplet("a green cross", extra={"toy": "small"})])
+    baselines.grade(args_of("--method", "dapo", "--max-new-tokens", str(long)), m, processor, [triplet("a green cross", extra={"toy": "small"})])
     assert m.right.tolist() == [False, False] and m.advantages[0] < 0 < m.advantages[1]     # rewards -1 and 0
 
 
@@ -144,7 +144,7 @@ def fill(first, *further, resample=9):
     args = args_of("--method", "dapo", "--resample", str(resample))
     flat = type("Flat", (), {"world": 1, "rank": 0, "weights": torch.zeros(1)})
     asked = []
-    found = train.fill_up(args, first, flat, lambda i: asked.append(i) or further[i - 1])
+    found = baselines.fill_up(args, first, flat, lambda i: asked.append(i) or further[i - 1])
     return [bool(m.keep.all()) for m in found], asked
 
 
@@ -169,7 +169,7 @@ METHODS = [["--objective", "sampled-token"], ["--teacher", "trust-region", "--tr
 
 @pytest.mark.parametrize("flags", METHODS, ids=" ".join)
 def test_a_step_has_the_gradient_of_plain_forwards_and_a_formula(flags, run, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "score", parity)
+    monkeypatch.setattr(baselines, "score", parity)
     args = train.parse([*SMALL, "--out", "unused", *flags])
     run("fast", "--steps", "2", "--clip", "1e9", "--show-every", "1", *flags)           # two: the first one moves the student away
     entry = log(tmp_path / "fast")[1]
@@ -180,14 +180,14 @@ def test_a_step_has_the_gradient_of_plain_forwards_and_a_formula(flags, run, wor
     with torch.no_grad():
         for weight, start, now in zip(ema.parameters(), initial.parameters(), student.parameters()):
             weight.lerp_(now, args.ema_rate if args.teacher == "ema" else 0.0)
-    rows = synth.read_triplets(world / "data")
+    rows = triplets.read_triplets(world / "data")
     vision = processor.tokenizer.convert_tokens_to_ids(list(M.VISION_TOKENS))
     batch, lines = [rows[i] for i in train.batch_rows(len(rows), 4, 0, 1)], []
     for row in batch:
         question = row["question"]
         hint = f"{question}\n\nHere is a reference solution to this problem:\n{row['answer']}\n\nAfter understanding the reference solution, " \
                "please try to solve this problem using your own approach below:"
-        full, crop, hinted = (M.encode(processor, [synth.load_image(row[view])], [text]) for view, text in (
+        full, crop, hinted = (M.encode(processor, [triplets.load_image(row[view])], [text]) for view, text in (
             ("image", question), ("crop", question), ("image", hint)))
         writer, prompt = (initial, crop) if args.method == "sft" else (student, full)
         seed = random.Random(f"0/1/{row['id']}").getrandbits(63)
@@ -229,7 +229,7 @@ def test_a_step_has_the_gradient_of_plain_forwards_and_a_formula(flags, run, wor
     total.backward()
     assert 0 < kept and (kept < len(lines) or args.method not in ("sft", "dapo")), "choose another seed: the filter must have work"
     assert entry["tokens"] == count
-    if args.method not in train.DISTIL:
+    if args.method not in baselines.DISTIL:
         assert (entry["kept"], entry["right"]) == (kept / len(lines), sum(line[3] for line in lines) / len(lines))
     if args.objective == "topk":
         assert entry["loss"] == pytest.approx(total.item(), rel=1e-3, abs=1e-5)
@@ -240,7 +240,7 @@ def test_a_step_has_the_gradient_of_plain_forwards_and_a_formula(flags, run, wor
 
 
 def test_the_answer_reaches_opsds_teacher_only(world):
-    rows = synth.read_triplets(world / "data")
+    rows = triplets.read_triplets(world / "data")
     processor = M.load(str(world / "base"))[1]
     for method in ("opsd", "vision-opd"):
         data = train.Micros(rows, [[3]], processor, args_of("--method", method), torch.float32)
@@ -263,7 +263,7 @@ def test_current_and_initial_teachers_are_the_ema_at_its_ends(teacher, twin, run
 
 @pytest.mark.parametrize("flags", [["--method", "sft"], ["--method", "dapo", "--resample", "2"]], ids=" ".join)
 def test_a_run_that_goes_on_later_ends_where_a_straight_one_does(flags, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "score", parity)
+    monkeypatch.setattr(baselines, "score", parity)
     want = run("straight", *flags)
     run("twice", *flags, "--steps", "2")
     got = run("twice", *flags)
@@ -275,7 +275,7 @@ def test_a_run_that_goes_on_later_ends_where_a_straight_one_does(flags, run, tmp
 @pytest.mark.parametrize("flags", [["--method", "sft"], ["--method", "sft", "--teacher", "ema"], ["--teacher", "trust-region", "--trust", "0.3"],
                                    ["--teacher", "trust-region", "--objective", "sampled-token"]], ids=" ".join)
 def test_an_offloaded_teacher_gives_the_same_weights(flags, run, monkeypatch):
-    monkeypatch.setattr(evaluate, "score", parity)
+    monkeypatch.setattr(baselines, "score", parity)
     want, got = run("a", *flags), run("b", *flags, "--offload-teacher")
     assert all(torch.equal(got[name], want[name]) for name in want)
 
@@ -298,12 +298,12 @@ RANKS = [["--objective", "sampled-token"], ["--teacher", "trust-region", "--trus
 
 @pytest.mark.parametrize("flags", RANKS, ids=" ".join)
 def test_two_ranks_make_the_same_update_as_one(flags, run, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "score", parity)
+    monkeypatch.setattr(baselines, "score", parity)
     flags = [*flags, "--micro-prompts", "1", "--adam-eps", "1e-4"]
     want = run("one", *flags)
     command = in_processes(world, tmp_path / "two", *flags, ranks=2)
     script = tmp_path / "two.py"
-    script.write_text("import evaluate\nevaluate.score = lambda row: {'correct': sum(map(str.isalnum, row['output'])) % 2 == 0}\n" + script.read_text())
+    script.write_text("import baselines\nbaselines.score = lambda row: {'correct': sum(map(str.isalnum, row['output'])) % 2 == 0}\n" + script.read_text())
     launch(command)
     assert_same_update(load_file(tmp_path / "two" / "checkpoint-000003" / "model.safetensors"), want, world)
     facts = [[{key: row.get(key) for key in ("tokens", "kept", "right", "eos", "length")} for row in log(tmp_path / name)] for name in ("one", "two")]
@@ -329,8 +329,8 @@ def test_flags_that_would_be_ignored_or_make_no_sense_are_refused(flags, said, c
 
 @pytest.mark.parametrize("method", ["opsd", "sft", "grpo", "dapo"])
 def test_methods_that_need_answers_say_so_and_how_to_make_them(method, world, tmp_path):
-    picture = synth.load_image(synth.read_triplets(world / "data")[0]["image"])
-    synth.write_triplets(tmp_path / "data", [{"id": str(i), "question": "what ?", "answer": None if i else "a", "image": picture, "crop": picture, "bbox": None,
+    picture = triplets.load_image(triplets.read_triplets(world / "data")[0]["image"])
+    triplets.write_triplets(tmp_path / "data", [{"id": str(i), "question": "what ?", "answer": None if i else "a", "image": picture, "crop": picture, "bbox": None,
                                               "extra": {}} for i in range(4)])
     args = args_of("--method", method, "--model", str(world / "base"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
     with pytest.raises(ValueError, match=rf"--method {method} needs answers, and 3 of 4 rows .* have none.*synth.py --labels"):
@@ -338,7 +338,7 @@ def test_methods_that_need_answers_say_so_and_how_to_make_them(method, world, tm
 
 
 def test_sft_goes_on_when_no_response_of_a_step_is_right(run, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "score", lambda row: {"correct": False})
+    monkeypatch.setattr(baselines, "score", lambda row: {"correct": False})
     weights = run("none", "--method", "sft", "--steps", "1", "--weight-decay", "0")
     entry = log(tmp_path / "none")[0]
     assert (entry["loss"], entry["grad_norm"], entry["tokens"], entry["kept"]) == (0, 0, 0, 0)

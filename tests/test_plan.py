@@ -103,7 +103,7 @@ def test_a_plan_is_printed_before_anything_is_loaded(tmp_path, capsys, monkeypat
     train.main([*flags, "--device", "cuda", "--plan", "4"])
     told = capsys.readouterr().out
     args = train.parse([*flags, "--device", "cpu"])
-    rows = train.synth.read_triplets(tmp_path / "data")
+    rows = train.triplets.read_triplets(tmp_path / "data")
     micros = train.Micros(rows, [[i] for i in range(12)], processor, args, torch.float32)
     for name, view in (("student", 1), ("teacher", 2)):
         lengths = [micros[i][view]["input_ids"].shape[1] for i in range(12)]

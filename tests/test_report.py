@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 import evaluate
-import synth
+import figures
+import triplets
 import toy
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{data}} \u2028 \ud800 &amp;"
@@ -53,7 +54,7 @@ def results(folder: Path, answers: list[dict]) -> Path:
     for bench in dict.fromkeys(a["bench"] for a in answers):
         write(folder / f"answers-{bench}-0.jsonl", [a for a in answers if a["bench"] == bench])
     (folder / "args.json").write_text(json.dumps({"model": "runs/toy/base", "weights": "0123456789abcdef", "max_new_tokens": 10, "zoom": 0}))
-    evaluate.summarise(folder)
+    figures.summarise(folder)
     return folder
 
 
@@ -61,8 +62,8 @@ def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed
     """A run folder as train.py --toy leaves it, with plausible numbers: full 52% -> 95%, crop and large kept."""
     rng = random.Random(seed)
     scenes = (toy.scene(seed, i, "small" if i < small else "large", "eval") for i in range(small + large))
-    synth.write_triplets(out / "eval", scenes)
-    rows, log, saved = synth.read_triplets(out / "eval"), [], []
+    triplets.write_triplets(out / "eval", scenes)
+    rows, log, saved = triplets.read_triplets(out / "eval"), [], []
     for when, hit in (("before", {"full": .52, "crop": .99, "large": 1}), ("after", {"full": .95, "crop": .98, "large": .99})):
         asked = [(row, "toy" if row["extra"]["toy"] == "small" else "toy-large", view) for row in rows
                  for view in ("full", "crop")[:1 + (row["extra"]["toy"] == "small")]]
@@ -140,7 +141,7 @@ def test_a_sample_has_its_images_its_question_and_the_answers_of_both_views(run)
     sample = build(run)[1]["gallery"]["samples"][0]
     said = {(when, a["view"]): [a["output"], "right" if a["output"] == a["answer"] else "wrong"] for when in ("before", "after")
             for a in read(run / f"eval-{when}/answers-toy-0.jsonl") if a["id"] == sample["id"]}
-    triplet = next(r for r in synth.read_triplets(run / "eval") if r["id"] == sample["id"])
+    triplet = next(r for r in triplets.read_triplets(run / "eval") if r["id"] == sample["id"])
     assert (sample["question"], sample["gold"], sample["bench"]) == (triplet["question"], triplet["answer"], "toy")
     assert len(said) == 4 and {(label, view): rest for label, view, *rest in sample["answers"]} == said
 
@@ -200,7 +201,7 @@ def test_two_evaluations_stand_side_by_side(run):
 def test_nothing_a_model_wrote_can_act_in_the_page(run):
     for path in run.glob("eval-*/answers-*.jsonl"):
         write(path, [a | {"output": ATTACK, "prompt": ATTACK, "group": ATTACK} for a in read(path)])
-        evaluate.summarise(path.parent)
+        figures.summarise(path.parent)
     write(run / "rollouts.jsonl", [r | {"question": ATTACK, "answer": ATTACK, "tokens": [ATTACK] * 3, "divergence": [0.1] * 3}
                                    for r in read(run / "rollouts.jsonl")])
     (run / "args.json").write_text(json.dumps({ATTACK: ATTACK}))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
+import scoring
 
 CASES = json.loads(Path(__file__).with_name("scoring_cases.json").read_text(encoding="utf-8"))
 
@@ -410,9 +410,9 @@ def ids(cases):
 
 def parsed(case: dict):
     if case["kind"] == "mc":
-        return evaluate.parse_choice(case["output"], case["options"])
-    return (evaluate.parse_yes_no(case["output"]) if case["kind"] == "yn" else
-            evaluate.match_free_form(case["output"], case["answer"]))
+        return scoring.parse_choice(case["output"], case["options"])
+    return (scoring.parse_yes_no(case["output"]) if case["kind"] == "yn" else
+            scoring.match_free_form(case["output"], case["answer"]))
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids([(c["kind"], c["output"], c["expect"]) for c in CASES]))
@@ -422,17 +422,17 @@ def test_an_everyday_answer_is_scored_as_a_reader_would(case):
 
 @pytest.mark.parametrize("options, output, expect", CHOICES, ids=ids(CHOICES))
 def test_a_letter_is_found_only_where_the_answer_commits_to_it(options, output, expect):
-    assert evaluate.parse_choice(output, options) == expect
+    assert scoring.parse_choice(output, options) == expect
 
 
 @pytest.mark.parametrize("output, expect", YES_NO, ids=ids(YES_NO))
 def test_yes_and_no_are_told_from_hedges(output, expect):
-    assert evaluate.parse_yes_no(output) == expect
+    assert scoring.parse_yes_no(output) == expect
 
 
 @pytest.mark.parametrize("answer, output, expect", FREE, ids=ids(FREE))
 def test_a_value_is_the_same_or_different_only_when_that_is_certain(answer, output, expect):
-    assert evaluate.match_free_form(output, answer) is expect
+    assert scoring.match_free_form(output, answer) is expect
 
 
 OFFICIAL = [
@@ -466,17 +466,17 @@ OFFICIAL = [
 
 @pytest.mark.parametrize("kind, answer, output, right", OFFICIAL, ids=ids(OFFICIAL))
 def test_the_official_rule_is_reproduced_with_its_mistakes(kind, answer, output, right):
-    assert evaluate.official_right(output, kind, answer) is right
+    assert scoring.official_right(output, kind, answer) is right
 
 
 @pytest.mark.parametrize("answer, output, right", [
     ("A", "Open is wrong; the answer is (a).", True), ("B", "A closed door: b", False), ("B", "(b) Closed", True), ("B", "It is (B).", True)])
 def test_mmvp_has_an_official_rule_of_its_own(answer, output, right):
-    assert evaluate.official_right(output, "mc", answer, "mmvp") is right
+    assert scoring.official_right(output, "mc", answer, "mmvp") is right
 
 
 @pytest.mark.parametrize("piece", ["The answer is ", "A or B, ", "not ", "\\boxed{", "<|", "3, ", "\n", "x"])
 def test_an_output_that_repeats_itself_is_scored_in_no_time(piece):
     start, output = time.perf_counter(), piece * (32_000 // len(piece))
-    evaluate.parse_choice(output, NUMBERS), evaluate.parse_yes_no(output), evaluate.match_free_form(output, "3")
+    scoring.parse_choice(output, NUMBERS), scoring.parse_yes_no(output), scoring.match_free_form(output, "3")
     assert time.perf_counter() - start < 10

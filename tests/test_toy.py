@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import synth
+import triplets
 import toy
 import train
 
@@ -52,7 +52,7 @@ def test_the_crop_is_the_evidence_and_only_the_full_view_has_the_box():
         cells = crop[::2 // rows, ::2 // rows]
         assert (pixels(Image.fromarray(cells.astype(np.uint8)).resize(scene["crop"].size, Image.Resampling.NEAREST)) == crop).all()
         assert (full[top + 1:bottom - 1, left + 1:right - 1] == cells[1:-1, 1:-1]).all()
-        red = (full == synth.RED).all(-1)
+        red = (full == triplets.RED).all(-1)
         frame = np.zeros_like(red)
         frame[top:bottom, left:right] = kind != "corner"
         frame[top + 1:bottom - 1, left + 1:right - 1] = False
@@ -61,7 +61,7 @@ def test_the_crop_is_the_evidence_and_only_the_full_view_has_the_box():
 
 def test_nothing_but_the_box_is_reddish():
     for scene in scenes():
-        for picture in (pixels(scene["crop"]), np.where((pixels(scene["image"]) == synth.RED).all(-1, keepdims=True), 0,
+        for picture in (pixels(scene["crop"]), np.where((pixels(scene["image"]) == triplets.RED).all(-1, keepdims=True), 0,
                                                         pixels(scene["image"]))):
             assert (picture[..., 0] - picture[..., 1:].max(-1)).max() <= 40
 
@@ -101,7 +101,7 @@ def test_scenes_hold_4_to_12_objects_and_all_sorts_of_targets():
     counts, words, boxes = set(), set(), set()
     for scene in scenes(300):
         cells = pixels(scene["image"]).reshape(4, 16, 4, 16, 3).swapaxes(1, 2)[:, :, 1:15, 1:15]    # without the box's ring
-        bright = (cells.max(-1) >= 120) & ~(cells == synth.RED).all(-1)
+        bright = (cells.max(-1) >= 120) & ~(cells == triplets.RED).all(-1)
         counts.add(int(bright.any((2, 3)).sum()) - 3 * (scene["extra"]["toy"] in ("large", "corner")))
         words.update(scene["answer"].split(), scene["question"].split())
         boxes.add((scene["extra"]["toy"] == "corner", *scene["bbox"]))
@@ -125,10 +125,10 @@ def test_kinds_take_turns_and_the_distillation_never_sees_the_holdout():
 
 def test_a_toy_set_is_kept_when_it_is_the_same_and_refused_when_not(tmp_path):
     assert toy.draw(tmp_path, 6, 0) == tmp_path
-    rows, before = synth.read_triplets(tmp_path), (tmp_path / "train.jsonl").stat().st_mtime_ns
+    rows, before = triplets.read_triplets(tmp_path), (tmp_path / "train.jsonl").stat().st_mtime_ns
     for row_, scene in zip(rows, toy.scenes(6, 0), strict=True):
         assert row_["id"] == scene["id"] and row_["answer"] == scene["answer"]
-        assert synth.load_image(row_["image"]).tobytes() == scene["image"].tobytes()
+        assert triplets.load_image(row_["image"]).tobytes() == scene["image"].tobytes()
     toy.draw(tmp_path, 6, 0)
     assert (tmp_path / "train.jsonl").stat().st_mtime_ns == before
     with pytest.raises(FileExistsError, match=r"'n': \(6, 7\)"):
@@ -136,7 +136,7 @@ def test_a_toy_set_is_kept_when_it_is_the_same_and_refused_when_not(tmp_path):
     (tmp_path / "train.jsonl").unlink()                                         # as if killed before the end
     (tmp_path / "images" / f"{rows[0]['id']}.png").unlink()
     toy.draw(tmp_path, 6, 0)
-    assert len(synth.read_triplets(tmp_path)) == 6
+    assert len(triplets.read_triplets(tmp_path)) == 6
     (tmp_path / "toy.json").unlink()
     with pytest.raises(FileExistsError, match="another data set"):
         toy.draw(tmp_path, 6, 0)
@@ -151,9 +151,9 @@ def run(*args):
 def test_the_command_line_draws_a_set_and_its_contact_sheet(tmp_path):
     done = run("--out", tmp_path / "set", "--n", 30, "--seed", 1)
     assert done.returncode == 0 and str(tmp_path / "set" / "preview.png") in done.stdout, done.stderr
-    assert len(synth.read_triplets(tmp_path / "set")) == 30
-    sheet = pixels(synth.load_image(tmp_path / "set" / "preview.png"))
-    assert (sheet == synth.RED).all(-1).sum() > 24 * 4 * 60                     # 24 boxes, enlarged
+    assert len(triplets.read_triplets(tmp_path / "set")) == 30
+    sheet = pixels(triplets.load_image(tmp_path / "set" / "preview.png"))
+    assert (sheet == triplets.RED).all(-1).sum() > 24 * 4 * 60                     # 24 boxes, enlarged
 
 
 @pytest.mark.parametrize("flags, said", [

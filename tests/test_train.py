@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,8 @@ from safetensors.torch import load_file
 import loss
 import model as M
 import toy
-import synth
+import triplets
+import sharding
 import train
 
 def in_processes(world, out, *flags, ranks=1):
@@ -63,12 +63,12 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     student, processor = M.load(str(world / "base"))
     teacher, _ = M.load(str(world / "base"))
     args = train.parse([*SMALL, "--out", "unused"])
-    rows = synth.read_triplets(world / "data")
+    rows = triplets.read_triplets(world / "data")
     chosen = [rows[i] for i in train.batch_rows(len(rows), 4, 0, 0)]
     seeds = [train.random.Random(f"0/0/{row['id']}").getrandbits(63) for row in chosen]
     total, count = 0.0, 0
     for row, seed in zip(chosen, seeds):
-        full, crop = (M.encode(processor, [synth.load_image(row[view])], [row["question"]]) for view in ("image", "crop"))
+        full, crop = (M.encode(processor, [triplets.load_image(row[view])], [row["question"]]) for view in ("image", "crop"))
         rollout = train.sample(student, processor, full, 2, max_new_tokens=6, seeds=[seed])
         for ids, mask in zip(rollout.ids, rollout.mask):
             logits = [plain_logits(model, prompt, ids[mask]) for model, prompt in ((student, full), (teacher, crop))]
@@ -126,7 +126,7 @@ def test_the_crop_reaches_only_the_teacher(run, world, tmp_path):
     run("a", "--steps", "1")
     for crop in (world / "data" / "teacher_images").iterdir():
         (tmp_path / "data" / "teacher_images").mkdir(parents=True, exist_ok=True)
-        synth.load_image(crop).rotate(90).save(tmp_path / "data" / "teacher_images" / crop.name)
+        triplets.load_image(crop).rotate(90).save(tmp_path / "data" / "teacher_images" / crop.name)
     (tmp_path / "data" / "images").symlink_to(world / "data" / "images")
     (tmp_path / "data" / "train.jsonl").write_bytes((world / "data" / "train.jsonl").read_bytes())
     run("b", "--steps", "1", "--data", str(tmp_path / "data"))
@@ -189,18 +189,18 @@ def test_a_run_may_resume_on_another_number_of_ranks(run, world, tmp_path):
 
 def test_a_checkpoint_half_written_is_as_if_it_were_not_there(run, tmp_path, monkeypatch):
     want = run("straight", "--steps", "4", "--save-every", "2")
-    real = train.save
+    real = sharding.save
 
     def full_disk(model, processor, folder, weights):
         if "checkpoint" in str(folder) and (tmp_path / "full" / "checkpoint-000002").exists():
             raise OSError(28, "No space left on device")
         real(model, processor, folder, weights)
 
-    monkeypatch.setattr(train, "save", full_disk)
+    monkeypatch.setattr(sharding, "save", full_disk)
     with pytest.raises(OSError, match=r"Could not write .*checkpoint-000004 \(.*GB free.*make room, then start the same command"):
         run("full", "--steps", "4", "--save-every", "2")
     assert sorted(path.name for path in (tmp_path / "full").glob("checkpoint*")) == ["checkpoint-000002"]
-    monkeypatch.setattr(train, "save", real)
+    monkeypatch.setattr(sharding, "save", real)
     (tmp_path / "full" / "checkpoint.partial" / "state").mkdir(parents=True)          # what a kill during a save leaves
     assert_equal(run("full", "--steps", "4", "--save-every", "2"), want)
 
@@ -269,7 +269,6 @@ def test_a_batch_is_dealt_out_evenly_by_number_and_size():
         loads = [sum(sizes[j - 100] for j in part) for part in parts]
         assert max(loads) <= 1.02 * sum(loads) / world, (world, loads)
     assert train.deal([5, 3, 4], [7, 7, 7], 0, 1) == [5, 3, 4]                        # nothing to balance: the batch's order
-    assert train.area(Path(__file__)) == 0
 
 
 def test_bad_data_is_named_before_anything_is_trained(run, world, tmp_path):
@@ -277,6 +276,10 @@ def test_bad_data_is_named_before_anything_is_trained(run, world, tmp_path):
         run("x", "--prompts", "16")
     with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
         run("x", "--data", str(tmp_path / "nowhere"))
+    shutil.copytree(world / "data", tmp_path / "data")
+    (tmp_path / "data" / "images" / "train-0-000009-small.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="train-0-000009-small.png cannot be read as a picture"):
+        run("x", "--data", str(tmp_path / "data"))
     assert not (tmp_path / "x").exists()
 
 
@@ -296,7 +299,7 @@ def test_errors_reach_the_user_as_one_line(tmp_path, capsys):
 def test_a_corrupt_image_stops_the_run_with_its_name_and_the_run_goes_on_once_it_is_mended(run, world, tmp_path):
     want = run("straight")
     shutil.copytree(world / "data", tmp_path / "data")
-    row = synth.read_triplets(tmp_path / "data")[train.batch_rows(12, 4, 0, 2)[1]]
+    row = triplets.read_triplets(tmp_path / "data")[train.batch_rows(12, 4, 0, 2)[1]]
     good = row["image"].read_bytes()
     row["image"].write_bytes(good[:len(good) // 2])
     with pytest.raises((ValueError, OSError), match=row["image"].name):
@@ -307,10 +310,10 @@ def test_a_corrupt_image_stops_the_run_with_its_name_and_the_run_goes_on_once_it
 
 def test_an_error_on_one_of_two_ranks_is_said_before_the_run_is_torn_down(world, tmp_path):
     shutil.copytree(world / "data", tmp_path / "data")
-    row = synth.read_triplets(tmp_path / "data")[train.batch_rows(12, 4, 0, 0)[3]]    # the second rank's
-    row["image"].write_bytes(b"no picture")
+    row = triplets.read_triplets(tmp_path / "data")[train.batch_rows(12, 4, 0, 0)[2]]    # the second rank's
+    row["image"].write_bytes(row["image"].read_bytes()[:300])
     command = in_processes(world, tmp_path / "x", "--data", str(tmp_path / "data"), "--micro-prompts", "1", ranks=2)
-    (tmp_path / "x.py").write_text("import train; train.prepare_toy = lambda *_: None; train.main()")
+    (tmp_path / "x.py").write_text("import train; train.toy.prepare_run = lambda *_: None; train.main()")
     done = launch(command, check=False)
     assert done.returncode != 0 and f"samples ['{row['id']}']" in done.stderr and row["image"].name in done.stderr
 

@@ -1,0 +1,173 @@
+"""Ranks and what they share: live weights on all of them, and on each its slice of the fp32 state (master weights, AdamW's
+moments, the EMA teacher), with the checkpoints of all that. The update does not depend on the number of ranks.
+"""
+import json
+import math
+import os
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import save
+
+
+# ------------------------------------------------------------------------------------------------------------- ranks
+
+def setup(device: str) -> tuple[int, int, torch.device]:
+    """(rank, world, device) from torchrun's environment; plain python is rank 0 of 1."""
+    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    here = torch.device(device, local) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(here)
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=here if device == "cuda" else None,
+                                timeout=timedelta(hours=6))                           # rank 0 may download for long
+    return rank, world, here
+
+
+def total(values: list[float], device, op=dist.ReduceOp.SUM) -> list[float]:
+    """Each value summed (or reduced by `op`) over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor.tolist()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------------- sharded weights, AdamW and EMA
+
+class Flat:
+    """All parameters of a model as views into one vector, and their gradients into another, so that gradients reduce and
+    weights publish without a copy. Rank r owns slice r of `world` equal ones. Offsets do not depend on the world size."""
+
+    def __init__(self, model, rank: int, world: int):
+        self.params = list(model.parameters())                                        # tied weights appear once
+        starts = [0]
+        for param in self.params:
+            starts.append(starts[-1] + math.ceil(param.numel() / 64) * 64)            # aligned for fast kernels
+        self.numel, self.size = starts[-1], math.ceil(starts[-1] / (64 * world)) * 64
+        self.rank, self.world, self.own = rank, world, slice(rank * self.size, (rank + 1) * self.size)
+        self.weights = torch.zeros(self.size * world, dtype=self.params[0].dtype, device=self.params[0].device)
+        self.spans = [slice(start, start + param.numel()) for param, start in zip(self.params, starts)]
+        for param, span in zip(self.params, self.spans):
+            param.data = self.weights[span].view_as(param).copy_(param.data)
+
+    def track_gradients(self) -> None:
+        self.grads = torch.zeros_like(self.weights)
+        self.side = torch.cuda.Stream() if self.weights.is_cuda else None             # reduces gradients
+        for param, span in zip(self.params, self.spans):
+            param.grad = self.grads[span].view_as(param)
+
+    def publish(self, own: Tensor) -> None:
+        """Every rank's fp32 slice `own` -> the live weights of all ranks, whose memory is taken if it was given back."""
+        self.allocate(True)
+        self.weights[self.own].copy_(own)
+        if self.world > 1:
+            dist.all_gather_single(self.weights, self.weights[self.own].clone())
+
+    def reduce_into(self, own: Tensor) -> None:
+        """Add the sum of all ranks' gradients to this rank's fp32 slice `own`, and clear them. Summed in fp32 (a
+        reduce-scatter of bf16 gradients would round at every rank), 64M at a time, and on a GPU beside what follows, until
+        `settle`."""
+        if self.side:
+            self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            if self.world == 1:
+                own.add_(self.grads)
+            for part in self.grads.view(self.world, self.size).split(2 ** 26, dim=1) if self.world > 1 else ():
+                sent = part.contiguous()                                              # (world, part): row r is for rank r
+                received = torch.empty_like(sent)
+                dist.all_to_all_single(received, sent)
+                own[:sent.shape[1]].add_(received.sum(0, dtype=own.dtype))
+                own = own[sent.shape[1]:]
+            self.grads.zero_()
+
+    def settle(self) -> None:
+        """Gradients are touched by nothing queued before this any more."""
+        if self.side:
+            torch.cuda.current_stream().wait_stream(self.side)
+
+    def allocate(self, there: bool) -> None:
+        """Give the live weights' memory back, or take it again (contents undefined until the next publish)."""
+        self.weights.untyped_storage().resize_(self.weights.nbytes if there else 0)
+
+
+class State:
+    """This rank's fp32 slices: master weights and their gradient, AdamW's moments, the EMA teacher (paper, section 3.3)."""
+
+    def __init__(self, student: Flat, args):
+        self.master = torch.nn.Parameter(student.weights[student.own].float())
+        self.master.grad = torch.zeros_like(self.master)
+        self.ema = self.master.detach().clone()
+        self.adam = torch.optim.AdamW([self.master], lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps,
+                                      weight_decay=args.weight_decay, fused=True)
+        self.moments = self.adam.state[self.master] = {
+            "step": torch.zeros((), device=self.master.device),
+            "exp_avg": torch.zeros_like(self.ema), "exp_avg_sq": torch.zeros_like(self.ema)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"master": self.master.data, "ema": self.ema} | {name: self.moments[name] for name in ("exp_avg", "exp_avg_sq")}
+
+    def update(self, lr: float, clip: float, ema_rate: float, norm: float) -> None:
+        self.master.grad.mul_(min(1.0, clip / (norm + 1e-6)))
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        self.master.grad.zero_()
+        self.ema.lerp_(self.master.data, ema_rate)                    # teacher <- (1 - rate) teacher + rate student
+
+
+# ------------------------------------------------------------------------------------------------- checkpoint, resume
+
+def save_checkpoint(out: Path, step: int, student, processor, flat: Flat, state: State) -> None:
+    """out/checkpoint-STEP: a model directory plus every rank's fp32 state; written beside, then renamed, so it is whole or
+    absent. Older checkpoints keep their model and lose their state."""
+    final, partial = out / f"checkpoint-{step:06d}", out / "checkpoint.partial"
+    if flat.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "state").mkdir(parents=True)
+    barrier()
+    try:
+        save_file(state.tensors(), partial / "state" / f"{flat.rank}-of-{flat.world}.safetensors")
+        if flat.rank == 0:
+            weights = {name: weight.detach().to("cpu", copy=True) for name, weight in student.named_parameters()}
+            save(student, processor, partial, weights)
+            told = {"step": step, "world": flat.world, "numel": flat.numel, "size": flat.size}
+            (partial / "state" / "state.json").write_text(json.dumps(told))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"Could not write {final} ({shutil.disk_usage(out).free / 1e9:.1f} GB free on its disk): {error}. Earlier "
+                      "checkpoints are whole: make room, then start the same command again.") from error
+    barrier()
+    if flat.rank == 0:
+        partial.rename(final)
+        for older in set(out.glob("checkpoint-*/state")) - {final / "state"}:
+            shutil.rmtree(older)
+
+
+def resume(out: Path, flat: Flat, state: State) -> int:
+    """Load the newest whole checkpoint into `state`, re-sliced when the number of ranks changed. Returns its step, or 0."""
+    newest = max(out.glob("checkpoint-*/state/state.json"), default=None)
+    if newest is None:
+        return 0
+    saved = json.loads(newest.read_text())
+    if saved["numel"] != flat.numel:
+        raise ValueError(f"{newest.parent} holds the state of {saved['numel']:,} weights, but this model has {flat.numel:,}.")
+    size, start, stop = saved["size"], flat.own.start, min(flat.own.stop, flat.numel)     # slices then, and this rank's now
+    for old in range(saved["world"]):
+        low, high = max(start, old * size), min(stop, (old + 1) * size)
+        if low < high:
+            with safe_open(newest.parent / f"{old}-of-{saved['world']}.safetensors", "pt") as file:
+                for name, own in state.tensors().items():
+                    own[low - start:high - start].copy_(file.get_slice(name)[low - old * size:high - old * size])
+    state.moments["step"].fill_(saved["step"])
+    return saved["step"]
