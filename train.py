@@ -185,6 +185,16 @@ def deal(batch: list[int], areas: list[int], rank: int, world: int) -> list[int]
     return [batch[i] for place, i in enumerate(order) if place % (2 * world) in (rank, 2 * world - 1 - rank)]
 
 
+def share(args, areas: list[int], rank: int, world: int, step: int, seed: int) -> list[list[int]]:
+    """This rank's micro-batches of a step: row numbers. areas: of all rows' images, in pixels."""
+    batch, mine = batch_rows(len(areas), args.prompts, seed, step), args.prompts // world
+    if args.method == "dapo":                                                         # fill_up counts in the batch's order
+        batch = batch[rank * mine:(rank + 1) * mine]
+    else:
+        batch = deal(batch, [areas[j] for j in batch], rank, world)
+    return [batch[i:i + args.micro_prompts] for i in range(0, mine, args.micro_prompts)]
+
+
 def views(args) -> list[tuple[str, str, int]]:
     """What student and teacher (if there is one) are shown: (image, what is added to the question, most tokens)."""
     teacher = ("image", OPSD_HINT) if args.method == "opsd" else ("crop", "")
@@ -408,35 +418,26 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     if rank == 0:
         for path in (log, shown_log):                                                # what came after the checkpoint is redone
             kept = [entry for entry in figures.read_jsonl(path, []) if entry["step"] <= begin]
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            triplets.write(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         if slow := missing_kernels(student):
             print(f"Linear attention runs on slow kernels: pip install {' '.join(slow)}", flush=True)
         print(f"{len(rows):,} triplets, {flat.numel / 1e6:,.1f}M weights, {world} rank(s), steps {begin + 1} to {args.steps}",
               flush=True)
     board = tensorboard(out, begin) if rank == 0 else None
 
-    mine = args.prompts // world
-    per_step = math.ceil(mine / args.micro_prompts)
-
-    def share(step: int, seed: int) -> list[list[int]]:
-        batch = batch_rows(len(rows), args.prompts, seed, step)
-        if args.method == "dapo":                                                     # fill_up counts in the batch's order
-            batch = batch[rank * mine:(rank + 1) * mine]
-        else:
-            batch = deal(batch, [areas[j] for j in batch], rank, world)
-        return [batch[i:i + args.micro_prompts] for i in range(0, mine, args.micro_prompts)]
-
     def further(step: int, i: int) -> list:
         """This rank's share of the i-th further batch of a step: rows in an order of their own."""
-        data = Micros(rows, share(step * args.resample + i - 1, args.seed + 2 ** 20), processor, args, flat.weights.dtype)
-        return [data[k] for k in range(per_step)]
-    micros = sum((share(step, args.seed) for step in range(begin, args.steps)), [])
+        micros = share(args, areas, rank, world, step * args.resample + i - 1, args.seed + 2 ** 20)
+        data = Micros(rows, micros, processor, args, flat.weights.dtype)
+        return [data[k] for k in range(len(data))]
+    shares = [share(args, areas, rank, world, step, args.seed) for step in range(begin, args.steps)]
     loader = iter(torch.utils.data.DataLoader(
-        Micros(rows, micros, processor, args, flat.weights.dtype), batch_size=None, num_workers=args.workers,
-        prefetch_factor=max(2, math.ceil(per_step / args.workers)) if args.workers else None, pin_memory=device.type == "cuda"))
+        Micros(rows, sum(shares, []), processor, args, flat.weights.dtype), batch_size=None, num_workers=args.workers,
+        prefetch_factor=max(2, math.ceil(args.prompts / (world * args.micro_prompts * args.workers))) if args.workers else None,
+        pin_memory=device.type == "cuda"))
     before = time.perf_counter()
-    for step in range(begin, args.steps):
-        batch = [next(loader) for _ in range(per_step)]
+    for step, micros in enumerate(shares, begin):
+        batch = [next(loader) for _ in micros]
         entry, shown = learn(args, step, batch, student, teacher, processor, flat, teacher_flat, state, rows, further)
         elapsed, before = time.perf_counter() - before, time.perf_counter()
         entry["other_s"] = elapsed - entry["gen_s"] - entry["teach_s"] - entry["learn_s"]
