@@ -8,13 +8,13 @@ the data, the rollouts, the step, is train.py's. One step of each, as `--method`
     grpo, dapo    student, full image   -                          clipped policy gradient, reward 1 for the label
 """
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import triplet_row
 from scoring import score
+from sharding import total
 
 DISTIL, REWARD = ("vision-opd", "opsd"), ("grpo", "dapo")                              # families of methods; the other is sft
 OPSD_HINT = ("\n\nHere is a reference solution to this problem:\n{answer}\n\nAfter understanding the reference solution, "
@@ -45,22 +45,30 @@ def fill_up(args, micros: list, flat, further) -> list:
     """DAPO's dynamic sampling: further(1), further(2), .. are this rank's shares of further batches, answered and graded; they
     are drawn until --prompts groups of all ranks are kept. What is over is left out, the last first, whatever the ranks."""
     mine, parts, kept = args.prompts // flat.world, [micros], []
-    own = slice(flat.rank * mine, (flat.rank + 1) * mine)
+    own, device = slice(flat.rank * mine, (flat.rank + 1) * mine), flat.weights.device
     while True:
-        found = torch.zeros(args.prompts, dtype=torch.long, device=flat.weights.device)    # of a batch, which groups are kept
-        found[own] = torch.cat([micro.keep[::args.group] for micro in parts[-1]]).long()
-        if flat.world > 1:
-            dist.all_reduce(found)
-        kept.append(found)
-        if sum(map(torch.sum, kept)) >= args.prompts or len(parts) > args.resample:
+        found = [0.0] * args.prompts                                                  # of a batch, which groups are kept
+        found[own] = torch.cat([micro.keep[::args.group] for micro in parts[-1]]).tolist()
+        kept.append(total(found, device))
+        if sum(map(sum, kept)) >= args.prompts or len(parts) > args.resample:
             break
         parts.append(further(len(parts)))
-    kept = torch.stack(kept)                                                          # (batches, prompts)
+    kept = torch.tensor(kept, device=device)                                          # (batches, prompts)
     kept *= kept.flatten().cumsum(0).view_as(kept) <= args.prompts
     for part, chosen in zip(parts, kept[:, own].bool()):
         for micro, some in zip(part, chosen.split([len(micro.numbers) for micro in part])):
             micro.keep = some.repeat_interleave(args.group)
     return sum(parts, [])
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """(reward - mean) / (std + 1e-6) within each prompt's group: (B, G) -> (B, G); 0 where all rewards are 0, or all 1."""
+    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+
+
+def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
+    """DAPO's soft penalty: 0 up to limit - buffer tokens, from there linearly down to -1 at `limit`."""
+    return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
 
 
 # ------------------------------------------------------------------------------------------ losses on the sampled tokens alone
@@ -106,13 +114,3 @@ def clipped_policy_gradient(log_s: Tensor, rollout: Tensor, advantages: Tensor, 
     """-min(r A, clip(r, 1 - low, 1 + high) A) with r = p_student / p_rollout (GRPO: 0.2, 0.2; DAPO: 0.2, 0.28). All (n,)."""
     ratio = (log_s - rollout).exp()
     return -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-
-
-def group_advantages(rewards: Tensor) -> Tensor:
-    """(reward - mean) / (std + 1e-6) within each prompt's group: (B, G) -> (B, G); 0 where all rewards are 0, or all 1."""
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-
-
-def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
-    """DAPO's soft penalty: 0 up to limit - buffer tokens, from there linearly down to -1 at `limit`."""
-    return ((limit - buffer - lengths) / buffer).clamp(-1, 0)

@@ -9,6 +9,7 @@ import json
 import re
 import tomllib
 from ast import literal_eval
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -25,11 +26,12 @@ TOY = {"small": "toy", "pair": "toy", "large": "toy-large", "colour": "toy-holdo
 
 def inline_options(text: str) -> dict[str, str]:
     """{"A": text, …} of the options written inside a question, as (A) …, （A）…, A. … or A: …; {} when there are none."""
-    marks = []
+    lists = [[]]
     for mark in re.finditer(r"[(（]([A-Ha-h])[)）]|\b([A-H])[.:：)](?=\s|[^\x00-\x7f])", text):
         place = "ABCDEFGH".index((mark[1] or mark[2]).upper())
-        if place in (0, len(marks)):                                            # the last list that starts at A counts
-            marks[place:] = [mark]
+        lists += [[mark]] if place == 0 else []
+        lists[-1] += [mark] if place == len(lists[-1]) else []
+    marks = max(reversed(lists), key=len)                                       # of the longest that start at A, the last
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     texts = [text[mark.end():end].strip().split("\n")[0].strip(" ,;") for mark, end in zip(marks, ends)]
     return dict(zip("ABCDEFGH", texts)) if len(texts) > 1 else {}
@@ -37,18 +39,21 @@ def inline_options(text: str) -> dict[str, str]:
 
 def neutral(row: dict, name: str) -> dict:
     """`row` with every key of the neutral form, checked. Raises ValueError."""
-    row = {"id": name, "kind": "mc", "crop": None, "options": {}, "group": None, "pair": None} | row
-    if missing := [key for key in ("image", "prompt", "answer") if row.get(key) in (None, "")]:
+    form = {"id": name, "kind": "mc", "options": {}} | dict.fromkeys(("image", "prompt", "answer", "crop", "group", "pair"))
+    row = form | {key: row[key] for key in form if row.get(key) is not None}
+    if missing := [key for key in ("image", "prompt", "answer") if row[key] in (None, "")]:
         raise ValueError(f"no {', '.join(missing)}. Expected image, prompt and answer (triplets get one from synth.py --labels)")
     row |= {key: str(row[key]) for key in ("id", "prompt", "answer", "group", "pair") if row[key] is not None}
     found = dict(row["options"] or inline_options(row["prompt"]))
     options = {str(letter).upper(): str(text) for letter, text in found.items()}
+    if wrong := [letter for letter in options if not re.fullmatch("[A-Z]", letter)]:
+        raise ValueError(f"options are called {wrong}. Expected letters, A to Z")
     unknown = dict.fromkeys("ABCDEFGH", "")                                     # options in the image, or in an unknown form
     expected = {"mc": options if row["options"] else unknown, "yn": ("yes", "no"), "free": None, "exact": None}
     if row["kind"] not in expected:
         raise ValueError(f"kind is {row['kind']!r}. Expected one of {', '.join(expected)}")
     if row["kind"] == "yn":
-        row["answer"] = row["answer"].lower()
+        row["answer"] = row["answer"].strip().lower()
     if row["kind"] == "mc":
         row["answer"] = row["answer"].strip(" \n.()（）").upper()
         row["options"] = options if row["answer"] in options else unknown
@@ -69,13 +74,16 @@ def translate(record: dict, bench: dict, number: int, repo: str) -> dict:
     r = {key: value.strip() if isinstance(value, str) else value for key, value in record.items()}
     r = {bench.get("rename", {}).get(key, key): r[key] for key in r} | r
     r |= {"number": number, "pair": (number - 1) // 2, "repo": repo.split("_")[-1]}
-    lines = r.get("multi-choice options") or r.get("Answer choices") or [f"({x}) {r[x]}" for x in "ABCD" if r.get(x)]
+    lettered = [f"({letter}) {r[letter]}" for letter in "ABCD" if r.get(letter) not in (None, "")]
+    lines = r.get("multi-choice options") or r.get("Answer choices") or lettered
     r["options"] = "\n".join(map(str.strip, literal_eval(lines) if isinstance(lines, str) else lines))
     fill = lambda key, default="": bench.get(key, default).format(**r)
     prompt, tail = fill("prompt").replace("<image>", "").strip("\n"), bench.get("tail", "")
     group = fill("category", "{category}" if "category" in r else "{Task}/{Subtask}")
     image = fill("image") if "{" in bench.get("image", "") else r[bench.get("image", "image")]
-    return {"image": image[0] if isinstance(image, list) else image, "crop": r[bench["crop"]] if "crop" in bench else None,
+    crop = r[bench["crop"]] if "crop" in bench else None
+    crop = None if isinstance(crop, dict) and not any(crop.values()) else crop
+    return {"image": image[0] if isinstance(image, list) else image, "crop": crop,
             "prompt": prompt if prompt.endswith(tail.strip()) else prompt + tail, "answer": fill("answer", "{answer}"),
             "kind": "free" if "crop" in bench and group != "mcq" else bench.get("kind", "mc"),
             "options": inline_options(r["options"]), "group": group or None, "pair": fill("pair") or None}
@@ -152,7 +160,7 @@ def convert(name: str, root: Path) -> None:
                             write(file, data)
                         row[view] = str(file.relative_to(root))
                     rows.append(row)
-            except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
+            except (LookupError, TypeError, AttributeError, ValueError, SyntaxError) as error:
                 raise ValueError(f"{path}, row {len(rows) - first + 1}: {type(error).__name__}: {error}. Expected the layout of "
                                  f"{repo}: fetch it again.") from error
     if not rows:
@@ -175,13 +183,15 @@ def benchmark(name: str, root: Path) -> list[dict]:
     if name in BENCHES and not path.is_file():
         with naming_full_disks(root):
             convert(name, root)
+    own = not path.is_dir()
+    source = records(path) if own else read_triplets(path)                      # which names file and line itself
     try:
-        rows += map(triplet_row, read_triplets(path) if path.is_dir() else ())
-        for n, row in enumerate(() if path.is_dir() else records(path)):
-            rows.append(neutral(row, str(n)))
-            rows[n] |= {view: path.parent / row[view] for view in ("image", "crop") if rows[n][view]}
-    except (ValueError, TypeError) as error:
+        for n, row in enumerate(source):
+            row = neutral(row, str(n)) if own else triplet_row(row)
+            rows.append(row | {view: path.parent / row[view] for view in ("image", "crop") if own and row[view]})
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}, row {len(rows) + 1}: {error}.") from error
-    if len({row["id"] for row in rows}) < len(rows) or not rows:
-        raise ValueError(f"{path}: {len(rows)} rows, or ids twice. Expected at least one row, and unique ids.")
+    twice = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
+    if twice or not rows:
+        raise ValueError(f"{path}: {len(rows)} rows, ids that come twice: {twice[:3]}. Expected at least one row, and unique ids.")
     return rows

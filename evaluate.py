@@ -1,14 +1,16 @@
-"""Evaluation: the paper's benchmarks, honest scoring, the gap between crop and full image, and a page to look at.
+"""Evaluation: answers to the paper's benchmarks, with or without a zoom-in tool, and a page to look at. Where the rows come from:
+benchmarks.py; what an answer says: scoring.py; accuracies, intervals, gap and comparison: figures.py.
 
     python evaluate.py --bench vstar --model Qwen/Qwen3.5-4B --out runs/eval-4b             # or --bench fine,holdout,my.jsonl
     torchrun --nproc-per-node 8 evaluate.py --bench all --model runs/x/checkpoint-000065 --out runs/eval-x
     python evaluate.py --bench zoombench --view both --model DIR --out DIR                  # full, crop and the gap
     python evaluate.py --bench toy --view both --checkpoints runs/toy --out runs/toy-gap    # the gap over a run (Figure 5)
+    python evaluate.py --bench vstar --zoom 3 --model DIR --out DIR                         # the cost of looking twice (Appendix A)
     python evaluate.py --compare runs/eval-4b runs/eval-x                                   # paired differences, what flipped
     python evaluate.py --rescore runs/eval-4b --judge URL_OR_MODEL                          # saved answers: no model, no images
     python evaluate.py --report runs/toy                                                    # (re)build a folder's report.html
 
---out holds answers-BENCH-RANK.jsonl (a line an answer, complete in itself), result.json, a judge's verdicts.jsonl, report.html.
+--out holds args.json, answers-BENCH-RANK.jsonl, result.json, a judge's verdicts.jsonl, report.html.
 Killed at any moment, the same command goes on, on any number of ranks. Greedy, non-thinking, images at native resolution.
 """
 import argparse
@@ -80,8 +82,8 @@ def answer(model, processor, name: str, rows: list[dict], out: Path, *, views: l
             todo, size = todo[len(part):], min(batch, 2 * size)
             states.update(score(a)["state"] for a in part)
             bar.update(len(part))
-            right, errors = states["right"], states["error"]
-            bar.set_postfix_str(f"{right / max(1, states.total() - errors):.1%} right, {errors} errors")
+            share = states["right"] / max(1, states.total() - states["error"])
+            bar.set_postfix_str(f"{share:.1%} right, {states['error']} errors")
 
 
 # ------------------------------------------------------------------------------------------------------- the zoom-in tool
@@ -126,8 +128,8 @@ def zoomed(model, processor, images: list, texts: list[str], max_new_tokens: int
 
 
 def region(call: str, image: Image.Image) -> Image.Image:
-    """The crop that a tool call asks for, enlarged to at least 448 px along its longer side. Raises ValueError, LookupError or
-    TypeError for anything but a well-formed call."""
+    """The crop that a tool call asks for, enlarged to at least 448 px along its longer side. Raises ValueError, LookupError,
+    TypeError or RecursionError for anything but a well-formed call."""
     call = json.loads(call)
     box = x1, y1, x2, y2 = call["arguments"]["bbox_2d"]
     if call["name"] != "image_zoom_in_tool" or not all(type(v) in (int, float) for v in box) or not (
@@ -203,8 +205,8 @@ def report(out: Path) -> Path:
     run's checkpoints has left; returns its path. The page says what is missing. Raises FileNotFoundError for any other folder."""
     out, notes = Path(out), []
     training, steps = (out / "log.jsonl").is_file(), [path.parent for path in sorted(out.glob("step-*/result.json"))]
-    compared = read_json(out / "compare.json", []).get("folders", [])
-    folders = {path: Path(path) for path in compared} or {folder.name: folder for folder in steps[:1] + steps[-1:]}
+    compared, ends = read_json(out / "compare.json", []), {folder.name: folder for folder in steps[:1] + steps[-1:]}
+    folders = {path: Path(path) for path in compared.get("folders", [])} or ends
     if training or not folders:
         folders = {when: out / f"eval-{when}" for when in ("before", "after")} if training else {out.resolve().name: out}
     results = {label: result for label, folder in folders.items() if (result := read_json(folder / "result.json", notes))}
@@ -215,7 +217,8 @@ def report(out: Path) -> Path:
     log = {row["step"]: row for row in log}                                     # of a step written twice, the later line
     rollouts = [row for row in rollouts if row["step"] in (rollouts[0]["step"], rollouts[-1]["step"])]
     shown = gallery(out, {label: folders[label] for label in results})
-    tables = {label: table(result) for label, result in results.items()}
+    tables = {"difference": compared["text"]} if compared else {}
+    tables |= {label: table(result) for label, result in results.items()}
     data = {"name": out.resolve().name, "training": training, "results": results, "tables": tables, "gallery": shown,
             "log": [log[step] for step in sorted(log)], "rollouts": rollouts, "trajectory": sum(map(trajectory, steps), []),
             "args": read_json(out / "args.json", notes) if training else {}, "seconds": read_json(out / "seconds.json", []),
@@ -223,7 +226,7 @@ def report(out: Path) -> Path:
             "images": pictures(out, [row.get(view) for row in rollouts + shown["samples"] for view in ("image", "crop")], notes)}
     # Model output reaches the page as JSON without "<", so that no response can end the script it stands in, and is
     # put on screen with textContent only.
-    text = re.sub("[<>&]", lambda m: f"\\u{ord(m[0]):04x}", json.dumps(data))
+    text = json.dumps(data).replace("<", "\\u003c")
     values = {"name": html.escape(data["name"]), "data": text, "table": html.escape("\n\n".join(tables.values()))}
     write(out / "report.html", re.sub(r"{{(\w+)}}", lambda m: values[m[1]], TEMPLATE.read_text(encoding="utf-8")))
     return out / "report.html"
@@ -255,9 +258,10 @@ def evaluate(path: str, benches: dict[str, list[dict]], out: Path, *, device: st
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # instead of answering
-    p.add_argument("--report", type=Path, metavar="DIR", help="only (re)build the page of a training run or an evaluation")
-    p.add_argument("--rescore", type=Path, metavar="DIR", help="only score the answers in DIR again")
-    p.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="only compare two results; --out keeps it as a page")
+    only = p.add_mutually_exclusive_group()
+    only.add_argument("--report", type=Path, metavar="DIR", help="only (re)build the page of a training run or an evaluation")
+    only.add_argument("--rescore", type=Path, metavar="DIR", help="only score the answers in DIR again")
+    only.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="only compare two results; with --out also a page")
     # what to answer
     p.add_argument("--bench", default="", help=f"separated by commas: {', '.join(BENCHES)}, toy; fine, holdout, all; "
                    "a .jsonl in the neutral form (see README), a folder of triplets with answers")
@@ -276,13 +280,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--judge", help="for what stays unparsed: a HF model, or an OpenAI-like API's URL (key: OPENAI_API_KEY)")
     p.add_argument("--judge-model", help="the model's name at the judge's URL")
     args = p.parse_args(argv)
-    args.names = list(dict.fromkeys(name for given in args.bench.split(",") if given for name in GROUPS.get(given, [given])))
+    given = filter(None, map(str.strip, args.bench.split(",")))
+    args.names = list(dict.fromkeys(name for each in given for name in GROUPS.get(each, [each])))
     if unknown := [name for name in args.names if name not in BENCHES and name not in GROUPS["toy"] and not Path(name).exists()]:
         p.error(f"--bench {', '.join(unknown)} is unknown. Benchmarks: {', '.join(BENCHES)}, toy; groups: fine, holdout, all; or "
                 "the path of a .jsonl or of a folder of triplets.")
-    answers = args.names and args.out and bool(args.model) != bool(args.checkpoints)
-    if not (args.report or args.rescore or args.compare or answers):
+    saved = args.report or args.rescore or args.compare
+    if not (saved or args.names and args.out and bool(args.model) != bool(args.checkpoints)):
         p.error("expected --bench, --out, and --model or --checkpoints; or one of --report, --rescore, --compare.")
+    if saved and (args.bench or args.model or args.checkpoints):
+        p.error("--report, --rescore and --compare are about saved answers. Leave --bench, --model and --checkpoints out.")
+    if (args.report or args.compare) and (args.judge or args.scorer == "official"):
+        p.error("--report and --compare show answers as they were scored. Give --scorer and --judge to --rescore, before.")
+    if args.compare and args.out in args.compare:
+        p.error(f"--out {args.out} is one of the two that are compared. Choose another folder for their comparison.")
     if min(args.batch, args.max_new_tokens, args.zoom + 1, 1 if args.limit is None else args.limit) < 1:
         p.error("--batch, --max-new-tokens and --limit must be at least 1, and --zoom at least 0.")
     return args
@@ -315,11 +326,11 @@ def run(args: argparse.Namespace, scoring: dict, rank: int, world: int) -> None:
         print(f"no crops, full view only: {', '.join(without)}")
     models = {args.out: args.model}
     if args.checkpoints:
-        if not (args.checkpoints / "args.json").is_file():
-            raise FileNotFoundError(f"--checkpoints {args.checkpoints}: no args.json there. Expected the --out folder of a "
-                                    "train.py run.")
-        models = {args.out / "step-000000": json.loads((args.checkpoints / "args.json").read_text())["model"]}
-        models |= {args.out / f"step-{path.name[11:]}": str(path) for path in sorted(args.checkpoints.glob("checkpoint-??????"))}
+        base, kept = read_json(args.checkpoints / "args.json", []).get("model"), sorted(args.checkpoints.glob("checkpoint-??????"))
+        if not base or not kept:
+            raise FileNotFoundError(f"--checkpoints {args.checkpoints}: no args.json with a model, or no checkpoints. Expected "
+                                    "the --out folder of a train.py run.")
+        models = {args.out / "step-000000": base} | {args.out / f"step-{path.name[11:]}": str(path) for path in kept}
     for out, path in models.items():
         evaluate(path, benches, out, views=["full", "crop"] if args.view == "both" else [args.view], batch=args.batch,
                  max_new_tokens=args.max_new_tokens, rounds=args.zoom, device=device, rank=rank, world=world)
@@ -341,9 +352,11 @@ def main(argv: list[str] | None = None) -> None:
         print(text)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            write(args.out / "compare.json", json.dumps({"folders": [*map(str, args.compare)], "benches": found}, indent=1))
+            told = {"folders": [*map(os.path.abspath, args.compare)], "text": text, "benches": found}
+            write(args.out / "compare.json", json.dumps(told, indent=1))
     elif args.rescore:
-        for folder in sorted(args.rescore.glob("step-*")) or [args.rescore]:    # of --checkpoints: each one's
+        of_run = {path.parent for path in args.rescore.glob("step-*/answers-*.jsonl")}        # of --checkpoints
+        for folder in sorted(of_run) or [args.rescore]:
             print(f"{folder}\n{table(summarise(folder, **scoring))}")
     if args.report or args.rescore or args.compare:
         if page := args.report or args.rescore or args.out:

@@ -32,7 +32,7 @@ def read_json(path: Path, notes: list[str]) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
     except (OSError, ValueError) as error:
-        notes.append(f"{path.name} is unreadable: {error}" if path.exists() else f"{path.name} is not in this folder")
+        notes.append(f"{path.name} is unreadable: {error}" if path.exists() else f"{path.name} is not in {path.parent}")
         return {}
 
 
@@ -40,7 +40,7 @@ def read_jsonl(path: Path, notes: list[str]) -> list[dict]:
     """Rows of a jsonl file; NaN and infinities become None. Noted: that it is missing, or had lines that a kill left torn."""
     rows, torn = [], 0
     if not path.is_file():
-        notes.append(f"{path.name} is not in this folder")
+        notes.append(f"{path.name} is not in {path.parent}")
         return rows
     for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").split("\n")):
         try:
@@ -59,14 +59,16 @@ def saved(out: Path) -> list[dict]:
 
 
 def scored(out: Path, how: dict | None = None) -> tuple[list[dict], int]:
-    """The answers in `out`, scored, and how many calls of the judge failed. It is asked only where the scorer is undecided, and
-    once: its verdicts are kept in out/verdicts.jsonl. how: scorer, judge, judge_model; None: as in result.json, asking nobody."""
+    """The answers in `out`, scored, and how many calls of the judge failed. It is asked only where something is said and the
+    scorer is undecided, and once: its verdicts are kept in out/verdicts.jsonl. how: scorer, judge, judge_model; None: as in
+    result.json, asking nobody."""
     scorer, judge, name = map((how or read_json(out / "result.json", [])).get, ("scorer", "judge", "judge_model"))
     prompt = lambda a: JUDGE.format_map({"output": ""} | a)
     known = {v["prompt"]: v["same"] for v in read_jsonl(out / "verdicts.jsonl", []) if (v["judge"], v["model"]) == (judge, name)}
     rated = lambda: [score(a, known.get(prompt(a)), scorer or "ours") for a in answers]
     answers, failed = saved(out), 0
-    if asked := {prompt(a): a for a in rated() if a.get("undecided") and not a["judged"]} if how and judge else {}:
+    if asked := {prompt(a): a for a in rated() if a.get("undecided") and not a["judged"] and final_text(a["output"])} \
+            if how and judge else {}:
         with appending(out / "verdicts.jsonl") as file:
             replies = tqdm(ask_judge(judge, name, [*asked]), "judge", len(asked), unit="answer")
             for (text, a), reply in zip(asked.items(), replies):
@@ -123,10 +125,9 @@ def figures(bench: str, answers: list[dict]) -> dict:
     found = {"n": n, "right": count("correct"), "accuracy": accuracy, "interval": interval,
              "official": headline(bench, rows, "official")[0], "unparsed": sum(a["state"] == "unparsed" for a in rows),
              "judged": count("judged"), "truncated": count("truncated"), "errors": len(answers) - n, "seconds": mean("seconds"),
-             "tokens": mean("tokens"), "groups": {}}
-    for group, part in grouped([a for a in rows if a["group"]], "group").items():
-        right = sum(a["correct"] for a in part)
-        found["groups"][group] = {"n": len(part), "right": right, "accuracy": right / len(part)}
+             "tokens": mean("tokens")}
+    found["groups"] = {group: {"n": len(part), "right": (right := sum(a["correct"] for a in part)), "accuracy": right / len(part)}
+                       for group, part in grouped([a for a in rows if a["group"]], "group").items()}
     if n and all("calls" in a for a in rows):
         found |= {"calls": mean("calls"), "malformed": count("malformed")}
     if n and all(a["kind"] == "yn" for a in rows):
@@ -207,8 +208,22 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def gaps_of(*sides: dict[str, list[dict]]) -> list[dict]:
+    """`paired` full and crop view of each side, over the rows that all sides answered in both; [] where a side has one view."""
+    key = lambda a: (a["id"], a["prompt"], a["answer"])
+    views = [answers for side in sides for answers in side.values()]
+    rows = set.intersection(*({key(a) for a in answers if a["state"] != "error"} for answers in views))
+    sides = [{view: [a for a in answers if key(a) in rows] for view, answers in side.items()} for side in sides]
+    return [paired(side["full"], side["crop"]) for side in sides] if len(views) == 2 * len(sides) else []
+
+
 def compare(a: Path, b: Path) -> tuple[str, dict]:
-    """Two results folders, row by row: text, and {bench: {view: `paired` figures}}."""
+    """Two results folders, row by row: text, and {bench: {view: `paired` figures}}. Raises ValueError where there is nothing to
+    compare, or the scoring differs."""
+    rules = [{key: result.get(key) for key in ("scorer", "judge", "judge_model")}
+             for result in (read_json(folder / "result.json", []) for folder in (a, b))]
+    if rules[0] != rules[1]:
+        raise ValueError(f"{a} was scored with {rules[0]}, {b} with {rules[1]}. Score both alike with --rescore.")
     first, second = (by_view(scored(folder)[0]) for folder in (a, b))
     found, lines = {}, [f"{f'% right: {a.name}, {b.name}':<40}  difference [95%]          rows gained  lost McNemar p"]
     for name in filter(second.get, first):
@@ -216,8 +231,8 @@ def compare(a: Path, b: Path) -> tuple[str, dict]:
         for view, f in found[name].items():
             lines.append(f"{f'{name}, {view}':<26} {percent(f['first'])} {percent(f['second'])}   "
                          f"{percent(f['difference'], f['interval'])}{f['n']:9}{f['gained']:7}{f['lost']:6}{f['p']:10.2g}")
-        gaps = [paired(side[name]["full"], side[name]["crop"]) for side in (first, second) if len(side[name]) == 2]
-        if len(gaps) == 2 and (before := gaps[0]["difference"]) > 0:            # not flattered by a falling crop
+        gaps = gaps_of(first[name], second[name])
+        if gaps and (before := gaps[0]["difference"]) > 0:                      # not flattered by a falling crop
             lines.append(f"  gap {100 * before:.1f} -> {100 * gaps[1]['difference']:.1f}; the full view's gain closed "
                          f"{(gaps[1]['first'] - gaps[0]['first']) / before:.0%} of it")
     if not any(f["n"] for views in found.values() for f in views.values()):

@@ -141,7 +141,7 @@ class _TopKDivergence(torch.autograd.Function):
 
 
 def topk_divergence(student_hidden: Tensor, student_head: Tensor, teachers: list[tuple[Tensor, Tensor, float]], weights: Tensor, *,
-                    k: int = 100, beta: float = 0.5, divergence: str = "jsd", chunk: int = 512,
+                    k: int = 100, beta: float = 0.5, kind: str = "jsd", chunk: int = 512,
                     agreement: bool = False) -> tuple[Tensor, ...]:
     """sum_i weights_i D_i from final hidden states and language-model heads, without ever holding all logits.
 
@@ -153,11 +153,11 @@ def topk_divergence(student_hidden: Tensor, student_head: Tensor, teachers: list
     chunk            tokens whose logits exist at once; changes memory and speed, never results
 
     Returns loss, scalar fp32, and per_token (n,) fp32 without gradient (float64 for float64 inputs); with `agreement` also
-    (n,) bool: whether, among the student's top k, teacher and student prefer the same token. D_i, k, beta: see `divergence`.
+    (n,) bool: whether, among the student's top k, teacher and student prefer the same token. D_i, k, beta, kind: see `divergence`.
     Matmuls run in the heads' dtype, everything else in fp32. Memory: dhidden, dhead in fp32, and three (chunk, V) buffers.
     Both gradients are ready when this returns; the loss can be backpropagated once.
     """
-    check_options(divergence, beta, k, chunk)
+    check_options(kind, beta, k, chunk)
     if not teachers:
         raise ValueError("teachers is empty, expected at least one (hidden, head, coefficient).")
     sides = [("student", student_hidden, student_head)]
@@ -167,10 +167,11 @@ def topk_divergence(student_hidden: Tensor, student_head: Tensor, teachers: list
         if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or (len(hidden), len(head)) != (n, vocab):
             raise ValueError(f"{name}: hidden is {tuple(hidden.shape)} and head is {tuple(head.shape)}, expected ({n}, D) and "
                              f"({vocab}, D). Flatten to one row per token, and use heads of one vocabulary.")
-        if hidden.dtype != head.dtype:
-            raise ValueError(f"{name}: hidden is {hidden.dtype} and head is {head.dtype}, expected one dtype. Cast one of them.")
+        if hidden.dtype != head.dtype or name != "student" and head.dtype != teachers[0][1].dtype:
+            raise ValueError(f"{name}: hidden is {hidden.dtype} and head is {head.dtype}, expected one dtype, the same for all "
+                             "teachers. Cast one of them.")
     if weights.shape != (n,):
         raise ValueError(f"weights is {tuple(weights.shape)}, expected ({n},): one weight per row of the hidden states.")
     loss, per_token, agree = _TopKDivergence.apply(student_hidden, student_head, teachers, weights, min(k, vocab), beta,
-                                                   divergence, chunk, torch.is_grad_enabled())
+                                                   kind, chunk, torch.is_grad_enabled())
     return (loss, per_token, agree) if agreement else (loss, per_token)

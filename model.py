@@ -156,7 +156,7 @@ def fit(processor, image: Image.Image, chat: str, max_tokens: int) -> Image.Imag
     if prompt_tokens(processor, image.size, chat) <= max_tokens:
         return image
     room = max_tokens - len(processor.tokenizer(chat)["input_ids"]) + 1              # the chat holds one placeholder
-    least = math.ceil(vision.size["shortest_edge"] / side ** 2)
+    least = 2 * math.ceil(vision.size["shortest_edge"] / side ** 2)                  # a grid below the minimum is enlarged again
     if room < least:
         raise ValueError(
             f"A question of {len(chat)} characters leaves {room} of {max_tokens} prompt tokens for its image, which needs "

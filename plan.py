@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import triplets
 from baselines import DISTIL
 from model import ImageTextProcessor, chat, find, prompt_tokens
+from sharding import BUCKET
 
 
 def outline(path: str):
@@ -20,6 +21,8 @@ def outline(path: str):
         config, processor = AutoConfig.from_pretrained(folder), ImageTextProcessor.from_pretrained(folder)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
+        if not hasattr(model.model, "get_rope_index"):
+            raise ValueError(f"it is a {type(model).__name__}")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} has no configuration of a Qwen3.5 / Qwen3-VL style model: {error}") from error
     return config, sum(weight.numel() for weight in model.parameters()), processor
@@ -73,26 +76,29 @@ def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict
     live = 2 + (args.teacher is not None and not args.offload_teacher)                                # and gradients
     stays = live * e * weights + 20 * weights / world
     batch = mine * (full + seen) * pixel * (1 + args.resample * (args.method == "dapo"))
-    targets = mine * args.group * T * D * e * teaches
+    targets = mine * args.group * T * D * e * teaches * (2 if args.teacher == "trust-region" else 1)
+    reduced = min(BUCKET, weights // world) * (2 * world * e + 4) * (world > 1)                       # buckets, see sharding
+    clone = V * D * e * args.offload_teacher * teaches                                                # of the teacher's head
     cache = rows * ((asked + T) * token * (1 + 1 / max(1, full_layers)) + 2 * state + 32 * V)         # a layer's is copied
     if args.compile:                                                                                  # its caches stay
         batch += (rows + mine % prompts * args.group) * ((limit + T) * token + state)
         cache = prompts * (asked * token + state) + rows * (asked * token // max(1, full_layers) + 2 * state + 32 * V)
     prefill = prompts * (asked * token + state) + max(block(prompts, asked), layer(prompts, asked, 0)) // 2
     sampling = late * (args.method == "sft") + batch + prompts * asked * pixel + max(cache, prefill)
-    teaching = late + batch + targets + layer(micro, seen, N) // 2
+    teaching = late + clone + batch + targets + layer(micro, seen, N) // 2
     if args.checkpointing:
         student = (c.num_hidden_layers * (micro * full + N * T) * D + vision.depth * micro * full * 4 * vision.hidden_size) * e
         student += max(layer(micro, full, N), block(micro, full))
     else:
         student = c.num_hidden_layers * layer(micro, full, N) + vision.depth * block(micro, full)
-    student += V * D * 4 + min(args.chunk, N * T) * V * (2 * e + 4)                                   # head's gradient, logits
-    return {"stays": stays, "sampling": sampling, "teacher": teaching * teaches, "student": batch + targets + student}
+    student += V * D * 4 + min(args.chunk, N * T) * V * (2 * e + 4) + clone + batch + targets + reduced   # head's gradient, logits
+    return {"stays": stays, "sampling": sampling, "teacher": teaching * teaches, "student": student}
 
 
 def seconds(args, config, weights: int, world: int, full: int, seen: int) -> dict[str, float]:
     """A rough estimate of a step on H100s, by phase, for prompts of `full` and `seen` tokens. Assumed, not measured: 400 TFLOP/s in
-    passes, 2 TB/s when decoding, 35 ms a decoded token without --compile, mean responses a quarter of the longest."""
+    passes, 2 TB/s when decoding, 35 ms a decoded token without --compile, mean responses a quarter of the longest;
+    dapo's further batches are left out."""
     T, mine, prompts, (asked, limit) = args.max_new_tokens, args.prompts // world, decoded(args, world), sampled(args, full, seen)
     slots = limit + T if args.compile else asked + T / 2                                              # read at every token
     read = 2 * weights + prompts * args.group * slots * key_values(config.get_text_config(), 2)[1]

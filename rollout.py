@@ -1,9 +1,9 @@
 """Rollouts: G sampled responses per prompt, the prompt computed once (paper, Eq. 3: y ~ student(. | x, q)).
 
-    rollout = sample(student, processor, prompt, group=8, max_new_tokens=1024, seeds=[step_seed] * B)
+    rollout = sample(student, processor, prompt, group=8, max_new_tokens=1024, seeds=[0, 1, 2])     # a seed for each prompt
     texts = [reply["output"] for reply in answers(model, processor, images, questions, max_new_tokens=1024)]
 
-Sampling is at temperature 1 over the whole vocabulary (no top-p, no top-k), by inverse CDF: token = first v with
+Sampling is at temperature 1 over all tokens but the vision ones (no top-p, no top-k), by inverse CDF: token = first v with
 CDF(v) > u, one uniform u per row and token drawn from that prompt's own generator. So the random numbers of a response
 depend on its seed alone, never on which prompts share its batch, on the number of ranks or on earlier draws (the logits
 still differ by rounding from batch to batch).

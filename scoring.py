@@ -22,11 +22,19 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = dict(zip([*ONES, *TEENS, *TENS], [*range(20), *range(20, 100, 10)]))
 NUMBER = rf"(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES[1:])})|{'|'.join(NUMBERS)}"
 LARGE = r"hundred|thousand|million|billion|dozen"
-NOT = r"(?:\b(?:no|not|never|neither|nor|none|cannot|without|rather than|instead of)\b|n't\b|不[是选]?|没有?|否|并非|而非|排除)"
-SAY = r"answers?|options?|choice|choose|choosing|pick|select|say|so|hence|thus|therefore|actually|think|believe"
+VAGUE = (rf"or|about|around|approx\w*|roughly|nearly|almost|maybe|perhaps|possibly|than|over|under|above|below|up to|least|most|"
+         rf"max\w*|minus|plus|fewer|half|twice|times|pairs?|am|pm|{LARGE}")
+NOT = (r"(?:\b(?:no|not|never|neither|nor|none|cannot|without|rather than|instead of)\b|n't\b|"
+       r"不[会能可应该要认为同意答案是选择项]*|没有?|否|并非|而非|排除)")
+REJECT = (r"\b(?:unlike|except|anything but|other than|rul(?:e|ed|ing) out|eliminat\w+|exclud\w+|reject\w*|disagree with|lacks?|"
+          r"(?<!no )(?<!without )(?<!without a )doubt)\b|除了?|禁止|错误的?(?:选项|答案)是?")
+DENIED = (rf"(?:is|are|was|were|does|do|seems?|looks?|can be|should be)(?: both| all)?\s*(?:\w+ly )?(?:{NOT}|wrong|incorrect|false|"
+          r"unlikely|ruled out|eliminated|excluded|a distractor)|cannot\b|contradicts\b|不|错误?")
+SAY = (r"answers?|options?|choice|choose|choosing|pick|select|say|so|hence|thus|therefore|actually|think|believe|wait|sorry|"
+       r"correction|meant|second thought|in fact")
 CUE = rf"(?:\b(?:{SAY}|ans|go with|correct|(?:must|should|would) be)\b|\bit(?:'s| is)(?= ?[«‹·])|答案?|选项?|而是|所以|因此|故)"
 BEFORE = (rf"(?:^[^\w«‹]*|[,;:(\[=]\s*|[.!-]\s+|(?<=[^\x00-\x7f«‹])\s*|\b(?i:{SAY}|is|are|be|it's|with|and|or|not|nor|but|than|"
-          r"likely|probably|clearly|definitely|maybe|perhaps|both|either|neither)\s+)")
+          r"likely|probably|clearly|definitely|maybe|perhaps|both|either|neither|between)\s+)")
 
 
 def final_text(output: str) -> str:
@@ -45,7 +53,7 @@ def final_text(output: str) -> str:
 
 def plain(text: str) -> str:
     """Lower case, without articles, outer punctuation and the hyphens of words."""
-    text = re.sub(r"\b(?:an?|the)\b|(?<=[a-z])-(?=[a-z])", " ", text.lower())
+    text = re.sub(r"\b(?:an?|the) +(?=\w)|(?<=[a-z])-(?=[a-z])", " ", text.lower())
     return " ".join(text.strip(" \n.,;:!?'()[]。").split())
 
 
@@ -55,11 +63,11 @@ def parse_choice(output: str, options: dict[str, str]) -> str | None:
     1. Options are marked where they are named: «C» for "(c)" and "option c", ‹C› for the text of C (the longest that fits), and
        ·C· for a capital that stands alone, before punctuation, a number, "because", ..: "A dog" and "B12" name none.
     2. What is denied ("not A", "B and D are wrong") is dropped, and a letter beside another option's text is no answer.
-    3. The last one announced ("answer", "so", "choose", "选", ..) decides: letters first, then texts.
+    3. The last one announced ("answer", "so", "choose", "选", ..) decides: letters first, then texts, alone in their sentence.
     4. Else the lines that begin with a letter; else what is named, ·C· aside ("vitamin C"); and that must be a single option.
     """
-    names, text, end = "".join(options), final_text(output), r"(?:\s*(?:$|[,:;!.)\n«‹]|- |[^\x00-\x7f]))"
-    whole = [name for name, option in options.items() if len(option) > 1 and plain(option) == plain(text) != text.lower()[4:]]
+    names, text, end = "".join(options), final_text(output), r"(?:\s*(?:$|[,:;!.()\n«‹]|- |[^\x00-\x7f]))"
+    whole = [name for name, option in options.items() if len(option) > 1 and plain(option) == plain(text)]
     if whole:
         return whole[0] if len(whole) == 1 else None
     text = re.sub(r":\s+", ": ", text)
@@ -72,15 +80,15 @@ def parse_choice(output: str, options: dict[str, str]) -> str | None:
         if words := plain(final_text(option)).split():
             words = r"[\s-]+(?:(?:an?|the)\s)?".join(map(re.escape, words))
             text = re.sub(rf"(?<![a-z0-9.:‹«·-]){words}(?![a-z0-9›»·-]|[.:]\d|\s*%)", f"‹{name}›", text, flags=re.I)
-    several = r"[«‹·]\w[»›·](?:(?:[\s,/、或和]|\b(?:or|and|nor|maybe|perhaps)\b)*[«‹·]\w[»›·])*"
-    text = re.sub(rf"{NOT}\s*(?:\w+\s+){{0,3}}?{several}", " ", text, flags=re.I)
-    denied = rf"(?:is|are|was|were|does|do)(?: both| all)?\s*(?:{NOT}|wrong|incorrect|false)|cannot\b|不|错"
-    text = re.sub(rf"{several}[)\]]?\s*(?:{denied})", " ", text, flags=re.I)
-    if re.search(r"[«·](\w)[»·]\W*‹(?!\1)|‹(\w)›\W*«(?!\2)", text):
+    several = r"[«‹·]\w[»›·](?:(?:[\s,/&+、或者和与及]|还是|\b(?:or|and|nor|maybe|perhaps)\b)*[«‹·]\w[»›·])*"
+    text = re.sub(rf"(?:{NOT}|{REJECT})\s*(?:[\w']+\s+){{0,3}}?{several}", " ", text, flags=re.I)
+    text = re.sub(rf"{several}[)\]]?:?\s*(?:{DENIED})", " ", text, flags=re.I)
+    if re.search(r"[«·](\w)[»·]\W*(?:(?:an?|the)\s+)?‹(?!\1)|(?<!«\w» )‹(\w)› ?«(?!\2)", text, re.I):
         return None
-    announced = re.findall(rf"{CUE}[^«‹·.\n]*({several})", text, flags=re.I)
+    announced = re.findall(rf"{CUE}[^«‹·.\n]*({several})(?=([^.\n]*))", text, flags=re.I)
     lines = [first + rest.replace("·", " ") for first, rest in re.findall(rf"^\W*(?=[«·])({several})(.*)", text, re.M)]
-    said = ([found for found in announced if "‹" not in found] or announced)[-1:] or lines or [text.replace("·", " ")]
+    letters = [found for found, _ in announced if "‹" not in found]
+    said = (letters or [*map("".join, announced)])[-1:] or lines or [text.replace("·", " ")]
     said = set(re.findall(r"[«·](\w)", str(said)) or re.findall(r"‹(\w)", str(said)))
     return said.pop() if len(said) == 1 else None
 
@@ -89,15 +97,16 @@ def parse_yes_no(output: str) -> str | None:
     """"yes", "no" or None: the last one announced ("answer: no", "so yes"); else the one that stands as a clause of its own; else
     "no" for a sentence that denies, "yes" for "there is ..". Doubt and contradiction are None."""
     text = final_text(output).lower()
-    word = r"(yes|nope|no|是的?|有|对|否|不是|没有|不存在)(?=\s*(?:$|[.,!;:。\n]|and\b|or\b))"
+    word = r"(yes|nope|no|是的?|有|对|否|不是|没有|不存在)(?=\s*(?:$|[.,!;:。\n]|(?:and|or|because|since|as)\b))"
     announced = re.findall(rf"(?:\b(?:answer|so|hence|thus|therefore)\b|答案|所以|因此)(?:\s*(?:is|是|为))?[\s:]*{word}", text)
     said = announced[-1:] or re.findall(rf"(?:^|[.,:;!。\n]|\b(?:is|so|and|or)\b)\s*{word}", text)
     said = {"no" if re.match("no|否|不|没", found) else "yes" for found in said}
-    if re.search(r"\b(?:sure|certain|clear|tell|determine|know|sorry|unable|possible|maybe|idea)\b|无法|不确定|不清", text):
+    if re.search(r"(?:\bnot|n't|\bun|\bim)\s?(?:\w+ )?(?:sure|certain|clear|able|possible|tell|determine|know)|"
+                 r"\b(?:cannot (?:tell|determine|know)|to tell|sorry|maybe|perhaps|possibly|idea)\b|无法|不确定|不清", text):
         return None
     if not announced and said != {"no"}:
-        said |= {"no"} if re.search(NOT, text) else set()
-        said |= {"yes"} if re.search(r"\bthere (?:is|are) (?!no)|\byes\b", text) else set()
+        said |= {"no"} if re.search(r"\bthere(?: is|'s| are) no|\bno\W*$" if said else NOT, text) else set()
+        said |= {"yes"} if re.search(r"\bthere(?: is|'s| are) (?!no)|\byes\b", text) else set()
     return said.pop() if len(said) == 1 else None
 
 
@@ -108,20 +117,24 @@ def match_free_form(output: str, answer: str) -> bool | None:
     single sentence's last verb. A number also stands among words ("3 dogs"), where it is the only one and nothing qualifies it.
     """
     text = re.split(r"\banswer\b\s*(?:is\b|[:=])|答案[是为:]*", final_text(output), flags=re.I)[-1].strip()
-    gold, number = plain(final_text(answer)), r"(?<![\w.:/])-?\d+(?:[.:/]\d+)*(?![\w%])"
+    gold, number = plain(final_text(answer)), r"(?<![\w.:/])-?\d+(?:[.:/]\d+)*(?![\w%+°])"
     values = [text, *text.split("\n")[:1], *text.split("\n")[-1:]]
-    if not re.search(r"[.!。]\s|\n", text):
-        values += re.split(r"\b(?:is|are|was|were|it's|says|reads|shows)\b", text, flags=re.I)[-1:]
+    *before, value = re.split(r"\b(?:is|are|was|were|it's|says|reads|shows)\b", text, flags=re.I)
+    doubt = rf"{NOT}|\b(?:if|whether|doubt|nobody|false|unsure|unclear|uncertain)\b"
+    values += [value] if not re.search(r"[.!。]\s|\n", text) and not re.search(doubt, " ".join(before), re.I) else []
     if not gold or gold in map(plain, values):
         return bool(gold) or None
     if {gold, plain(text)} == {"yes", "no"}:
         return False
     found = re.findall(number, text)
-    vague = rf"{NOT}|\b(?:or|about|than|over|under|least|most|nearly|almost|half|am|pm|{LARGE})\b"
     wanted = re.fullmatch(rf"({number})(?: [a-z]+)*", gold)
-    if len(found) != 1 or not wanted or re.search(vague, text, re.I) or gold != wanted[1] and plain(text) != found[0]:
+    vague = re.search(rf"{NOT}|\b(?:{VAGUE})\b", f"{text} {gold}", re.I)
+    if len(found) != 1 or not wanted or vague or gold != wanted[1] and plain(text) != found[0]:
         return None
-    return re.sub(r"\.0+$", "", found[0]) == re.sub(r"\.0+$", "", wanted[1])
+    a, b = found[0], wanted[1]
+    if re.fullmatch(r"(?:-?\d+(?:\.\d+)? ?){2}", f"{a} {b}"):
+        return float(a) == float(b)
+    return a == b or (None if re.sub(r"\d", "", a) != re.sub(r"\d", "", b) else False)          # 1/2 and 0.5: a judge's matter
 
 
 def official_right(output: str, kind: str, answer: str, bench: str = "") -> bool:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from model import save
 
+BUCKET = 2 ** 26                                           # gradients of each rank that are reduced at once
+
 
 # ------------------------------------------------------------------------------------------------------------- ranks
 
@@ -47,8 +49,8 @@ def barrier() -> None:
 # ------------------------------------------------------------------------------------- sharded weights, AdamW and EMA
 
 class Flat:
-    """All parameters of a model as views into one vector, and their gradients into another, so that gradients reduce and
-    weights publish without a copy. Rank r owns slice r of `world` equal ones. Offsets do not depend on the world size."""
+    """All parameters of a model as views into one vector, and their gradients into another, so that each takes one collective
+    call. Rank r owns slice r of `world` equal ones. Offsets do not depend on the world size."""
 
     def __init__(self, model, rank: int, world: int):
         self.params = list(model.parameters())                                        # tied weights appear once
@@ -73,18 +75,18 @@ class Flat:
         self.allocate(True)
         self.weights[self.own].copy_(own)
         if self.world > 1:
-            dist.all_gather_single(self.weights, self.weights[self.own].clone())
+            dist.all_gather_single(self.weights, self.weights[self.own])          # in place
 
     def reduce_into(self, own: Tensor) -> None:
         """Add the sum of all ranks' gradients to this rank's fp32 slice `own`, and clear them. Summed in fp32 (a
-        reduce-scatter of bf16 gradients would round at every rank), 64M at a time, and on a GPU beside what follows, until
+        reduce-scatter of bf16 gradients would round at every rank), a bucket at a time, and on a GPU beside what follows, until
         `settle`."""
         if self.side:
             self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
             if self.world == 1:
                 own.add_(self.grads)
-            for part in self.grads.view(self.world, self.size).split(2 ** 26, dim=1) if self.world > 1 else ():
+            for part in self.grads.view(self.world, self.size).split(BUCKET, dim=1) if self.world > 1 else ():
                 sent = part.contiguous()                                              # (world, part): row r is for rank r
                 received = torch.empty_like(sent)
                 dist.all_to_all_single(received, sent)
@@ -93,7 +95,7 @@ class Flat:
             self.grads.zero_()
 
     def settle(self) -> None:
-        """Gradients are touched by nothing queued before this any more."""
+        """What is queued from here on runs after all gradients so far are reduced and cleared."""
         if self.side:
             torch.cuda.current_stream().wait_stream(self.side)
 
@@ -106,7 +108,7 @@ class State:
     """This rank's fp32 slices: master weights and their gradient, AdamW's moments, the EMA teacher (paper, section 3.3)."""
 
     def __init__(self, student: Flat, args):
-        self.master = torch.nn.Parameter(student.weights[student.own].float())
+        self.master = torch.nn.Parameter(student.weights[student.own].to(torch.float32, copy=True))
         self.master.grad = torch.zeros_like(self.master)
         self.ema = self.master.detach().clone()
         self.adam = torch.optim.AdamW([self.master], lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps,
@@ -158,10 +160,14 @@ def resume(out: Path, flat: Flat, state: State) -> int:
     """Load the newest whole checkpoint into `state`, re-sliced when the number of ranks changed. Returns its step, or 0."""
     newest = max(out.glob("checkpoint-*/state/state.json"), default=None)
     if newest is None:
+        if left := sorted(path.name for path in out.glob("checkpoint-*[0-9]")):
+            raise ValueError(f"{out} holds {', '.join(left)}, but not the state to resume from, which the newest one has. Put "
+                             "that one back, or choose another --out.")
         return 0
     saved = json.loads(newest.read_text())
     if saved["numel"] != flat.numel:
-        raise ValueError(f"{newest.parent} holds the state of {saved['numel']:,} weights, but this model has {flat.numel:,}.")
+        raise ValueError(f"{newest.parent} holds the state of {saved['numel']:,} weights, but this model has {flat.numel:,}. "
+                         "Resume with the model that the run began with, or choose another --out.")
     size, start, stop = saved["size"], flat.own.start, min(flat.own.stop, flat.numel)     # slices then, and this rank's now
     for old in range(saved["world"]):
         low, high = max(start, old * size), min(stop, (old + 1) * size)

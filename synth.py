@@ -20,14 +20,13 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from tqdm import tqdm
 
-from triplets import FOLDERS, RED, load_image, naming_full_disks, preview, read_triplets, whole, write_sample
+from triplets import FOLDERS, RED, load_image, naming_full_disks, preview, read_triplets, write, write_sample
 
 PROMPTS = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text(encoding="utf-8"))
 
@@ -43,7 +42,7 @@ def read_json(text: str) -> list | None:
     """The JSON objects in a model's reply, else its longest list of texts; None without either: after the last </think>, in
     whatever prose or code fences, with trailing commas, or cut off at the end. It is parsed, never evaluated."""
     text, values = re.sub(r",(?=\s*[\]}])", "", text.rpartition("</think>")[2][:20000]), []
-    for part in re.findall(r"\{[^{}]*\}|\[[^\[\]{}]*\]", text):
+    for part in re.findall(r'\{(?:"(?:[^"\\]|\\.)*"|[^{}"])*\}|\[(?:"(?:[^"\\]|\\.)*"|[^\[\]{}"])*\]', text):
         with suppress(ValueError, RecursionError):
             values.append(json.loads(part))
     texts = [value for value in values if isinstance(value, list) and (not value or isinstance(value[0], str))]
@@ -61,7 +60,7 @@ def normal(text: str, question: str = "") -> str:
     text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'").rpartition("</think>")[2]
     boxed = re.findall(r"\\boxed\s*\{([^{}]*)\}", text)
     text = re.sub(PROMPTS["lead_in"], "", (boxed[-1] if boxed else text).strip())
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)|\b(?:an?|the)\b", "", text).replace("grey", "gray").replace("colour", "color")
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)|\b(?:an?|the)\s+", "", text).replace("grey", "gray").replace("colour", "color")
     text = re.sub(r"[^\W\d_]+", lambda word: NUMBERS.get(word[0], word[0]), text)
     text = " ".join(re.sub(r"[^\w.%$€£¥°/:'&+-]", " ", text).split()).strip(" .:'")
     integer = re.search(r"\d+", text) if "how many" in question.casefold() else None
@@ -94,17 +93,18 @@ def fault(item) -> str | None:
 
 def photograph(root: Path, file: str) -> dict:
     """root/file as file, digest (of its bytes), image (None where `drops`, a count by reason, says why not), notes."""
-    photo, data = {"file": file, "digest": "", "image": None, "drops": Counter(), "notes": []}, b""
+    path, photo = root / file, {"file": file, "digest": "", "image": None, "drops": Counter(), "notes": []}
     try:
-        data = (root / file).read_bytes()
-        photo["digest"] = hashlib.sha256(data).hexdigest()[:16]
-        with Image.open(BytesIO(data)) as header:
-            width, height = header.size
-        reason = "too_large" if width * height > 100e6 else "too_small" if min(width, height) < 448 else None
-        photo["image"] = None if reason else load_image(root / file)
+        with path.open("rb") as content:
+            photo["digest"] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+        with Image.open(path) as header:
+            low, high = sorted(header.size)
+        reason = ("too_large" if low * high > 100e6 else "too_small" if low < 448 else
+                  "too_long" if high > 200 * low else None)                     # which no image processor takes
+        photo["image"] = None if reason else load_image(path)
     except Exception as error:                                                  # decoders raise errors of any kind
         reason = {UnidentifiedImageError: "not_an_image", Image.DecompressionBombError: "too_large"}.get(type(error), "corrupt")
-        reason = reason if data else "empty_or_unreadable"
+        reason = reason if photo["digest"] and path.stat().st_size else "empty_or_unreadable"
         photo["notes"].append(f"{reason}: {error}"[:500])
     photo["drops"][reason] += 1                                                 # None counts what was kept, here and below
     return photo
@@ -140,7 +140,7 @@ def same_thing(a: dict, b: dict) -> bool:
     """Whether two regions show one thing: IoU over 0.5, or one lies to 80% in the other and their labels share a word."""
     area = lambda x1, y1, x2, y2: max(0, x2 - x1) * max(0, y2 - y1)
     common = area(*map(max, a["box"][:2], b["box"][:2]), *map(min, a["box"][2:], b["box"][2:]))
-    areas, words = [area(*r["box"]) for r in (a, b)], [set(r["label"].casefold().split()) for r in (a, b)]
+    areas, words = [area(*r["box"]) for r in (a, b)], [set(normal(r["label"]).split()) for r in (a, b)]
     return common > 0.5 * (sum(areas) - common) or common >= 0.8 * min(areas) and not words[0].isdisjoint(words[1])
 
 
@@ -296,25 +296,28 @@ def label(engine: dict, regions: list[dict]) -> None:
         r["questions"] = []
     for (r, q), texts in zip(asked, say(engine, "label", rows, 32, temperature=1.0, group=VOTES)):
         votes = {}
-        for text in filter(short, texts or []):
-            votes.setdefault(normal(text, q["question"]), []).append(short(text).strip(" ."))
-        best, same = max(votes.items(), key=lambda vote: len(vote[1]), default=("", []))
-        if len(same) <= 0.75 * VOTES or re.search(PROMPTS["unknown"], best):
-            r["photo"]["drops"]["no_consensus"] += texts is not None            # else out_of_memory, counted already
-        elif leaks(q["question"], best):
-            r["photo"]["drops"]["leak"] += 1
-        else:
-            r["questions"].append(q | {"answer": min(same, key=len), "draft": q["answer"], "votes": [len(same), VOTES]})
+        for text in filter(None, map(short, texts or [])):
+            said = re.sub(PROMPTS["lead_in"], "", text, flags=re.I).strip(" .")
+            votes.setdefault(normal(text, q["question"]), []).append(said)
+        same = max(votes.values(), key=len, default=[])
+        labelled = q | {"answer": min(same, key=len, default=""), "draft": q["answer"], "votes": [len(same), VOTES]}
+        reason = "no_consensus" if len(same) <= 0.75 * VOTES else fault(labelled)
+        r["photo"]["drops"][reason] += texts is not None                        # else out_of_memory, counted already
+        r["questions"] += [] if reason else [labelled]
 
 
 def choices(engine: dict, regions: list[dict]) -> None:
     """Gives each region's first question three wrong options of the same kind, shuffled by the id."""
-    firsts = [(r, r["questions"][0]) for r in regions if r["questions"]]
+    for r in regions:
+        r["photo"]["drops"]["question_spare"] += len(r["questions"][1:])
+        del r["questions"][1:]
+    firsts = [(r, q) for r in regions for q in r["questions"]]
     rows = [(r["photo"], r["id"], r["crop"], PROMPTS["wrong"] % (q["question"], q["answer"])) for r, q in firsts]
     for (r, q), items in zip(firsts, ask(engine, "options", rows, 128)):
         options = {normal(q["answer"], q["question"]): q["answer"]}
         for wrong in filter(None, map(short, items or [])):
-            options.setdefault(normal(wrong, q["question"]), wrong)
+            if not re.search(PROMPTS["unknown"], normal(wrong)):
+                options.setdefault(normal(wrong, q["question"]), wrong)
         q["options"] = list(options.values())[:4]
         random.Random(f"{r['id']}-{q['n']}").shuffle(q["options"])
         if len(q["options"]) < 4:
@@ -351,7 +354,7 @@ def configuration(args) -> dict:
 def read_boxes(path: Path) -> dict[str, list[tuple]]:
     """Boxes one already has: {image: [(box px, label or None, None)]}. Raises ValueError with the line."""
     given = {}
-    for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for n, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -360,7 +363,7 @@ def read_boxes(path: Path) -> dict[str, list[tuple]]:
             if not all(map(is_box, boxes)):
                 raise ValueError(f"{boxes} are not all boxes")
             given.setdefault(row["image"], []).extend(zip(boxes, labels, [None] * len(boxes), strict=True))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}, line {n}: {error!r}. Expected image (its path under --images), boxes ([[x1, y1, x2, y2], "
                              "..] px of the upright image) and, if you like, as many labels.") from error
     return given
@@ -370,7 +373,11 @@ def read_parts(out: Path, config: dict | None = None) -> Iterator[dict]:
     """Every whole line of every rank: {"config": ..}, which must be `config` or everywhere the same, or a finished photograph."""
     for path in sorted((out / ".parts").glob("*.jsonl")):
         with path.open("rb") as lines:
-            for row in (json.loads(line) for line in lines if line.endswith(b"\n")):        # else torn by a kill
+            for line in (line for line in lines if line.endswith(b"\n")):        # else torn by a kill
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path} has a damaged line ({error}). Delete it: its photographs are done again.") from error
                 found = row.get("config", config) or {}
                 config = config or found
                 if differs := {k: (found.get(k), config.get(k)) for k in {*found, *config} if found.get(k) != config.get(k)}:
@@ -408,6 +415,9 @@ def run(args) -> None:
     if (out / "train.jsonl").exists() and not (out / ".parts").is_dir():
         raise FileExistsError(f"{out} holds another data set. Choose another --out.")
     root, own = args.images.resolve(), out.resolve()
+    if own == root or own in root.parents:
+        raise ValueError(f"--out {out} is or holds --images {args.images}: what is written there would be taken for photographs. "
+                         "Choose an --out beside it, or inside it.")
     paths = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file() and own not in path.parents]
     files = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
     if not files:
@@ -476,19 +486,17 @@ def merge(out: Path, font: Path | None = None) -> None:
             continue
         seen |= {line["digest"]} - {""}
         drops.update(line["drops"])
-        notes += line["notes"]
+        notes += [f"{line['file']}: {note}" for note in line["notes"]]
         rows += line["samples"]
     rows.sort(key=lambda row: row["extra_info"]["id"])
     stats = {"photographs": len(done), "samples": len(rows), "dropped": dict(drops.most_common()), "notes": notes[:50],
              "seconds": {key: round(value, 2) for key, value in seconds.items()}, "config": config,
-             "photographs_per_second": round(len(done) / max(seconds.total(), 1e-9), 3)}
-    with whole(out / "stats.json") as scratch:
-        scratch.write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
+             "photographs_per_second_and_rank": round(len(done) / max(seconds.total(), 1e-9), 3)}
+    write(out / "stats.json", json.dumps(stats, indent=1) + "\n")
     table = "".join(f"\n  {count:8,} {reason}" for reason, count in drops.most_common()) or " nothing"
     if not rows:
         raise ValueError(f"{out}: no sample from {len(done)} photographs (replies: stats.json). Dropped, by reason:{table}")
-    with whole(out / "train.jsonl") as scratch:
-        scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write(out / "train.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     for path in out.rglob(".tmp-*"):                                            # of killed processes
         with suppress(FileNotFoundError):                                       # a living rank's has become an image
             if time.time() - path.stat().st_mtime > 600:
@@ -534,7 +542,7 @@ def check(folder: Path) -> None:
     print(*(f"error: {error}\n" for error in errors), *(f"warning: {warning}\n" for warning in balance(samples)), sep="", end="")
     boxes, answers = (sum(sample[key] is not None for sample in samples) for key in ("bbox", "answer"))
     print(f"{folder}: {len(samples)} readable rows, {boxes} with a box, {answers} with an answer; {len(errors)} errors")
-    if errors or not samples:
+    if errors:
         raise ValueError(f"{folder} has {len(errors)} errors and {len(samples)} readable rows. Correct or remove what is named.")
 
 
@@ -547,7 +555,7 @@ def main() -> None:
     p.add_argument("--merge", type=Path, metavar="DIR", help="what ranks made -> train.jsonl, stats.json, preview.png")
     p.add_argument("--font", type=Path, metavar="FILE", help="of the preview, for scripts that Pillow's own font lacks")
     # photographs into triplets (paper, section 3.2)
-    p.add_argument("--images", type=Path, metavar="DIR", help="photographs, in folders of any depth")
+    p.add_argument("--images", type=Path, metavar="DIR", help="photographs, in folders of any depth (not hidden or linked ones)")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder to write; an interrupted run goes on")
     p.add_argument("--model", default="Qwen/Qwen3.5-4B", help="hub id or directory (ours: the student itself)")
     p.add_argument("--proposer", default="mllm", help="what boxes things: mllm (--model does; ours: no second download), sam3 "
@@ -566,6 +574,8 @@ def main() -> None:
         p.error("nothing to do: give --images DIR --out DIR, --check DIR, --merge DIR or --preview DIR")
     if args.images and (args.out is None or min(args.batch, args.workers) < 1):
         p.error("--images needs --out DIR, --batch and --workers >= 1")
+    if args.font and not args.font.is_file():
+        p.error(f"--font {args.font} is no file. Expected a .ttf, .otf or .ttc font")
     known = args.proposer in ("mllm", "sam3") or args.proposer.endswith(".jsonl") and Path(args.proposer).is_file()
     if args.images and not known:
         p.error(f"--proposer is {args.proposer!r}. Expected mllm, sam3, or the path of a .jsonl file of boxes")

@@ -1,6 +1,7 @@
 """The toy world: drawn scenes with questions, a tiny Qwen3.5, and its base training, so that the whole method runs in minutes
 on a CPU with nothing to download; and the table of all methods on it.
 
+    python train.py --toy                           # the demonstration: RUN, prepare_run and judge below
     python toy.py --out data/toy --n 100            # draw triplets: no model, no labels needed
     python toy.py --ablate --out runs/ablate        # every teacher, objective and baseline of train.py, several seeds, one table
 
@@ -202,7 +203,7 @@ BASE = dict(steps=500, lr=3e-3, crops=44, fulls=36, scenes=12_000, enough=0.5,
 
 def train_base(folder: Path, seed: int, device: torch.device | str = "cpu") -> None:
     """The toy's base model, supervised on drawn scenes (labels known): cross-entropy on the answers."""
-    model, processor = tiny(seed)
+    start, (model, processor) = time.perf_counter(), tiny(seed)
     model.to(device)
     steps, rng, tokenizer = BASE["steps"], random.Random(seed), processor.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=BASE["lr"], betas=(0.9, 0.98), weight_decay=0.01)
@@ -231,6 +232,7 @@ def train_base(folder: Path, seed: int, device: torch.device | str = "cpu") -> N
     partial = folder.with_name("base.partial")
     shutil.rmtree(partial, ignore_errors=True)
     save(model, processor, partial)
+    triplets.write(folder.with_name("base-seconds.json"), json.dumps({"base": time.perf_counter() - start}))
     partial.rename(folder)
 
 
@@ -244,21 +246,20 @@ RUN = dict(prompts=16, group=2, steps=600, max_new_tokens=18, lr=5e-4, weight_de
 
 def prepare_run(args, device: torch.device) -> None:
     """Draw the scenes, train the base model and evaluate it, each only if it is not there yet."""
-    out, start = Path(args.out), time.perf_counter()
+    out, took = Path(args.out), Path(args.model).with_name("base-seconds.json")
     if args.data == f"{args.out}/data":
         triplets.preview(draw(out / "data", ROWS, args.seed))
     if not Path(args.model).exists() and args.model == f"{args.out}/base":
         train_base(Path(args.model), args.seed, device)
     if not (out / "seconds.json").exists():
-        seconds = {"base": time.perf_counter() - start}
         judge(out, args.model, "before", device)
-        triplets.write(out / "seconds.json", json.dumps(seconds))
+        triplets.write(out / "seconds.json", took.read_text() if took.is_file() else "{}")
 
 
-def judge(out: str | Path, model: str | Path, when: str, device: torch.device) -> None:
+def judge(out: Path, model: str | Path, when: str, device: torch.device) -> None:
     """Evaluate a model on scenes never trained on, into OUT/eval-WHEN."""
-    benches = {name: benchmarks.benchmark(name, Path(out)) for name in benchmarks.GROUPS["toy"]}
-    folder = Path(out) / f"eval-{when}"
+    benches = {name: benchmarks.benchmark(name, out) for name in benchmarks.GROUPS["toy"]}
+    folder = out / f"eval-{when}"
     evaluate.evaluate(str(model), benches, folder, views=["full", "crop"], max_new_tokens=RUN["max_new_tokens"], batch=100,
                       device=str(device))
     figures.summarise(folder)
@@ -287,7 +288,7 @@ def ablate(out: Path, seeds: list[int], variants: list[str], jobs: int, steps: i
         folder, first = out / f"{variant}-{seed}", out / f"vision-opd-{seed}"
         if (folder / "eval-after" / "result.json").exists() and json.loads((folder / "args.json").read_text())["steps"] == steps:
             return
-        if folder != first and not (folder / "seconds.json").exists():                # the same base: evaluated once
+        if folder != first and not (folder / "seconds.json").exists():                # the same base: once a seed is enough
             shutil.copytree(first / "eval-before", folder / "eval-before", dirs_exist_ok=True)
             shutil.copy(first / "seconds.json", folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -295,8 +296,8 @@ def ablate(out: Path, seeds: list[int], variants: list[str], jobs: int, steps: i
                    "--model", out / "base", "--data", out / "data", *VARIANTS[variant]]
         with (folder / "output.txt").open("a") as output:
             if subprocess.run([*map(str, command)], stdout=output, stderr=output).returncode:
-                raise OSError(f"{variant} with seed {seed} failed: see {folder}/output.txt. The same command goes on from "
-                              "here.")
+                raise OSError(f"{variant} with seed {seed} failed: see {folder}/output.txt. Mend what it names, then run "
+                              "the same command: it goes on from here.")
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(variants) * len(seeds), unit="run") as bar:
         for stage in (["vision-opd"], [variant for variant in variants if variant != "vision-opd"]):
             for _ in pool.map(run, [(variant, seed) for variant in stage for seed in seeds]):
@@ -333,8 +334,8 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=400, help="steps a run")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, a CPU core each")
     args = p.parse_args()
-    if min(args.n, args.steps, args.jobs) < 1:
-        p.error(f"--n, --steps and --jobs must be at least 1, got {args.n}, {args.steps} and {args.jobs}")
+    if min(args.n, args.steps, args.jobs, args.seed + 1) < 1:
+        p.error(f"--n, --steps and --jobs must be at least 1 and --seed 0, got {args.n}, {args.steps}, {args.jobs} and {args.seed}")
     idle = {"--n", "--seed", "--split"} if args.ablate else {"--variants", "--seeds", "--steps", "--jobs"}
     if found := sorted(idle & {token.partition("=")[0] for token in sys.argv[1:]}):
         p.error(f"{', '.join(found)} would change nothing {'with' if args.ablate else 'without'} --ablate. Leave it out.")
@@ -342,9 +343,9 @@ def main() -> None:
         print(f"drawn: {triplets.preview(draw(args.out, args.n, args.seed, args.split))}")
         return
     torch.set_num_threads(1)                                                          # as train.py --toy: the bits depend on it
-    variants = list(dict.fromkeys(["vision-opd", *args.variants]))
-    ablate(args.out, args.seeds, variants, args.jobs, args.steps)
-    text = table(args.out, args.seeds, variants)
+    variants, seeds = list(dict.fromkeys(["vision-opd", *args.variants])), list(dict.fromkeys(args.seeds))
+    ablate(args.out, seeds, variants, args.jobs, args.steps)
+    text = table(args.out, seeds, variants)
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 

@@ -46,12 +46,14 @@ from model import encode, join, load, missing_kernels, response_hidden, to_devic
 from rollout import Rollout, sample
 from sharding import Flat, State, barrier, resume, save_checkpoint, setup, total
 
-# A resumed run must agree with the stopped one on everything but these, which change speed, memory or where it stops.
+# A resumed run must agree with the stopped one on everything but these, which change speed, memory, where it stops or where things
+# lie (the data must be the same).
 FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
         "checkpointing", "compile", "workers", "threads"}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
     # what to train, on what
@@ -97,6 +99,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--checkpointing", action=flag, default=True, help="recompute each layer's activations in the backward pass")
     p.add_argument("--compile", action="store_true", help="decode with CUDA graphs in a cache of fixed size, which stays in "
                    "memory: as many rows as --gen-prompts makes, each as long as the longest prompt and response")
+    # where it runs
     p.add_argument("--workers", type=int, default=4, help="processes a rank that decode images ahead of the step; 0: none")
     p.add_argument("--threads", type=int, help="CPU threads of torch (--toy: 1, so that the bits do not depend on the machine)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
@@ -106,24 +109,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # what is kept
     p.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (ours: little is lost to a crash)")
     p.add_argument("--show-every", type=int, default=5, help="steps between rollouts kept for the report (ours)")
-    if "--toy" in (sys.argv[1:] if argv is None else argv):
+    if "--toy" in argv:
         p.set_defaults(**toy.RUN)
     args = p.parse_args(argv)
     args.model = args.model or (f"{args.out}/base" if args.toy else "Qwen/Qwen3.5-4B")
     args.data = args.data or (f"{args.out}/data" if args.toy else "yuanqianhao/Vision-OPD-6K")
-    for name in ("steps", "prompts", "group", "max_new_tokens", "micro_prompts", "gen_prompts", "chunk", "top_k", "save_every",
-                 "show_every"):
+    for name in ("steps", "prompts", "group", "max_new_tokens", "micro_prompts", "gen_prompts", "chunk", "top_k", "threads",
+                 "save_every", "show_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 0 < args.beta < 1 or not 0 <= args.ema_rate <= 1 or not 0 <= args.trust <= 1 or args.resample < 0:
         p.error(f"--beta must lie in (0, 1), --ema-rate and --trust in [0, 1], and --resample be at least 0; got {args.beta}, "
                 f"{args.ema_rate}, {args.trust}, {args.resample}")
+    if args.clip <= 0 or min(args.lr, args.weight_decay, args.adam_eps, args.warmup, args.workers) < 0:
+        p.error("--clip must be above 0, and --lr, --weight-decay, --adam-eps, --warmup and --workers at least 0; got "
+                f"{args.clip}, {args.lr}, {args.weight_decay}, {args.adam_eps}, {args.warmup}, {args.workers}")
     rewarded, distils = args.method in REWARD, args.method in DISTIL
     if args.method == "sft" and args.teacher == "trust-region":
         p.error("--method sft samples from one set of weights: --teacher trust-region, a mixture of logits, is none")
     if rewarded and args.group < 2:
         p.error(f"--method {args.method} compares the responses to a prompt: --group must be at least 2, got {args.group}")
-    given = {token.partition("=")[0] for token in (sys.argv[1:] if argv is None else argv)}
+    given = {token.partition("=")[0] for token in argv}
     unused = dict.fromkeys(("--teacher", "--offload-teacher", "--no-offload-teacher", "--max-crop-prompt"), rewarded)
     unused |= {"--trust": args.teacher != "trust-region", "--objective": not distils,
                "--ema-rate": rewarded or (args.teacher or ("ema" if distils else "initial")) != "ema",
@@ -135,7 +141,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 f"--objective {args.objective}, --divergence {args.divergence}. Leave it out, or correct one of them.")
     args.teacher = args.teacher or (None if rewarded else "ema" if distils else "initial")
     if args.plan is not None and (args.toy or args.plan < 1):
-        p.error(f"--plan needs data and a model that are there, so not --toy, and a number of ranks from 1; got {args.plan}")
+        p.error("--plan needs data and a model that are there, so not --toy, and a number of ranks from 1; got "
+                f"{'--toy' if args.toy else args.plan}")
+    if args.toy and args.device == "cuda":
+        p.error("--toy is made for the CPU: leave --device cuda out")
     if args.compile and args.device == "cpu":
         p.error("--compile is about CUDA graphs: leave it out with --device cpu")
     if args.device == "cuda" and args.plan is None and not torch.cuda.is_available():
@@ -150,7 +159,7 @@ def claim(args, out: Path, rows: list[dict]) -> None:
     told = [[row["id"], row["question"], row["bbox"], row["image"].name, row["crop"].name] for row in rows]
     told += [row["answer"] for row in rows if args.method != "vision-opd"]             # which has no use for them
     now, path = {**vars(args), "rows_sha256": hashlib.sha256(json.dumps(told).encode()).hexdigest()}, out / "args.json"
-    then = json.loads(path.read_text()) if path.exists() else now
+    then = json.loads(path.read_text()) if path.exists() and any(out.glob("checkpoint-*")) else now     # else nothing is lost
     free = FREE - ({"steps"} if args.schedule == "cosine" else set())
     differ = [key for key in now if key not in free and then.get(key) != now[key]]
     if told := "; ".join(f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in differ):
@@ -219,8 +228,8 @@ class Micros(torch.utils.data.Dataset):
                 texts = [row["question"] + hint.format(answer=row["answer"]) for row in rows]
                 prompt = encode(self.processor, images, texts, max_tokens=limit)
                 prompts.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
-        except ValueError as error:
-            raise ValueError(f"samples {[row['id'] for row in rows]}: {error}") from error
+        except (ValueError, OSError) as error:                                        # a worker would add its traceback
+            return ValueError(f"samples {[row['id'] for row in rows]}: {error}")
         return self.micros[i], prompts[0], prompts[1] if prompts[1:] else None
 
 
@@ -272,7 +281,7 @@ def teach(args, micros: list[Micro], student, teacher, teacher_flat: Flat, state
 def token_loss(args, hidden: Tensor, head: Tensor, micro: Micro, weights: Tensor) -> tuple[Tensor, ...]:
     """(sum of weights * loss; loss of each token; for top-K, whether teacher and student agree). hidden (n, D), weights (n,)."""
     if args.method in DISTIL and args.objective == "topk":
-        return topk_divergence(hidden, head, micro.target, weights, k=args.top_k, beta=args.beta, divergence=args.divergence,
+        return topk_divergence(hidden, head, micro.target, weights, k=args.top_k, beta=args.beta, kind=args.divergence,
                                chunk=args.chunk, agreement=True)
     per_token = baselines.per_token(args, hidden, head, micro)
     return (weights * per_token).sum(), per_token.detach(), torch.zeros_like(per_token)
@@ -285,6 +294,8 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
 
     # 1. The student answers from the full image (sft: the teacher from the crop).
     def answered(batch: list, extra: int = 0) -> list[Micro]:
+        for error in (item for item in batch if isinstance(item, ValueError)):
+            raise error
         micros = [Micro(numbers, to_device(full, device), seen and to_device(seen, device)) for numbers, full, seen in batch]
         respond(args, step, micros, teacher if args.method == "sft" else student, processor, rows, extra, quiet=flat.rank > 0)
         return micros
@@ -376,7 +387,7 @@ def peak_memory(device: torch.device) -> float:
     """Most memory in use so far, in GB: the GPU's, or on a CPU this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1) / 1e9
 
 
 def line(e: dict) -> str:
@@ -410,9 +421,11 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     flat.track_gradients()
     state = State(flat, args)
     begin = resume(out, flat, state)
-    if [begin] != total([begin], device, dist.ReduceOp.MIN) or begin > args.steps:
-        raise ValueError(f"rank {rank} finds step {begin} in {out}. Expected at most --steps {args.steps}, the same on all ranks: "
-                         "--out must lie on a disk that all machines share.")
+    if [begin] != total([begin], device, dist.ReduceOp.MIN):
+        raise ValueError(f"rank {rank} finds step {begin} in {out}, another an earlier one. --out must lie on a disk that all "
+                         "machines share.")
+    if begin > args.steps:
+        raise ValueError(f"{out} is at step {begin} already, past --steps {args.steps}. Raise --steps, or choose another --out.")
     flat.publish(state.master.data)
     log, shown_log = out / "log.jsonl", out / "rollouts.jsonl"
     if rank == 0:
@@ -430,6 +443,7 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
         micros = share(args, areas, rank, world, step * args.resample + i - 1, args.seed + 2 ** 20)
         data = Micros(rows, micros, processor, args, flat.weights.dtype)
         return [data[k] for k in range(len(data))]
+
     shares = [share(args, areas, rank, world, step, args.seed) for step in range(begin, args.steps)]
     loader = iter(torch.utils.data.DataLoader(
         Micros(rows, sum(shares, []), processor, args, flat.weights.dtype), batch_size=None, num_workers=args.workers,
@@ -454,6 +468,7 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
 
 
 def tensorboard(out: Path, begin: int):
+    """A writer of curves, or None where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -481,7 +496,7 @@ def main(argv: list[str] | None = None) -> None:
         final = train(args, rank, world, device)
         if rank == 0:
             if args.toy:
-                toy.judge(args.out, final, "after", device)
+                toy.judge(Path(args.out), final, "after", device)
                 print(figures.compare(*(Path(args.out) / f"eval-{when}" for when in ("before", "after")))[0])
             print(f"model: {final}   page: {evaluate.report(Path(args.out))}")
         barrier()

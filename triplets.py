@@ -34,24 +34,24 @@ def load_image(path: str | Path) -> Image.Image:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is {'a folder' if Path(path).is_dir() else 'not there'}. Expected an image file.")
     try:
-        with Image.open(path) as image:
+        with open(path, "rb") as file, Image.open(file) as image:               # by its path Pillow maps and garbles rotated TIFFs
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode == "I" or image.mode.startswith("I;16"):              # plain conversion would saturate
+            if image.mode.startswith("I"):                                      # plain conversion would saturate
                 return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
             if image.mode == "F":
-                raise ValueError("floating point pixels of unknown range; expected 8 or 16 bits a channel.")
+                raise ValueError("floating point pixels of unknown range; expected 8 or 16 bits a channel")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:                                                  # decoders raise errors of any kind
-        raise ValueError(f"{path} ({Path(path).stat().st_size:,} bytes) cannot be read whole as a picture: {error} "
+        raise ValueError(f"{path} ({Path(path).stat().st_size:,} bytes) cannot be read whole as a picture: {error}. "
                          "Fetch or save the file again, or take it out of the data.") from error
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of a picture by its header alone, as stored: EXIF rotation is not applied. Raises ValueError."""
+    """(width, height) of a picture as its header gives it, mostly before EXIF rotation. Raises ValueError."""
     try:
         with Image.open(path) as image:
             return image.size
@@ -105,7 +105,7 @@ def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> 
     path = folder / "train.jsonl"
     if not path.is_file():
         there = sorted(entry.name for entry in folder.iterdir())[:10] if folder.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{folder} has no train.jsonl ({there}). Expected a data set; point --data at its folder.")
+        raise FileNotFoundError(f"{folder} has no train.jsonl ({there}). Expected a data set: give the folder that holds it.")
     listed = cache(lambda place: set(os.listdir(place)) if place.is_dir() else set())      # instead of a stat per file
     lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
     if not lines:
@@ -128,7 +128,7 @@ def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> 
 def read_row(line: bytes, number: int, folder: Path, listed) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:                                                 # JSONDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON ({error}): {line[:60]!r}. Expected an object a line; fetch the file again if it is cut "
                          "off, or if these are the lines of a git-lfs pointer.") from error
     if not isinstance(row, dict) or not {"problem", *FOLDERS} <= row.keys():
@@ -141,7 +141,8 @@ def read_row(line: bytes, number: int, folder: Path, listed) -> dict:
              "bbox": (box is None or isinstance(box, list) and [isinstance(v, int | float) for v in box] == [True] * 4,
                       "[x1, y1, x2, y2] in pixels, or null"),
              "extra_info": (isinstance(extra, dict), "an object, or nothing")}
-    rules |= {key: (isinstance(row[key], list) and [*map(type, row[key])] == [str], "a list of one file name") for key in FOLDERS}
+    rules |= {key: (isinstance(row[key], list) and [*map(type, row[key])] == [str] and Path(row[key][0]).suffix,
+                     "a list of one file name") for key in FOLDERS}
     for key, (good, expected) in rules.items():
         if not good:
             raise ValueError(f"{key} is {row[key]!r:.90}. Expected {expected}: correct or remove the line.")
@@ -149,7 +150,7 @@ def read_row(line: bytes, number: int, folder: Path, listed) -> dict:
     for key, file in zip(FOLDERS, (image, crop)):
         if file.name not in listed(file.parent):
             raise FileNotFoundError(f"{key}[0] is {row[key][0]!r}, and no such file is under {folder}. Unpack the archives "
-                                    "first, or point --data at the folder that holds train.jsonl.")
+                                    "first, or give the folder that holds train.jsonl.")
     return {"id": f"{number:06d}" if extra.get("id") is None else str(extra["id"]), "image": image, "crop": crop, "bbox": box,
             "question": problem.removeprefix("<image>").removeprefix("\n"), "extra": extra,
             "answer": None if answer in (None, "") else str(answer)}
@@ -158,7 +159,7 @@ def read_row(line: bytes, number: int, folder: Path, listed) -> dict:
 def save(image: Image.Image, path: Path) -> None:
     """PNG, or JPEG at quality 95 with full colour resolution, by the suffix."""
     with whole(path) as scratch:
-        image.save(scratch, **({} if path.suffix == ".png" else {"quality": 95, "subsampling": 0}))
+        image.save(scratch, icc_profile=None, **({} if path.suffix == ".png" else {"quality": 95, "subsampling": 0}))
 
 
 def write_sample(folder: Path, sample: dict, suffix: str) -> dict:
@@ -211,7 +212,8 @@ def fetch(data: str | Path) -> Path:
     Call it from one process per machine. Raises FileNotFoundError, ValueError (bad archive or row), OSError (disk full).
     """
     here = Path(data).expanduser()
-    folder = here if here.is_dir() else Path("data", data)
+    is_id = not here.is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(data))
+    folder = Path("data", data) if is_id else here
     try:
         read_triplets(folder)
     except FileNotFoundError:
@@ -267,7 +269,7 @@ def unpack(parts: list[Path], target: Path) -> None:
             while stream.read(1 << 20):                                         # what follows the tar's end: the checksum
                 pass
             inner = scratch / target.name if (scratch / target.name).is_dir() else scratch
-            for path in (path for path in inner.rglob("*") if path.is_file()):
+            for path in filter(Path.is_file, inner.rglob("*")):
                 place = target / path.relative_to(inner)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, place)
@@ -311,7 +313,7 @@ def tile(row: dict, typeface) -> Image.Image:
     if box:                                                                     # a red frame may be under a pixel wide here
         left, top = gap + (wide - scale * image.width) / 2, gap + (high - scale * image.height) / 2
         x1, y1, x2, y2 = (start + scale * v for start, v in zip((left, top) * 2, box))
-        draw.rectangle((x1 - 4, y1 - 4, x2 + 4, y2 + 4), outline="yellow", width=2)
+        draw.rectangle((min(x1, x2) - 4, min(y1, y2) - 4, max(x1, x2) + 4, max(y1, y2) + 4), outline="yellow", width=2)
     for n, line in enumerate(lines):
         draw.text((gap, high + 2 * gap + n * step), *line)
     return drawn

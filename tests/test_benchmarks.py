@@ -401,6 +401,30 @@ def test_numbers_may_stand_where_texts_are_meant(tmp_path):
     assert [row[key] for key in ("id", "answer", "group", "pair")] == ["7", "3", "2", "0"]
 
 
+def test_keys_that_are_not_of_the_form_mean_nothing(tmp_path):
+    rows = own(tmp_path, "signs", [{"answer": " a ", "error": None, "calls": 3, "output": "A"}, {"answer": " Yes ", "kind": "yn"}])
+    put(tmp_path / "signs.jsonl", "".join(json.dumps(row | {"id": None}) + "\n" for row in rows))
+    first, second = benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+    assert first.keys() == second.keys() == {"id", "kind", "options", "image", "prompt", "answer", "crop", "group", "pair"}
+    assert [row["id"] for row in (first, second)] == ["0", "1"] and (first["answer"], second["answer"]) == ("A", "yes")
+
+
+def test_options_are_called_by_letters_and_ids_come_once(tmp_path):
+    rows = own(tmp_path, "signs", [{"answer": "A"}, {"answer": "B"}])
+    put(tmp_path / "signs.jsonl", json.dumps(rows[0] | {"options": {"red": "red", "blue": "blue"}}))
+    with pytest.raises(ValueError, match=r"signs.jsonl, row 1: options are called \['RED', 'BLUE'\]. Expected letters"):
+        benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+    put(tmp_path / "signs.jsonl", "".join(json.dumps(row | {"id": "x"}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"2 rows, ids that come twice: \['x'\]"):
+        benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+
+
+def test_the_options_of_a_question_are_its_longest_list():
+    listed = "Which?\nA. red\nB. blue\nC. green\n"
+    assert benchmarks.inline_options(listed + "Answer with A. or B. only.") == {"A": "red", "B": "blue", "C": "green"}
+    assert benchmarks.inline_options("A. x B. y\n" + "(A) red (B) blue") == {"A": "red", "B": "blue"}      # of two, the last
+
+
 @pytest.mark.parametrize("line", ['{"id": "signs/1", "pro', '{"id": "signs/1", "prompt": "?"}', "[]"])
 def test_a_broken_line_in_such_a_file_is_named(line, tmp_path):
     own(tmp_path, "signs", [{"answer": "A"}])

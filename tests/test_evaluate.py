@@ -24,6 +24,7 @@ import benchmarks
 import evaluate
 import figures
 import scoring
+import triplets
 import model as M
 import toy
 import rollout
@@ -251,7 +252,7 @@ def judge(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Handler.url = f"http://127.0.0.1:{server.server_port}/v1"
-    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(scoring.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     yield Handler
     server.shutdown()
@@ -326,12 +327,26 @@ def test_a_local_language_model_can_be_the_judge(tmp_path):
     assert json.loads((tmp_path / "out/result.json").read_text())["benches"]["mine"]["full"]["right"] == 4
 
 
-@pytest.mark.parametrize("command", ["--rescore", "--report"])
+def test_the_judge_is_not_asked_about_nothing(judge, tmp_path):
+    judge.says = {"": "Yes"}
+    results(tmp_path, [line(0, ""), line(1, "  "), line(2, "<think>Maybe A, or B"), line(3, "<think>A?</think>")], judge=judge.url)
+    found = json.loads((tmp_path / "result.json").read_text())["benches"]["mine"]["full"]
+    assert judge.requests == [] and (found["right"], found["unparsed"]) == (0, 4)
+
+
+@pytest.mark.parametrize("command", ["--rescore", "--report", "--compare"])
 def test_neither_torch_nor_transformers_nor_images_are_needed_to_score_again_and_report(command, tmp_path):
     results(tmp_path, [line(0, "Answer: C", "C"), line(1, "(A)")])
-    (tmp_path / "result.json").write_text((tmp_path / "result.json").read_text() if command == "--report" else "{}")
-    code = f"import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import evaluate; evaluate.main([{command!r}, {str(tmp_path)!r}])"
+    if command == "--rescore":
+        (tmp_path / "result.json").write_text("{}")
+    flags = [command, *[str(tmp_path)] * (1 + (command == "--compare")), *["--out", str(tmp_path)] * (command == "--compare")]
+    code = f"import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import evaluate; evaluate.main({flags})"
     done = subprocess.run(**python("-c", code))
+    if command == "--compare":                                                    # --out: the comparison would take one's place
+        assert done.returncode == 2 and "is one of the two that are compared" in done.stderr
+        done = subprocess.run(**python("-c", code.replace(f"'--out', '{tmp_path}'", "")))
+        assert done.returncode == 0 and "mine, full" in done.stdout
+        return
     assert done.stdout.splitlines()[-1] == str(tmp_path / "report.html") and (tmp_path / "report.html").exists(), done.stderr
     if command == "--rescore":                                                    # by our rule, and by the official one
         assert re.search(r"mine, full +100\.0 \[ 34\.2, 100\.0\] +2 +50\.0 ", done.stdout)
@@ -379,13 +394,10 @@ def test_the_toys_small_and_large_targets_and_ones_own_rows_share_a_folder(model
     assert groups == {("toy", "small"), ("toy", "pair"), ("toy-large", "large"), ("toy-holdout", "colour"), ("toy-holdout", "corner"), ("mine", None)}
 
 
-def test_two_files_of_the_same_name_are_both_answered_or_refused(model, tmp_path):
+def test_two_files_of_the_same_name_are_refused(model, tmp_path):
     paths = [own(tmp_path / "a"), own(tmp_path / "b", [{"answer": "A", "prompt": "the question 0"}])]
-    try:
-        run("--bench", ",".join(map(str, paths)), "--model", "m", "--out", tmp_path / "out")
-    except (ValueError, SystemExit):
-        return
-    assert {"the question 0", "question 0"} <= {p for prompts in model.asked for p in prompts}
+    with pytest.raises(ValueError, match="another benchmark is called 'mine' too. Rename the file or folder"):
+        run("--bench", " , ".join(map(str, paths)), "--model", "m", "--out", tmp_path / "out")
 
 
 def test_crops_are_asked_for_only_where_there_are_some(model, tmp_path):
@@ -420,9 +432,13 @@ def test_the_checkpoints_of_a_run_make_a_trajectory(checkpoint, tmp_path):
     for step in (5, 10):
         M.save(*toy.tiny(step), training / f"checkpoint-{step:06}")
     flags = ["--bench", own(tmp_path, ROWS[:2]), "--checkpoints", training, "--view", "both", "--max-new-tokens", 3, "--out", out]
-    with pytest.raises(FileNotFoundError, match="run: no args.json there. Expected the --out folder of a train.py run"):
+    with pytest.raises(FileNotFoundError, match="run: no args.json with a model, or no checkpoints. Expected"):
         run(*flags)
     (training / "args.json").write_text(json.dumps({"model": str(checkpoint)}))
+    (tmp_path / "none").mkdir()
+    shutil.copy(training / "args.json", tmp_path / "none")                        # an evaluation's folder, say
+    with pytest.raises(FileNotFoundError, match="none: no args.json with a model, or no checkpoints"):
+        run(*[tmp_path / "none" if flag == training else flag for flag in flags])
     printed = run(*flags)
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "step-000000", "step-000005", "step-000010"]
     assert [json.loads((out / f"step-{step:06}/args.json").read_text())["model"] for step in (0, 5)] == [str(checkpoint), str(training / "checkpoint-000005")]
@@ -439,7 +455,7 @@ def test_the_tiny_model_answers_a_choice_a_yes_or_no_and_a_free_question(rounds,
     path = own(tmp_path, [ROWS[0], ROWS[2], ROWS[4]], crops=False)
     printed = run("--bench", path, "--model", checkpoint, "--max-new-tokens", 6, "--zoom", rounds, "--out", tmp_path / "out")
     rows, loaded = benchmarks.benchmark(str(path), tmp_path), M.load(str(checkpoint))
-    asked = *loaded, [evaluate.load_image(row["image"]) for row in rows], [row["prompt"] for row in rows], 6
+    asked = *loaded, [triplets.load_image(row["image"]) for row in rows], [row["prompt"] for row in rows], 6
     want = evaluate.zoomed(*asked, rounds) if rounds else rollout.answers(*asked)
     saved = figures.saved(tmp_path / "out")
     assert [{key: a[key] for key in want[0]} for a in saved] == want and [a["kind"] for a in saved] == ["mc", "yn", "free"]

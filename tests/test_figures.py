@@ -67,6 +67,21 @@ def test_the_gap_of_a_comparison_is_over_the_rows_with_crops_as_in_a_result(tmp_
     assert "gap 100.0 -> 50.0; the full view's gain closed 50% of it" in figures.compare(tmp_path / "a", tmp_path / "b")[0]
 
 
+def test_the_gaps_of_a_comparison_are_over_the_rows_that_both_folders_hold(tmp_path):
+    """B holds the first of A's rows, answered the same: nothing can have closed."""
+    folders = []
+    for name, n in (("a", 12), ("b", 4)):
+        answers = [line(i, "A" if view == "crop" or i >= 8 else "B", view=view) for i in range(n) for view in ("full", "crop")]
+        folders.append(results(tmp_path / name, answers))
+    assert "  gap 100.0 -> 100.0; the full view's gain closed 0% of it" in figures.compare(*folders)[0]
+
+
+def test_folders_that_were_scored_by_different_rules_are_not_compared(tmp_path):
+    a, b = results(tmp_path / "a", [line(0, "A")]), results(tmp_path / "b", [line(0, "A")], scorer="official")
+    with pytest.raises(ValueError, match="'scorer': 'ours'.*'scorer': 'official'.*Score both alike with --rescore"):
+        figures.compare(a, b)
+
+
 def test_the_interval_of_a_mean_over_groups_is_about_the_normal_one():
     shares = {"Easy": (141, 100), "Medium": (268, 120), "Hard": (106, 20)}        # rows, right
     mean, interval = figures.headline("visualprobe", [{"group": group, "correct": i < right} for group, (n, right) in shares.items() for i in range(n)])

@@ -54,7 +54,7 @@ def reference(hidden, head, teachers, weights, k=100, beta=0.5, kind="jsd"):
 
 def ours(hidden, head, teachers, weights, kind="jsd", **options):
     hidden, head = (x.detach().clone().requires_grad_() for x in (hidden, head))
-    loss, per_token = topk_divergence(hidden, head, teachers, weights, divergence=kind, **options)
+    loss, per_token = topk_divergence(hidden, head, teachers, weights, kind=kind, **options)
     assert not per_token.requires_grad
     loss.backward()
     return loss.detach(), per_token, hidden.grad, head.grad
@@ -112,7 +112,7 @@ def test_a_trust_region_teacher_is_a_weighted_sum_of_logits_and_gets_no_gradient
     crop = hidden.detach().flip(0).requires_grad_()                               # the student itself, on the crop
     ref.requires_grad_(), ref_head.requires_grad_()
     teachers = [(ref, ref_head, 0.95), (crop, head, 0.05)]                        # its head is the very head being trained
-    loss, _ = topk_divergence(hidden, head, teachers, weights, k=5, divergence=kind, chunk=3)
+    loss, _ = topk_divergence(hidden, head, teachers, weights, k=5, kind=kind, chunk=3)
     loss.backward()
     expected = reference(hidden, head, teachers, weights, 5, kind=kind)
     same([loss, hidden.grad, head.grad], [expected[0], *expected[2:]])
@@ -276,7 +276,7 @@ def test_agreement_says_whether_teacher_and_student_prefer_the_same_of_the_top_k
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"divergence": "kl"}, "divergence is 'kl', expected one of jsd, forward_kl, reverse_kl"),
+    ({"kind": "kl"}, "divergence is 'kl', expected one of jsd, forward_kl, reverse_kl"),
     ({"beta": 0.0}, "beta is 0.0, expected a number strictly between 0 and 1.*forward_kl"),
     ({"beta": 1.0}, "beta is 1.0"),
     ({"k": 0}, "k is 0 and chunk is 512, expected both to be at least 1"),
@@ -287,6 +287,8 @@ def test_agreement_says_whether_teacher_and_student_prefer_the_same_of_the_top_k
     ({"teachers": [(torch.ones(2, 2), torch.ones(V, 2), 1.0)]}, r"teachers\[0\]: hidden is \(2, 2\).*expected \(7, D\)"),
     ({"student_head": torch.ones(V, D + 1)}, r"student: hidden is \(7, 5\) and head is \(23, 6\)"),
     ({"student_hidden": torch.ones(1, N, D)}, r"student: hidden is \(1, 7, 5\).*one row per token"),
+    ({"teachers": [(torch.ones(N, 2, dtype=dtype), torch.ones(V, 2, dtype=dtype), 0.5) for dtype in (torch.float64, torch.float32)]},
+     r"teachers\[1\]: .*expected one dtype, the same for all teachers"),
     ({"student_hidden": torch.ones(N, D)}, "student: hidden is torch.float32 and head is torch.float64.*Cast"),
 ])
 def test_wrong_arguments_are_named_with_what_was_expected(change, message):

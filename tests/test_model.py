@@ -1,15 +1,18 @@
 import json
+import random
 import shutil
 
 import pytest
 import torch
 from conftest import alone, noise, tiny_qwen3_vl
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import model as M
+import plan
 import toy
 from loss import topk_divergence
 from rollout import sample
@@ -74,12 +77,13 @@ def test_hidden_states_and_gradients_are_those_of_a_plain_forward_of_each_sequen
 
 def test_one_token_one_prompt_and_one_response_take_the_same_path(lively, mixed_prompt):
     model, _ = lively
-    for tokens in (1, 2, 3):
-        ids = torch.arange(5, 5 + tokens)[None].repeat(3, 1)
-        shared = M.response_hidden(model, mixed_prompt, ids)
-        assert shared.shape == (3, tokens, model.lm_head.in_features)
-        for row in range(3):
-            torch.testing.assert_close(shared[row], plain_hidden(model, mixed_prompt, row, ids[row]), atol=3e-5, rtol=1e-4)
+    for prompt, rows in ((mixed_prompt, 3), (alone(mixed_prompt, 1), 1)):             # with padding, and without
+        for tokens in (1, 2, 3):
+            ids = torch.arange(5, 5 + tokens)[None].repeat(rows, 1)
+            shared = M.response_hidden(model, prompt, ids)
+            assert shared.shape == (rows, tokens, model.lm_head.in_features)
+            for row in range(rows):
+                torch.testing.assert_close(shared[row], plain_hidden(model, prompt, row, ids[row]), atol=3e-5, rtol=1e-4)
 
 
 def test_neighbours_and_padding_do_not_leak_into_a_prompt(lively, mixed_prompt):
@@ -137,6 +141,24 @@ def test_a_prompt_over_the_limit_gets_a_smaller_image_and_keeps_its_text(size):
     words = [[t for t in prompt["input_ids"][0].tolist() if t != processor.image_token_id] for prompt in (full, short)]
     assert words[0] == words[1]
     assert not M.encode(processor, [noise(64, 64)], ["what ?"], max_tokens=60)["shrunk"].any()
+
+
+def test_no_image_is_enlarged_over_the_limit_again():
+    """Near the processor's minimum a grid that is rounded down would be."""
+    _, processor = toy.tiny()
+    processor.image_processor.size = {"shortest_edge": 16 * 256, "longest_edge": 4_194_304}          # 16 image tokens
+    text, sizes, fitted = M.chat(processor, "what ?"), random.Random(0), 0
+    words = len(processor.tokenizer(text)["input_ids"]) - 1
+    for _ in range(300):
+        size, room = (sizes.randint(40, 900), sizes.randint(40, 900)), sizes.randint(10, 60)
+        try:
+            image = M.fit(processor, Image.new("RGB", size), text, words + room)
+        except ValueError:
+            assert room < 2 * 16
+            continue
+        assert M.prompt_tokens(processor, image.size, text) <= words + room
+        fitted += image.size != size
+    assert fitted > 50
 
 
 def test_questions_that_are_too_long_or_smuggle_in_images_are_refused():
@@ -238,5 +260,7 @@ def test_other_vision_language_models_are_refused_by_name(tmp_path):
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     for part in (toy.tiny()[1].tokenizer, toy.tiny()[1].image_processor):
         part.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Llava|does not load as a Qwen3.5"):
+    with pytest.raises(ValueError, match="is a LlavaForConditionalGeneration, expected a Qwen3.5"):
         M.load(str(tmp_path))
+    with pytest.raises(ValueError, match="no configuration of a Qwen3.5 / Qwen3-VL style model: it is a LlavaForConditionalGeneration"):
+        plan.outline(str(tmp_path))

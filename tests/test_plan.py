@@ -1,4 +1,5 @@
 """train.py --plan: its formula of memory against tensors counted while the phases of a step run."""
+import copy
 import re
 import weakref
 
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import model as M
 import plan
+import sharding
 import toy
 import train
 from rollout import CACHES
@@ -45,11 +47,11 @@ def phases(build, flags: list[str], side: int, compile: bool) -> tuple[dict, dic
     args.compile = compile                                                            # refused on a CPU, where only its cache is used
     student, processor = build()
     student.generation_config.eos_token_id = [processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")]    # no response ends early
-    teacher = train.copy.deepcopy(student).requires_grad_(False)
-    flat, teacher_flat = train.Flat(student, 0, 1), train.Flat(teacher, 0, 1)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    flat, teacher_flat = sharding.Flat(student, 0, 1), sharding.Flat(teacher, 0, 1)
     teacher_flat.allocate(not args.offload_teacher)
     flat.track_gradients()
-    state = train.State(flat, args)
+    state = sharding.State(flat, args)
     stays = [flat.weights, flat.grads, teacher_flat.weights, *state.tensors().values(), state.master.grad]
     counted = {"stays": sum(tensor.untyped_storage().nbytes() for tensor in stays)}
     rows = [{"id": str(i)} for i in range(args.prompts)]
@@ -67,6 +69,7 @@ def phases(build, flags: list[str], side: int, compile: bool) -> tuple[dict, dic
         train.teach(args, micros, student, teacher, teacher_flat, state)
     counted["teacher"] = count.peak + (teacher_flat.weights.nbytes if args.offload_teacher else 0)
     targets = sum(hidden.nbytes for micro in micros for hidden, _, _ in micro.target)
+    targets += student.lm_head.weight.nbytes * args.offload_teacher                   # a copy of the teacher's
     with Counted() as count:
         micro, mask = micros[0], micros[0].rollout.mask
         hidden = M.response_hidden(student, micro.full, micro.rollout, checkpoint=args.checkpointing)[mask]
@@ -85,12 +88,26 @@ def phases(build, flags: list[str], side: int, compile: bool) -> tuple[dict, dic
     (["--prompts", "2", "--group", "8", "--max-new-tokens", "130", "--offload-teacher"], 96, False),
     (["--prompts", "3", "--gen-prompts", "2", "--group", "8", "--max-new-tokens", "60", "--max-prompt", "200"], 96, True),
     (["--prompts", "4", "--micro-prompts", "4", "--gen-prompts", "1", "--group", "4", "--max-new-tokens", "60"], 96, False),
+    (["--prompts", "8", "--group", "8", "--max-new-tokens", "60", "--teacher", "trust-region"], 96, False),
     (["--prompts", "4", "--micro-prompts", "2", "--group", "2", "--max-new-tokens", "64", "--no-checkpointing"], 128, False)])
 def test_memory_is_about_what_the_formula_says(build, flags, side, compile, dense_mask):
     counted, planned = phases(build, flags, side, compile)
     assert counted["stays"] == pytest.approx(planned["stays"], rel=0.01)              # parameters are aligned
     for phase in ("sampling", "teacher", "student"):
         assert 0.85 * counted[phase] <= planned[phase] <= 1.6 * counted[phase], (phase, counted, planned)
+
+
+def test_the_time_of_a_step_is_that_of_its_matmuls_and_of_reading_weights_and_cache():
+    """16 prompts on two ranks, 4 decoded at once: 2 calls of 100 tokens, each at least 35 ms."""
+    args = train.parse(["--device", "cpu", "--prompts", "16", "--group", "2", "--gen-prompts", "4", "--max-new-tokens", "100"])
+    spent = plan.seconds(args, toy.tiny()[0].config, 10 ** 9, 2, 1000, 400)
+    flops = lambda tokens: 2 * 10 ** 9 * 8 * tokens / 400e12                          # a forward of 8 prompts
+    assert spent["student"] == pytest.approx(4 * flops(1000 + 2 * 25)) and spent["teacher"] == pytest.approx(flops(400 + 2 * 25))
+    assert spent["sampling"] == pytest.approx(flops(1000) + 2 * 100 * 0.035, rel=1e-3)
+    args.compile = True
+    cache = 8 * (8192 + 100) * 2 * 1 * 2 * 32 * 2                                     # rows, slots; keys and values, layers, heads, width, bf16
+    assert plan.seconds(args, toy.tiny()[0].config, 10 ** 9, 2, 1000, 400)["sampling"] == pytest.approx(
+        flops(1000) + 2 * 100 * (2 * 10 ** 9 + cache) / 2e12)
 
 
 def test_a_plan_is_printed_before_anything_is_loaded(tmp_path, capsys, monkeypatch):

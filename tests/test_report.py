@@ -192,7 +192,8 @@ def test_a_page_made_anew_shows_images_of_any_size(run, monkeypatch):
 def test_two_evaluations_stand_side_by_side(run):
     evaluate.main(["--compare", str(run / "eval-before"), str(run / "eval-after"), "--out", str(run / "both")])
     data = json.loads(re.search(r'application/json">(.*?)</script>', (run / "both/report.html").read_text(), re.S)[1])
-    assert list(data["results"]) == list(data["tables"]) == [str(run / "eval-before"), str(run / "eval-after")]
+    assert ["difference", *data["results"]] == list(data["tables"]) == ["difference", str(run / "eval-before"), str(run / "eval-after")]
+    assert "McNemar p" in data["tables"]["difference"]
     assert {label for sample in data["gallery"]["samples"] for label, *_ in sample["answers"]} == set(data["results"])
 
 
@@ -224,7 +225,7 @@ def test_a_run_with_only_a_log_gives_a_page_that_says_what_is_missing(tmp_path):
     _, data = build(only_a_log(tmp_path / "run", [{"step": 1, "steps": 9, "loss": 0.5}]))
     assert data["results"] == {} and data["rollouts"] == [] and data["gallery"]["samples"] == [] and data["log"][0]["loss"] == 0.5
     for name in ("args.json", "result.json", "rollouts.jsonl"):
-        assert any(f"{name} is not in this folder" in note for note in data["notes"])
+        assert any(f"{name} is not in {tmp_path / 'run'}" in note for note in data["notes"])
 
 
 def test_lost_images_leave_the_answers_on_the_page(run):
@@ -251,7 +252,7 @@ def test_a_loss_that_is_not_a_number_is_a_gap_and_a_step_written_twice_counts_on
 
 def test_the_old_page_stays_when_a_new_one_cannot_be_written(run, monkeypatch):
     old, _ = build(run)
-    monkeypatch.setattr(evaluate.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(triplets.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
     (run / "args.json").write_text("{}")
     with pytest.raises(OSError, match="disk full"):
         evaluate.report(run)

@@ -67,6 +67,7 @@ def test_the_mask_covers_each_response_with_its_eos_and_nothing_after(lively, mi
         length = ids.index(end) + 1 if end in ids else len(ids)
         assert mask == [True] * length + [False] * (len(ids) - length) and ended == (end in ids)
     assert rollout.mask.sum(1).max() == rollout.ids.shape[1]
+    assert torch.equal(rollout.log_probs.isnan(), ~rollout.mask)
     part = rollout.split([40, 40, 40])[1]
     assert part.ids.shape == part.mask.shape == (40, int(rollout.mask[40:80].sum(1).max()))
     assert torch.equal(part.ids[part.mask], rollout.ids[40:80][rollout.mask[40:80]])

@@ -21,6 +21,7 @@ UNKNOWN = {letter: "" for letter in "ABCDE"}
 ABOVE = {"A": "a dog", "B": "a cat", "C": "Both A and B", "D": "None of the above"}
 ANY = {"A": "Dogs", "B": "No dogs"}
 ASKED = {"A": "Yes", "B": "No"}
+CARS = {"A": "a bus", "B": "a bike", "C": "a car", "D": "a truck"}
 SIDES = {"A": "left", "B": "right", "C": "above", "D": "below"}
 GLOVE = {"A": "rubber", "B": "cotton", "C": "kevlar", "D": "leather"}
 CHINESE = {"A": "红色", "B": "深红色", "C": "蓝色", "D": "该图片没有显示颜色"}
@@ -270,6 +271,49 @@ CHOICES = [
     (GLOVE, "pleather", None),
     (GLOVE, "«Z»", None),
     (GLOVE, "The material is leather, which corresponds to option D.", "D"),
+    # what a close reading found: letter A beside another text, rejections, alternatives, retractions, restated options
+    (NUMBERS, "A. 25", None),
+    (NUMBERS, "(A). 25", None),
+    (DOOR, "A. Closed", None),
+    (DOOR, "**A.** Closed", None),
+    (DOOR, "A\nClosed", None),
+    (DOOR, "A. Open", "A"),
+    (CARS, "C. A bus", None),
+    (CARS, "The answer is (C) a bus.", None),
+    (CARS, "(D) A car", None),
+    (CARS, "The answer is (D) a truck.", "D"),
+    (NUMBERS, "The answer lies between B and D.", None),
+    (NUMBERS, "I'll choose between A and B", None),
+    (UNKNOWN, "A 或者 B", None),
+    (UNKNOWN, "答案是B或者C", None),
+    (UNKNOWN, "答案是B与C", None),
+    (UNKNOWN, "答案是B及C", None),
+    (UNKNOWN, "不能选择B", None),
+    (UNKNOWN, "不应该选B", None),
+    (UNKNOWN, "我不认为答案是B", None),
+    (UNKNOWN, "答案不可能是C", None),
+    (UNKNOWN, "错误的选项是B", None),
+    (UNKNOWN, "A：错误；B：正确；C：错误。", "B"),
+    (UNKNOWN, "Option C seems incorrect.", None),
+    (UNKNOWN, "Option C is probably wrong.", None),
+    (UNKNOWN, "Option C can be ruled out.", None),
+    (UNKNOWN, "We can eliminate option C.", None),
+    (UNKNOWN, "I doubt it's C.", None),
+    (UNKNOWN, "Answer: anything but C", None),
+    (UNKNOWN, "I disagree with option A.", None),
+    (UNKNOWN, "Option A is excluded, so the answer is B.", "B"),
+    (COLORS, "Blue is ruled out.", None),
+    (UNKNOWN, "The answer is A. On second thought, B.", "B"),
+    (UNKNOWN, "Answer: A\nCorrection: B", "B"),
+    (UNKNOWN, "A. Sorry, B.", "B"),
+    (UNKNOWN, "A\n\nSorry, I meant B.", "B"),
+    (UNKNOWN, "The answer is B (the middle one).", "B"),
+    (UNKNOWN, "Answer: B (see the sign)", "B"),
+    (UNKNOWN, "B（卡车）", "B"),
+    (COLORS, "So the image shows a green van, and behind it the car is blue.", None),
+    (COLORS, "I think there is a green van in front, but the car asked about is blue.", None),
+    (COLORS, "(A) Red\n(B) Dark red\n(C) Blue\n(D) Green\n\nThe umbrella is blue. The answer is (C).", "C"),
+    (COLORS, "Options: (A) Red, (B) Dark red, (C) Blue.\n\n**Answer: (C)**", "C"),
 ]
 
 YES_NO = [
@@ -330,6 +374,14 @@ YES_NO = [
     ("There is a dog, not a cat.", None),
     ("无法确定", None),
     ("是否有狗？", None),
+    ("Yes, there is a car with no driver.", "yes"),
+    ("Yes, I'm certain there is a dog.", "yes"),
+    ("Yes, it is clear that there is one.", "yes"),
+    ("No, as far as I can tell.", "no"),
+    ("There's a dog in the picture.", "yes"),
+    ("The answer is yes because there is a dog, not a cat.", "yes"),
+    ("I'm not certain.", None),
+    ("It is unclear.", None),
 ]
 
 FREE = [
@@ -401,6 +453,26 @@ FREE = [
     ("red", "The car is blue. The truck is red.", None),
     ("red", "The answer is not red.", None),
     ("Paris", "London", None),
+    ("A", "A", True),
+    ("red", "I don't think it is red.", None),
+    ("red", "I am not sure if it is red.", None),
+    ("red", "I doubt the car is red.", None),
+    ("red", "It is unclear whether it is red", None),
+    ("red", "Nobody says it is red.", None),
+    ("12.50", "12.5", True),
+    ("12.5", "12.50", True),
+    ("7", "07", True),
+    ("0.5", "1/2", None),
+    ("10:10", "10.10", None),
+    ("10:10", "10:11", False),
+    ("1:00 PM", "13:00", None),
+    ("3", "3+", None),
+    ("5", "5°C", None),
+    ("5", "minus 5", None),
+    ("4", "maybe 4", None),
+    ("4", "approximately 4", None),
+    ("4", "up to 4", None),
+    ("4", "5", False),
 ]
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -113,7 +114,7 @@ def test_photographs_become_triplets_with_their_provenance(tmp_path, monkeypatch
         assert e["scale"] == 2 and crop.size == (2 * (right - left), 2 * (bottom - top))
     told = stats(tmp_path / "out")
     assert told["photographs"] == 3 and told["samples"] == 6 and told["dropped"] == {"question_spare": 6}
-    assert {"load", "propose", "question", "write"} <= told["seconds"].keys() and told["photographs_per_second"] > 0
+    assert {"load", "propose", "question", "write"} <= told["seconds"].keys() and told["photographs_per_second_and_rank"] > 0
     assert (tmp_path / "out" / "preview.png").is_file()
     assert "6 question_spare" in (shown := capsys.readouterr().out) and "are 'colour', over 35%" in shown
     main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out", "--full", "png")          # nothing left to do
@@ -129,12 +130,20 @@ def test_labels_need_seven_of_eight_votes_and_are_written(tmp_path, monkeypatch)
     script = scripted(monkeypatch, vote=vote)
     main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out", "--labels")
     assert script.calls[-1] == ("vote", 12, 1.0)
-    assert {(r["answer"], r["extra_info"]["draft"], *r["extra_info"]["votes"]) for r in rows(tmp_path / "out")} == {("It is RED", "red", 7, 8)}
+    assert {(r["answer"], r["extra_info"]["draft"], *r["extra_info"]["votes"]) for r in rows(tmp_path / "out")} == {("RED", "red", 7, 8)}
     assert stats(tmp_path / "out")["dropped"] == {"no_consensus": 6}
 
 
+@pytest.mark.parametrize("votes, reason", [
+    ("Yes", "yes_no"), ("one two three four five six", "answer_form"), ("tag", "leak"), ("unknown", "answer_form"), ("", "no_consensus")])
+def test_what_the_votes_agree_on_keeps_to_the_rules_of_answers(votes, reason, tmp_path, monkeypatch):
+    scripted(monkeypatch, vote=votes)
+    with pytest.raises(ValueError, match=f"12 {reason}"):
+        main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out", "--labels")
+
+
 def test_multiple_choice_is_written_as_released(tmp_path, monkeypatch):
-    wrong = '["Blue", "a red", "green", "red.", "white", "brown"]'
+    wrong = '["Blue", "a red", "unknown", "I cannot tell", "green", "red.", "white", "brown"]'
     scripted(monkeypatch, wrong=wrong)
     main(monkeypatch, "--images", photos(tmp_path / "in", 8), "--out", tmp_path / "out", "--format", "mcq")
     letters = Counter(r["answer"] for r in rows(tmp_path / "out"))
@@ -147,7 +156,7 @@ def test_multiple_choice_is_written_as_released(tmp_path, monkeypatch):
     assert synth.balance(triplets.read_triplets(tmp_path / "out"))[0] == "16 of 16 answers are 'red', over 10%"
     assert all(row["kind"] == "mc" for row in benchmarks.benchmark(str(tmp_path / "out"), tmp_path))
     scripted(monkeypatch, wrong='["red", "Red"]')
-    with pytest.raises(ValueError, match="6 options_too_few"):
+    with pytest.raises(ValueError, match="6 question_spare\n +6 options_too_few"):
         main(monkeypatch, "--images", photos(tmp_path / "in2"), "--out", tmp_path / "out2", "--format", "mcq")
 
 
@@ -200,7 +209,8 @@ def bad_photographs(folder):
     exif[0x0112] = 6
     photo(folder / "turned.jpg", 6, exif=exif)
     os.symlink("nowhere", folder / "dangling.jpg")
-    return {"duplicate": 1, "corrupt": 2, "empty_or_unreadable": 1, "not_an_image": 1, "too_small": 1, "too_large": 2}
+    Image.new("RGB", (91000, 450)).save(folder / "long.png")                      # no image processor takes more than 200 : 1
+    return {"duplicate": 1, "corrupt": 2, "empty_or_unreadable": 1, "not_an_image": 1, "too_small": 1, "too_large": 2, "too_long": 1}
 
 
 def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, monkeypatch):
@@ -212,7 +222,8 @@ def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, mon
     assert {k: v for k, v in told["dropped"].items() if k in expected} == expected and set(told["dropped"]) == {*expected, "question_spare"}
     assert Counter(r["extra_info"]["source"] for r in found) == dict.fromkeys(
         ["copy of good.jpg", "deep.png", "palette.gif", "palette.png", "cmyk.jpg", "turned.jpg"], 2)
-    assert told["photographs"] == 14 and any("truncated" in note for note in told["notes"])
+    assert told["photographs"] == 15 and any(note.startswith("truncated.jpg: corrupt: ") for note in told["notes"])
+    assert any(note.startswith("notes.txt: not_an_image: ") and "notes.txt'" in note for note in told["notes"])
     assert [r["extra_info"]["source_size"] for r in found if r["extra_info"]["source"] == "turned.jpg"] == [[480, 640]] * 2
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     assert [synth.photograph(tmp_path / "in", name)["drops"] for name in ("huge.png", "large.png")] == [{"too_large": 1}] * 2
@@ -223,7 +234,8 @@ def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, mon
     ('<think>["x"]</think>\n["y"]', ["y"]), ('{"objects": [{"a": 1}]}', [{"a": 1}]), ('{"a": 1}\n{"a": 2}', [{"a": 1}, {"a": 2}]),
     ('[{"a": 1}, {"a": 2}, {"a": [3', [{"a": 1}, {"a": 2}]), ('["größe", "字"]', ["größe", "字"]), ("", None), ("I see nothing", None),
     ("[__import__('os').system('x')]", None), ("[" * 100000, None), ('{"a":' * 50000, None), ("[" + "9" * 9000 + "]", None),
-    ("[1e999]", None), ('Here [as asked]: ["a", "b"]', ["a", "b"]), ('{"a": ' + "[" * 9000 + "]" * 9000 + "}", None), ("\x00\ud800[", None), ("<think>[1", None)])
+    ('["sign [red]", "cup {2}"]', ["sign [red]", "cup {2}"]), ('[{"question": "What is {x}?", "answer": "OPEN}"}]', [{"question": "What is {x}?", "answer": "OPEN}"}]),
+    ('["a \\"quoted\\" ]"]', ['a "quoted" ]']), ("[1e999]", None), ('Here [as asked]: ["a", "b"]', ["a", "b"]), ('{"a": ' + "[" * 9000 + "]" * 9000 + "}", None), ("\x00\ud800[", None), ("<think>[1", None)])
 def test_json_is_found_in_whatever_surrounds_it_and_never_evaluated(text, expected):
     assert synth.read_json(text) == expected
 
@@ -268,20 +280,20 @@ def test_a_question_breaks_a_rule_or_none(change, reason):
 @pytest.mark.parametrize("text, question, expected", [
     ("The answer is: Red.", "", "red"), ("\\boxed{1} so \\boxed{ Two }", "", "2"), ("It's a grey one", "", "gray 1"), ("COLOUR", "", "color"),
     ("1,250", "", "1250"), ("<think>red</think> blue", "", "blue"), ("there are 3 of the 5", "How many?", "3"), ("ＥＸＩＴ", "", "exit"),
-    ("an apple", "", "apple"), ("They are twenty", "", "20"), ("12:30", "", "12:30"), ("", "", ""), ("红色。", "", "红色")])
+    ("an apple", "", "apple"), ("A", "", "a"), ("Platform A", "", "platform a"), ("N/A", "", "n/a"), ("They are twenty", "", "20"), ("12:30", "", "12:30"), ("", "", ""), ("红色。", "", "红色")])
 def test_votes_are_counted_in_one_spelling(text, question, expected):
     assert synth.normal(text, question) == expected
 
 
 def test_text_without_json_is_asked_for_again_then_counted_and_kept(tmp_path, monkeypatch):
-    say = lambda image, prompt, seed: json.dumps(found_in(image)) if synth.np.asarray(image)[0, 0, 0] % 2 else "no " * 500
+    say = lambda image, prompt, seed: json.dumps(found_in(image)) if np.asarray(image)[0, 0, 0] % 2 else "no " * 500
     photos(tmp_path / "in", 6)
     odd = sum(int(np.asarray(triplets.load_image(p))[0, 0, 0]) % 2 for p in (tmp_path / "in").rglob("*.jpg"))
     script = scripted(monkeypatch, find=say)
     main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out")
     assert 0 < odd < 6 and script.calls[:2] == [("find", 6, 0.0), ("find", 6 - odd, 0.7)]
     told = stats(tmp_path / "out")
-    assert told["dropped"]["boxes_malformed"] == 6 - odd and len(told["notes"][0]) == len("boxes_malformed: ") + 500
+    assert told["dropped"]["boxes_malformed"] == 6 - odd and re.fullmatch(r"(sub/)?\d\.jpg: boxes_malformed: .{500}", told["notes"][0])
 
 
 def test_out_of_memory_halves_the_batch_and_skips_what_does_not_fit_alone(tmp_path, monkeypatch):
@@ -311,7 +323,7 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_done(tmp_path, monkey
             patch.setattr(Image.Image, "save", no_space)
         else:
             place, true = ("dumps", json.dumps) if full == "line" else ("replace", os.replace)
-            patch.setattr(synth.json if full == "line" else synth.os, place, lambda *a, **k: no_space() if
+            patch.setattr(synth.json if full == "line" else triplets.os, place, lambda *a, **k: no_space() if
                           ("file" in a[0] if full == "line" else str(a[1]).endswith("train.jsonl")) else true(*a, **k))
         with pytest.raises(OSError, match="MB free.*make room"):
             main(patch, "--images", tmp_path / "in", "--out", tmp_path / "out")
@@ -326,12 +338,35 @@ def test_no_sample_at_the_end_is_an_error_with_the_table(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no sample from 3 photographs[\s\S]* no_question"):
         main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out")
     told = stats(tmp_path / "out")
-    assert told["dropped"].keys() == {"no_question", "questions_malformed"} and "questions_malformed: I see nothing" in told["notes"]
+    assert told["dropped"].keys() == {"no_question", "questions_malformed"} and "0.jpg: questions_malformed: I see nothing" in told["notes"]
     with pytest.raises(FileNotFoundError, match="Expected the --out of a run"):
         main(monkeypatch, "--merge", tmp_path / "in")
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no files"):
         main(monkeypatch, "--images", tmp_path / "none", "--out", tmp_path / "out2")
+    for out in (tmp_path / "in", tmp_path):
+        with pytest.raises(ValueError, match="is or holds --images .*Choose an --out beside it, or inside it"):
+            main(monkeypatch, "--images", tmp_path / "in", "--out", out)
+
+
+def test_a_damaged_line_of_a_rank_is_named(tmp_path, monkeypatch):
+    scripted(monkeypatch)
+    main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out")
+    with (tmp_path / "out" / ".parts" / "00000.jsonl").open("ab") as part:
+        part.write(b"\x00\xff\n")
+    with pytest.raises(ValueError, match=r"00000.jsonl has a damaged line \(.*Delete it: its photographs are done again"):
+        main(monkeypatch, "--merge", tmp_path / "out")
+
+
+def test_boxes_may_be_in_any_encoding_of_json_and_a_font_must_be_there(tmp_path, monkeypatch, capsys):
+    (tmp_path / "boxes.jsonl").write_bytes('\ufeff{"image": "größe.jpg", "boxes": []}'.encode())
+    assert synth.read_boxes(tmp_path / "boxes.jsonl") == {"größe.jpg": []}
+    (tmp_path / "boxes.jsonl").write_bytes('{"image": "größe.jpg", "boxes": []}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="boxes.jsonl, line 1: UnicodeDecodeError"):
+        synth.read_boxes(tmp_path / "boxes.jsonl")
+    with pytest.raises(SystemExit):
+        main(monkeypatch, "--preview", tmp_path, "--font", tmp_path / "none.ttf")
+    assert "none.ttf is no file. Expected a .ttf, .otf or .ttc font" in capsys.readouterr().err
 
 
 def test_missing_weights_are_said_before_the_first_photograph(tmp_path, monkeypatch):
@@ -368,7 +403,7 @@ def scripted_run(kill_at, rank, world, folder, out):
     scripted(patch)
     patch.setattr(rollout, "answers", mortal(rollout.answers))
     patch.setattr(synth, "finish", mortal(synth.finish))
-    patch.setattr(synth.os, "replace", mortal(os.replace))
+    patch.setattr(triplets.os, "replace", mortal(os.replace))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     main(patch, "--images", folder, "--out", out, "--batch", 2)
 
@@ -402,8 +437,15 @@ def test_another_configuration_is_refused_on_resume_and_in_a_merge(tmp_path, mon
     scripted(monkeypatch)
     photos(tmp_path / "in")
     main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out")
-    with pytest.raises(FileExistsError, match=r"'seed': \(0, 1\)"):
-        main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out", "--seed", 1)
+    for flags, key in ((["--seed", 1], "seed"), (["--clean-crop"], "clean_crop"), (["--full", "png"], "full"), (["--labels"], "labels"),
+                       (["--format", "mcq"], "format"), (["--model", "other"], "model")):
+        with pytest.raises(FileExistsError, match=rf"is {{'{key}': \("):
+            main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out", *flags)
+    monkeypatch.setitem(synth.PROMPTS, "hint", " Look closely.")
+    with pytest.raises(FileExistsError, match=r"is {'texts': \("):
+        main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out")
+    monkeypatch.undo()
+    scripted(monkeypatch)
     (tmp_path / "out" / ".parts" / "00001.jsonl").write_text('{"config": {"seed": 1}}\n')
     with pytest.raises(FileExistsError, match="another configuration"):
         main(monkeypatch, "--merge", tmp_path / "out")
@@ -415,14 +457,15 @@ def test_another_configuration_is_refused_on_resume_and_in_a_merge(tmp_path, mon
 # ---------------------------------------------------------------------------------------------------------------- geometry
 
 def test_the_evidence_survives_and_its_frame_is_seen_wherever_the_box_lies():
-    rng, grain = np.random.default_rng(0), noise(1100, 1000)
+    rng, grain, seen = np.random.default_rng(0), noise(1100, 1000), 0
     for trial in range(250):
         W, H = (int(v) for v in rng.integers(448, 1000, 2))
         w, h = (int(np.exp(rng.uniform(np.log(20), np.log(0.9 * side)))) for side in (W, H))
         x, y = (int(rng.choice([0, 1, 3, side - own, max(0, side - own - 2), rng.integers(0, side - own + 1)])) for side, own in ((W, w), (H, h)))
-        [*regions] = synth.small_regions([([x, y, x + w, y + h], "tag", None)], (W, H), Counter())
+        regions = synth.small_regions([([x, y, x + w, y + h], "tag", None)], (W, H), Counter())
         if not regions:
             continue
+        seen += 1
         [box], image = [r["box"] for r in regions], grain.crop((trial % 100, 0, trial % 100 + W, H))
         line, frame, window = synth.geometry((W, H), box)
         framed = synth.draw_frame(image, box)
@@ -439,6 +482,7 @@ def test_the_evidence_survives_and_its_frame_is_seen_wherever_the_box_lies():
         assert 0 <= window[0] and 0 <= window[1] and window[2] <= W and window[3] <= H
         crop, scale = synth.cut(framed, window)
         assert min(crop.size) >= 64 and crop.width * crop.height <= 2 ** 22 and (scale >= 2 or crop.width * crop.height > 2 ** 22 - 9000)
+    assert seen > 100
     assert synth.geometry((2250, 1500), [1000, 700, 1100, 800]) == (5, [994, 694, 1106, 806], [988, 688, 1112, 812])
     crop, scale = synth.cut(Image.new("RGB", (9000, 9000)), [0, 0, 3001, 2503])
     assert scale < 1 and 2 ** 22 - 9000 < crop.width * crop.height <= 2 ** 22

@@ -66,15 +66,26 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     rows = triplets.read_triplets(world / "data")
     chosen = [rows[i] for i in train.batch_rows(len(rows), 4, 0, 0)]
     seeds = [train.random.Random(f"0/0/{row['id']}").getrandbits(63) for row in chosen]
-    total, count = 0.0, 0
+    total, count, ended, agree, shown = 0.0, 0, 0, 0, []
     for row, seed in zip(chosen, seeds):
         full, crop = (M.encode(processor, [triplets.load_image(row[view])], [row["question"]]) for view in ("image", "crop"))
         rollout = train.sample(student, processor, full, 2, max_new_tokens=6, seeds=[seed])
         for ids, mask in zip(rollout.ids, rollout.mask):
             logits = [plain_logits(model, prompt, ids[mask]) for model, prompt in ((student, full), (teacher, crop))]
-            total, count = total + loss.divergence(*logits, k=args.top_k).sum(), count + int(mask.sum())
+            each = loss.divergence(*logits, k=args.top_k)
+            total, count = total + each.sum(), count + int(mask.sum())
+            agree += int((logits[1].gather(-1, logits[0].topk(args.top_k).indices).argmax(-1) == 0).sum())
+            shown.append((row["id"], [processor.tokenizer.decode([token]) for token in ids[mask]], each.tolist()))
+        ended += int(rollout.ended.sum())
     (total / count).backward()
     assert entry["loss"] == pytest.approx((total / count).item(), rel=1e-4) and entry["tokens"] == count
+    assert (entry["length"], entry["eos"], entry["truncated"], entry["shrunk"]) == (count / 8, ended / 8, 1 - ended / 8, 0)
+    assert entry["agreement"] == pytest.approx(agree / count) and 0 < agree < count and entry["mem_gb"] > 0.1
+    saved = {row["id"]: row for row in map(json.loads, (tmp_path / "fast" / "rollouts.jsonl").read_text().splitlines())}
+    for name, tokens, each in shown[::2]:                                             # the first response to each prompt
+        if name in saved:
+            assert saved[name]["tokens"] == tokens and saved[name]["divergence"] == pytest.approx(each, rel=1e-3, abs=2e-5)
+    assert len(saved) == args.micro_prompts and saved.keys() <= {name for name, *_ in shown}
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.02)
     assert entry["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.02           # so clipping is at work
     flatten = lambda tensors: torch.cat([torch.nn.functional.pad(t.detach().flatten(), (0, -t.numel() % 64)) for t in tensors])
@@ -93,7 +104,7 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
 
 def test_the_ema_teacher_has_its_closed_form_after_many_steps():
     model, _ = toy.tiny()
-    state = train.State(train.Flat(model, 0, 1), train.parse([*SMALL]))
+    state = sharding.State(sharding.Flat(model, 0, 1), train.parse([*SMALL]))
     start, masters = state.ema.clone(), []
     for _ in range(7):
         state.master.grad.normal_()
@@ -205,6 +216,33 @@ def test_a_checkpoint_half_written_is_as_if_it_were_not_there(run, tmp_path, mon
     assert_equal(run("full", "--steps", "4", "--save-every", "2"), want)
 
 
+def test_bf16_live_weights_are_the_rounded_fp32_masters_and_a_resumed_run_goes_on_from_the_masters(run, tmp_path, monkeypatch):
+    real = train.load
+    monkeypatch.setattr(train, "load", lambda path, *, device, dtype: real(path, device=device, dtype=torch.bfloat16))
+    live = run("straight")
+    run("twice", "--steps", "2")
+    assert_equal(run("twice"), live)
+    state, other = (load_file(tmp_path / name / "checkpoint-000003" / "state" / "0-of-1.safetensors") for name in ("straight", "twice"))
+    assert_equal(other, state)
+    weights = real(str(tmp_path / "straight" / "checkpoint-000003"), device="cpu", dtype=torch.bfloat16)[0].parameters()
+    flat = torch.cat([torch.nn.functional.pad(w.flatten(), (0, -w.numel() % 64)) for w in weights])
+    assert torch.equal(flat, state["master"].bfloat16()) and not torch.equal(flat.float(), state["master"])
+
+
+def test_a_newest_checkpoint_that_was_taken_away_is_missed(run, tmp_path):
+    run("x", "--steps", "2", "--save-every", "1")
+    shutil.rmtree(tmp_path / "x" / "checkpoint-000002")
+    with pytest.raises(ValueError, match="holds checkpoint-000001, but not the state to resume from.*Put that one back, or choose"):
+        run("x", "--steps", "2", "--save-every", "1")
+    assert len(log(tmp_path / "x")) == 2
+
+
+def test_settings_of_a_run_that_never_began_bind_nobody(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no/model"):
+        run("x", "--model", "no/model")
+    run("x", "--steps", "1")
+
+
 def test_resuming_with_another_objective_seed_or_data_is_refused_with_the_difference(run, world, tmp_path):
     run("x", "--steps", "1")
     with pytest.raises(ValueError, match="beta: 0.5 -> 0.25; .*ema_rate: 0.001 -> 0.1|ema_rate: 0.001 -> 0.1; .*beta: 0.5 -> 0.25"):
@@ -212,9 +250,15 @@ def test_resuming_with_another_objective_seed_or_data_is_refused_with_the_differ
     toy.draw(tmp_path / "other", 8, 1)
     with pytest.raises(ValueError, match="rows_sha256"):
         run("x", "--data", str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="finds step 2 in .*Expected at most --steps 1"):
-        run("y", "--steps", "2")
+    for flags, key in ((["--seed", "1"], "seed: 0 -> 1"), (["--objective", "sampled-token"], "objective: "), (["--group", "3"], "group: 2 -> 3")):
+        with pytest.raises(ValueError, match=key):
+            run("x", "--steps", "2", *flags)
+    run("y", "--steps", "2")
+    with pytest.raises(ValueError, match="y is at step 2 already, past --steps 1"):
         run("y", "--steps", "1")
+    run("z", "--steps", "1", "--schedule", "cosine")
+    with pytest.raises(ValueError, match="steps: 1 -> 2"):                            # would be another schedule
+        run("z", "--steps", "2", "--schedule", "cosine")
     run("x", "--steps", "2", "--chunk", "7")                                          # speed may change
 
 
@@ -247,7 +291,9 @@ def test_the_defaults_are_the_papers():
 @pytest.mark.parametrize("flags, message", [
     (["--step", "3"], "unrecognized arguments: --step"), (["--learning-rate", "1"], "unrecognized arguments"),
     (["--beta", "1"], "--beta must lie in"), (["--group", "0"], "--group must be at least 1"),
-    (["--steps", "0"], "--steps must be at least 1"), (["--divergence", "kl"], "invalid choice: 'kl'")])
+    (["--clip", "0"], "--clip must be above 0"), (["--warmup", "-5"], "--warmup and --workers at least 0"),
+    (["--threads", "0"], "--threads must be at least 1"), (["--toy", "--device", "cuda"], "--toy is made for the CPU"),
+    (["--toy", "--plan"], "a number of ranks from 1; got --toy"), (["--steps", "0"], "--steps must be at least 1"), (["--divergence", "kl"], "invalid choice: 'kl'")])
 def test_wrong_flags_are_named(flags, message, capsys):
     with pytest.raises(SystemExit):
         train.parse(flags)
@@ -285,11 +331,11 @@ def test_bad_data_is_named_before_anything_is_trained(run, world, tmp_path):
 
 def test_errors_reach_the_user_as_one_line(tmp_path, capsys):
     for flags, message in ((["--data", "no/where"], "neither a folder here nor a data set the hub gave us"),
-                           (["--data", str(tmp_path / "nowhere")], "no such folder.*point --data at its folder"),
+                           (["--data", str(tmp_path / "nowhere")], "no such folder.*give the folder that holds it"),
                            (["--data", str(tmp_path), "--out", str(tmp_path / "x")], "has no train.jsonl")):
         with pytest.raises(SystemExit):
             train.main([*flags, "--device", "cpu"])
-        assert re.search(f"^train.py: .*{message}.*line \\d+\\)$", capsys.readouterr().err, re.S)
+        assert re.fullmatch(f"train.py: .*{message}.*line \\d+\\)\n", capsys.readouterr().err)
     toy.draw(tmp_path / "data", 4, 0)
     with pytest.raises(SystemExit):
         train.main(["--data", str(tmp_path / "data"), "--model", "no/model", "--prompts", "2", "--out", str(tmp_path / "x"), "--device", "cpu"])
@@ -302,8 +348,10 @@ def test_a_corrupt_image_stops_the_run_with_its_name_and_the_run_goes_on_once_it
     row = triplets.read_triplets(tmp_path / "data")[train.batch_rows(12, 4, 0, 2)[1]]
     good = row["image"].read_bytes()
     row["image"].write_bytes(good[:len(good) // 2])
-    with pytest.raises((ValueError, OSError), match=row["image"].name):
-        run("x", "--data", str(tmp_path / "data"), "--save-every", "1")
+    for workers in ("0", "2"):
+        with pytest.raises(ValueError, match=rf"samples \[.*'{row['id']}'.*{row['image'].name}") as error:
+            run("x", "--data", str(tmp_path / "data"), "--save-every", "1", "--workers", workers)
+        assert "Traceback" not in str(error.value)
     row["image"].write_bytes(good)
     assert_equal(run("x", "--data", str(tmp_path / "data"), "--save-every", "1"), want)
 

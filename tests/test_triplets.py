@@ -101,6 +101,9 @@ def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
     (row(images=[]), "images is []"),
     (row(images="images/a.png"), "Expected a list of one file name"),
     (row(images=["images/a.png"] * 2), "Expected a list of one file name"),
+    (row(images=[""]), "Expected a list of one file name"),
+    (row(images=["images"]), "Expected a list of one file name"),
+    ('{"problem": ' + "[" * 100_000, "no JSON"),
     (row(teacher_images=[None]), "teacher_images is [None]"),
     (row(bbox=[1, 2, 3]), "bbox is [1, 2, 3]"),
     (row(images=["images/b.png"]), "images[0] is 'images/b.png', and no such file"),
@@ -325,6 +328,9 @@ def test_a_failed_download_names_the_id_and_the_ways_out(tmp_path, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"^\.\./mine has no train.jsonl \(no such folder\)"):
+        triplets.fetch("../mine")                                               # a path, and not data/../mine
     with pytest.raises(FileNotFoundError, match=r"'data/mien' is neither a folder.*no route.*hf auth login"):
         triplets.fetch("data/mien")
 
@@ -362,6 +368,26 @@ def test_exif_rotation_is_applied(tmp_path):
     image.save(tmp_path / "x.png", exif=exif)
     read = triplets.load_image(tmp_path / "x.png")
     assert read.size == (10, 20) and read.getpixel((5, 2)) == (0, 0, 0) and read.getpixel((5, 17)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_rotated_uncompressed_tiffs_are_upright_and_whole(mode, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).repeat(16).reshape(64, 16) * 3)       # a ramp, from the top
+    image = Image.fromarray(np.asarray(image).astype(np.uint16) << 8) if mode == "I;16" else image.convert(mode)
+    image.save(tmp_path / "x.tiff", exif=exif)
+    read = np.asarray(triplets.load_image(tmp_path / "x.tiff").convert("L")).astype(int)
+    assert read.shape == (16, 64) and (np.diff(read, axis=1) > 0).all()
+
+
+def test_what_is_written_has_no_colour_profile_of_its_source(tmp_path):
+    from PIL import ImageCms
+    image = Image.new("RGB", (9, 9))
+    image.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name in ("x.png", "x.jpg"):
+        triplets.save(image, tmp_path / name)
+        assert "icc_profile" not in Image.open(tmp_path / name).info
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
