@@ -502,7 +502,7 @@ def merge(out: Path, font: Path | None = None) -> None:
             if time.time() - path.stat().st_mtime > 600:
                 path.unlink()
     print(f"{out}: {len(rows)} samples of {len(done)} photographs; dropped, by reason:{table}")
-    print(*(f"warning: {warning}\n" for warning in balance(read_triplets(out))), f"drawn: {preview(out, font=font)}", sep="")
+    print(*(f"warning: {warning}\n" for warning in balance(read_triplets(out))), f"drawn: {preview(out, font)}", sep="")
 
 
 # ------------------------------------------------------------------------------------------------------------ checking
@@ -586,7 +586,7 @@ def main() -> None:
     if args.check:
         check(args.check)
     if args.preview:
-        print(f"drawn: {preview(args.preview, font=args.font)}")
+        print(f"drawn: {preview(args.preview, args.font)}")
 
 
 if __name__ == "__main__":

@@ -176,12 +176,12 @@ def write_sample(folder: Path, sample: dict, suffix: str) -> dict:
             "bbox": sample["bbox"], "extra_info": {**sample["extra"], "id": name, "question": question, "answer": answer}}
 
 
-def write_triplets(folder: str | Path, samples: Iterable[dict], *, suffix: str = ".png") -> int:
-    """Write a data set laid out as the released one: images/{id}{suffix}, teacher_images/{id}.png, and train.jsonl, which comes
+def write_triplets(folder: str | Path, samples: Iterable[dict]) -> int:
+    """Write a data set laid out as the released one: images/{id}.png, teacher_images/{id}.png, and train.jsonl, which comes
     last, so a folder that has one is complete. Returns the number of rows.
 
     samples: dicts with id (str, a safe file name), question, answer (str or None, which is written as ""), image and crop
-    (PIL RGB), bbox ([x1, y1, x2, y2] px or None), extra (dict, joins extra_info). suffix: .png or .jpg, of full images.
+    (PIL RGB), bbox ([x1, y1, x2, y2] px or None), extra (dict, joins extra_info).
     Raises FileExistsError when there is one; ValueError on a bad or repeated id, an image tag in a question, no samples.
     """
     folder, names = Path(folder), set()
@@ -195,7 +195,7 @@ def write_triplets(folder: str | Path, samples: Iterable[dict], *, suffix: str =
                 if sample["id"] in names:
                     raise ValueError(f"sample {sample['id']!r}: the id is repeated. Expected unique ones.")
                 names.add(sample["id"])
-                lines.write(json.dumps(write_sample(folder, sample, suffix), ensure_ascii=False) + "\n")
+                lines.write(json.dumps(write_sample(folder, sample, ".png"), ensure_ascii=False) + "\n")
         if not names:
             raise ValueError(f"no samples to write into {folder}. Expected at least one.")
     return len(names)
@@ -319,12 +319,12 @@ def tile(row: dict, typeface) -> Image.Image:
     return drawn
 
 
-def preview(folder: str | Path, limit: int = 24, font: Path | None = None) -> Path:
-    """Draw folder/preview.png: up to `limit` triplets from all over the file, three a row. Returns its path. font: a file;
+def preview(folder: str | Path, font: Path | None = None) -> Path:
+    """Draw folder/preview.png: up to 24 triplets from all over the file, three a row. Returns its path. font: a file;
     Pillow's own has Latin, Greek and Cyrillic letters only and draws empty rectangles for other scripts."""
     typeface = cache(lambda size: ImageFont.truetype(font, size) if font else ImageFont.load_default(size))
     rows, gap = read_triplets(folder), 14
-    count = min(limit, len(rows))
+    count = min(24, len(rows))
     tiles = [tile(rows[n * len(rows) // count], typeface) for n in range(count)]
     across, width, height = min(3, count), tiles[0].width + gap, max(tile.height for tile in tiles) + gap
     sheet = Image.new("RGB", (across * width + gap, -(-count // across) * height + gap), "#e3e6ea")

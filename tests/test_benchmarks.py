@@ -19,8 +19,8 @@ from PIL import Image
 
 import benchmarks
 import evaluate
-import triplets
 import toy
+import triplets
 
 KEYS = ("id", "prompt", "answer", "kind", "options", "group", "pair", "image", "crop")
 LETTER = "\nAnswer with the option's letter from the given choices directly."

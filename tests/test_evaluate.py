@@ -23,11 +23,11 @@ from conftest import ROOT, livelier, noise
 import benchmarks
 import evaluate
 import figures
-import scoring
-import triplets
 import model as M
-import toy
 import rollout
+import scoring
+import toy
+import triplets
 
 COLOURS = {"A": "red", "B": "blue", "C": "green", "D": "white"}
 ROWS = [{"answer": "A"}, {"answer": "B"}, {"answer": "yes", "kind": "yn"}, {"answer": "no", "kind": "yn"}, {"answer": "7 km", "kind": "free"},

@@ -13,9 +13,9 @@ from test_train import assert_same_update, in_processes, launch, log
 import baselines
 import loss
 import model as M
-import triplets
 import toy
 import train
+import triplets
 from rollout import Rollout
 
 # ---------------------------------------------------------------------------------------------- the losses on sampled tokens

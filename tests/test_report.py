@@ -16,8 +16,8 @@ from PIL import Image
 
 import evaluate
 import figures
-import triplets
 import toy
+import triplets
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{data}} \u2028 \ud800 &amp;"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

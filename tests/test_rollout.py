@@ -6,8 +6,8 @@ from conftest import alone, noise
 
 import model as M
 import rollout
-from toy import tiny
 from rollout import InverseCDF, sample
+from toy import tiny
 
 
 def plain(prompt):

@@ -20,9 +20,9 @@ from PIL import Image
 
 import benchmarks
 import model as M
-import toy
 import rollout
 import synth
+import toy
 import triplets
 from conftest import ROOT, noise
 

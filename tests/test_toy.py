@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import triplets
 import toy
 import train
+import triplets
 
 
 def pixels(image):

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 import loss
 import model as M
-import toy
-import triplets
 import sharding
+import toy
 import train
+import triplets
 
 def in_processes(world, out, *flags, ranks=1):
     """The command line that starts the same run as `run`, on `ranks` processes."""

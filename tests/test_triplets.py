@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import triplets  # noqa: E402
+import triplets
 
 HINT = "\n\nOnly focus on the objects inside the red bounding box in the image to answer this question."
 
@@ -69,7 +68,10 @@ def test_what_is_written_is_read_back(tmp_path):
 
 
 def test_full_images_can_be_jpeg_in_full_colour_resolution(tmp_path):
-    triplets.write_triplets(tmp_path, [sample(image=Image.new("RGB", (8, 8), "red"))], suffix=".jpg")
+    for folder in triplets.FOLDERS:
+        (tmp_path / folder).mkdir()
+    line = triplets.write_sample(tmp_path, sample(image=Image.new("RGB", (8, 8), "red")), ".jpg")
+    (tmp_path / "train.jsonl").write_text(json.dumps(line))
     [read] = triplets.read_triplets(tmp_path)
     with Image.open(read["image"]) as image:
         assert (image.format, read["image"].suffix, read["crop"].suffix) == ("JPEG", ".jpg", ".png")
