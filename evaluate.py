@@ -301,6 +301,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, scoring: dict, rank: int, world: int) -> None:
     """Answer and score every benchmark with the model, or with every checkpoint of a run; print tables, write the page."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}         # else kernels of a GPU are taken
     import torch
     import transformers
     transformers.utils.logging.disable_progress_bar()

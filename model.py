@@ -26,6 +26,7 @@ if not torch.cuda.is_available():                          # transformers would 
     sys.modules.update(fla=None, causal_conv1d=None)
 from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLProcessor
 
+torch.backends.cuda.enable_cudnn_sdp(False)                # preferred on Hopper: a plan for every new length; NaN with some masks
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 MIN_CONTINUATION = 4                                       # tokens; fewer would take the kernels of one-token decoding
 Prompt = dict[str, Tensor]
@@ -96,7 +97,7 @@ def missing_kernels(model) -> list[str]:
     """Packages that are not installed and would make this model faster here; transformers uses them when they are."""
     if not torch.cuda.is_available() or not any(hasattr(layer, "linear_attn") for layer in model.model.language_model.layers):
         return []
-    kernels = {"flash-linear-attention": "fla", "causal-conv1d": "causal_conv1d"}
+    kernels = {"'flash-linear-attention>=0.6'": "fla", "causal-conv1d": "causal_conv1d"}         # older: wrong gradients
     return [package for package, module in kernels.items() if find_spec(module) is None]
 
 

@@ -38,9 +38,8 @@ class Rollout:
     def split(self, sizes: list[int]) -> list["Rollout"]:
         """Consecutive parts of `sizes` rows, each as narrow as its longest response."""
         parts = zip(*(tensor.split(sizes) for tensor in (self.ids, self.mask, self.ended, self.log_probs)))
-        widths = [int(mask.sum(1).max()) for mask in self.mask.split(sizes)]
-        return [Rollout(ids[:, :width], mask[:, :width], ended, log_probs[:, :width])
-                for (ids, mask, ended, log_probs), width in zip(parts, widths)]
+        return [Rollout(ids[:, :(width := int(mask.sum(1).max()))], mask[:, :width], ended, log_probs[:, :width])
+                for ids, mask, ended, log_probs in parts]
 
 
 class InverseCDF(LogitsProcessor):
@@ -60,7 +59,7 @@ class InverseCDF(LogitsProcessor):
         cdf = p.cumsum(-1, dtype=torch.float64)
         u = self.uniforms[:, t].double() * cdf[:, -1]
         token = torch.searchsorted(cdf, u[:, None], right=True)                       # (N, 1); never one of probability 0
-        token.clamp_(max=logits.shape[1] - 1)                                         # NaN gives V
+        token.clamp_(max=logits.shape[1] - 1)                                         # NaN gives V: said at the end
         self.log_probs[:, t] = p.gather(1, token).log().squeeze(1)
         return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
 
@@ -110,7 +109,10 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
     is_stop = torch.isin(response, torch.tensor(stops, device=device))
     before = is_stop.long().cumsum(1) - is_stop.long()                                # stop tokens strictly before
     mask = before == 0
-    return Rollout(response, mask, is_stop.any(1), log_probs[:, :response.shape[1]].where(mask, torch.nan))
+    log_probs = log_probs[:, :response.shape[1]].where(mask, torch.nan)
+    if temperature > 0 and not log_probs[mask].isfinite().all():
+        raise FloatingPointError("The model's logits are no numbers. Look at its weights, and at the attention kernels in use.")
+    return Rollout(response, mask, is_stop.any(1), log_probs)
 
 
 def static_cache(model, cache: DynamicCache, rows: Tensor, tokens: int, needed: int) -> StaticCache:

@@ -354,9 +354,7 @@ def configuration(args) -> dict:
 def read_boxes(path: Path) -> dict[str, list[tuple]]:
     """Boxes one already has: {image: [(box px, label or None, None)]}. Raises ValueError with the line."""
     given = {}
-    for n, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for n, line in ((n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()):
         try:
             row = json.loads(line)
             boxes, labels = row["boxes"], row.get("labels") or [None] * len(row["boxes"])

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")        # caches and batches change size
-if "--toy" in sys.argv:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""                                           # fp32 and tiny: made for the CPU
+if {"--toy", "--device=cpu"} & {*sys.argv} or "--device cpu" in " ".join(sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""                                           # else a GPU's kernels are taken
 
 import torch
 import torch.distributed as dist
@@ -46,8 +46,7 @@ from model import encode, join, load, missing_kernels, response_hidden, to_devic
 from rollout import Rollout, sample
 from sharding import Flat, State, barrier, resume, save_checkpoint, setup, total
 
-# A resumed run must agree with the stopped one on everything but these, which change speed, memory, where it stops or where things
-# lie (the data must be the same).
+# A resumed run must agree with the stopped one on all but these: speed, memory, where it stops, where its (same) data lie.
 FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
         "checkpointing", "compile", "workers", "threads"}
 
@@ -145,6 +144,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 f"{'--toy' if args.toy else args.plan}")
     if args.toy and args.device == "cuda":
         p.error("--toy is made for the CPU: leave --device cuda out")
+    if args.compile and args.offload_teacher and args.method == "sft":
+        p.error("--compile records where the weights of sft's teacher lie, and --offload-teacher moves them: leave one of them out")
     if args.compile and args.device == "cpu":
         p.error("--compile is about CUDA graphs: leave it out with --device cpu")
     if args.device == "cuda" and args.plan is None and not torch.cuda.is_available():

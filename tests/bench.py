@@ -10,7 +10,7 @@ The plain way is what the official code does: every response is one full sequenc
 prefills each of the G copies, and the loss has all logits at once. A floor is the time of what cannot be left out, at the
 speed of a bare matmul or copy: of a pass its matmuls (checkpointing's recomputation included), of generation reading weights
 and caches once a token, of the loss its four matmuls, of the step all of these. Weights are random; the shapes are what
-counts. Medians of --repeats runs. tokens/s: response tokens; GB, of 2^30 bytes: a GPU's peak above what was there before.
+counts. Medians of --repeats runs (of the loss alone the fastest). tokens/s: response tokens; GB, of 2^30 bytes: a GPU's peak above what was there before.
 """
 import argparse
 import copy
@@ -25,6 +25,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 os.environ.setdefault("TQDM_DISABLE", "1")                # no bars between the rows
+if not any("cuda" in word for word in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""               # else a GPU's kernels are taken where they are installed
 import train  # noqa: E402  before torch: it sets the allocator of GPU memory
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -136,14 +138,15 @@ def forward_flops(model, prompt: M.Prompt, N: int = 0, T: int = 0) -> tuple[floa
 
 
 def read_bytes(model, N: int, length: float) -> float:
-    """Bytes that one decoding step of N sequences reads at least, `length` tokens being before it: the language model's weights,
-    its head included and its embeddings not; keys and values; states of linear attention (convolution; recurrence, fp32)."""
+    """Bytes that one decoding step of N sequences reads and writes at least, `length` tokens being before it: the language model's
+    weights, its head included and its embeddings not; keys and values; states of linear attention (convolution; recurrence, fp32,
+    read and written)."""
     text, head = model.model.language_model, model.lm_head.weight
     weights = sum(p.numel() for p in text.parameters()) - text.embed_tokens.weight.numel() + head.numel()
     full = [layer.self_attn for layer in text.layers if hasattr(layer, "self_attn")]
     linear = [layer.linear_attn for layer in text.layers if hasattr(layer, "linear_attn")]
     cached = sum(a.k_proj.out_features + a.v_proj.out_features for a in full) * length + sum(a.conv1d.weight.numel() for a in linear)
-    return (weights + N * cached) * head.element_size() + N * sum(4 * a.num_v_heads * a.head_k_dim * a.head_v_dim for a in linear)
+    return (weights + N * cached) * head.element_size() + N * sum(2 * 4 * a.num_v_heads * a.head_k_dim * a.head_v_dim for a in linear)
 
 
 def speeds(model, args) -> tuple[float, float]:
@@ -164,11 +167,13 @@ def measure(run, args) -> tuple[float, float]:
     cuda, seconds = args.device == "cuda", []
     wait = torch.cuda.synchronize if cuda else lambda: None
     gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()                                                      # of a row before that ran out of memory
+    before = torch.cuda.memory_allocated()                                            # 0 on a CPU; the first run may leave a cache
     try:
         run()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()                                        # 0 on a CPU
         for _ in range(args.repeats):
             wait()
             start = time.perf_counter()

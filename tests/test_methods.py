@@ -313,6 +313,7 @@ def test_two_ranks_make_the_same_update_as_one(flags, run, world, tmp_path, monk
 # ------------------------------------------------------------------------------------------------------------ wrong usage
 
 @pytest.mark.parametrize("flags, said", [
+    (["--method", "sft", "--compile", "--offload-teacher"], "--compile records where the weights"),
     (["--method", "grpo", "--teacher", "ema"], "--teacher would change nothing with --method grpo"),
     (["--method", "sft", "--top-k", "5"], "--top-k would change nothing"), (["--trust", "0.5"], "--trust would change nothing"),
     (["--teacher", "initial", "--ema-rate", "0.1"], "--ema-rate would change nothing"), (["--resample", "3"], "--resample would change nothing"),

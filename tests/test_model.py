@@ -205,7 +205,7 @@ def test_missing_gpu_kernels_are_named_for_models_that_use_them(monkeypatch):
     monkeypatch.setattr(M, "find_spec", lambda name: name if name in there else None)
     assert M.missing_kernels(toy.tiny()[0]) == ["causal-conv1d"] and M.missing_kernels(tiny_qwen3_vl()[0]) == []
     there.clear()
-    assert M.missing_kernels(toy.tiny()[0]) == ["flash-linear-attention", "causal-conv1d"]
+    assert M.missing_kernels(toy.tiny()[0]) == ["'flash-linear-attention>=0.6'", "causal-conv1d"]
 
 
 def test_generation_settings_of_a_checkpoint_do_not_change_the_rollouts(tmp_path):

@@ -56,6 +56,14 @@ def test_the_ends_of_the_unit_interval_never_pick_an_impossible_token(u):
         assert scores.argmax().item() in (1, 2)
 
 
+def test_logits_that_are_no_numbers_are_said(lively, mixed_prompt):
+    model, processor = lively
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="logits are no numbers"):
+        sample(model, processor, mixed_prompt, 2, max_new_tokens=3, seeds=[1, 2, 3])
+
+
 def test_the_mask_covers_each_response_with_its_eos_and_nothing_after(lively, mixed_prompt):
     model, processor = lively
     end = processor.tokenizer.eos_token_id
