@@ -39,10 +39,14 @@ def inline_options(text: str) -> dict[str, str]:
 
 def neutral(row: dict, name: str) -> dict:
     """`row` with every key of the neutral form, checked. Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError(f"found {row!r:.60}. Expected an object with image, prompt and answer")
     form = {"id": name, "kind": "mc", "options": {}} | dict.fromkeys(("image", "prompt", "answer", "crop", "group", "pair"))
     row = form | {key: row[key] for key in form if row.get(key) is not None}
     if missing := [key for key in ("image", "prompt", "answer") if row[key] in (None, "")]:
         raise ValueError(f"no {', '.join(missing)}. Expected image, prompt and answer (triplets get one from synth.py --labels)")
+    if not isinstance(row["options"], dict):
+        raise ValueError(f'options are {row["options"]!r:.60}. Expected letters and texts, such as {{"A": "red", "B": "blue"}}')
     row |= {key: str(row[key]) for key in ("id", "prompt", "answer", "group", "pair") if row[key] is not None}
     found = dict(row["options"] or inline_options(row["prompt"]))
     options = {str(letter).upper(): str(text) for letter, text in found.items()}
@@ -103,7 +107,7 @@ def records(path: Path) -> Iterator[dict]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
     else:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         yield from map(json.loads, filter(str.strip, text.split("\n"))) if path.suffix == ".jsonl" else json.loads(text)
 
 

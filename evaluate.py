@@ -212,7 +212,7 @@ def report(out: Path) -> Path:
     results = {label: result for label, folder in folders.items() if (result := read_json(folder / "result.json", notes))}
     if not training and not results:
         found = sorted(p.name for p in out.iterdir())[:8] if out.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{out} has no log.jsonl or result.json (found: {found}). Expected the --out folder of a run.")
+        raise FileNotFoundError(f"{out} has no log.jsonl or result.json ({found}; {notes}). Expected the --out of a run.")
     log, rollouts = (read_jsonl(out / name, notes) if training else [] for name in ("log.jsonl", "rollouts.jsonl"))
     log = {row["step"]: row for row in log}                                     # of a step written twice, the later line
     rollouts = [row for row in rollouts if row["step"] in (rollouts[0]["step"], rollouts[-1]["step"])]
@@ -290,6 +290,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("expected --bench, --out, and --model or --checkpoints; or one of --report, --rescore, --compare.")
     if saved and (args.bench or args.model or args.checkpoints):
         p.error("--report, --rescore and --compare are about saved answers. Leave --bench, --model and --checkpoints out.")
+    if args.judge_model and not args.judge:
+        p.error("--judge-model names a model at the URL of --judge. Give that too, or leave it out.")
     if (args.report or args.compare) and (args.judge or args.scorer == "official"):
         p.error("--report and --compare show answers as they were scored. Give --scorer and --judge to --rescore, before.")
     if args.compare and args.out in args.compare:
@@ -321,10 +323,11 @@ def run(args: argparse.Namespace, scoring: dict, rank: int, world: int) -> None:
     if world > 1 and rank == 0:
         torch.distributed.barrier()
     without = [name for name, rows in benches.items() if args.view != "full" and not any(row["crop"] for row in rows)]
-    if without and (args.view == "crop" or len(without) == len(benches)):
+    if without and len(without) == len(benches):
         raise ValueError(f"--view {args.view}: {', '.join(without)} has no crops. zoombench, toy and folders of triplets have.")
     if without and rank == 0:
-        print(f"no crops, full view only: {', '.join(without)}")
+        print(f"no crops, {'left out' if args.view == 'crop' else 'full view only'}: {', '.join(without)}")
+    benches = {name: rows for name, rows in benches.items() if args.view != "crop" or name not in without}
     models = {args.out: args.model}
     if args.checkpoints:
         base, kept = read_json(args.checkpoints / "args.json", []).get("model"), sorted(args.checkpoints.glob("checkpoint-??????"))
@@ -356,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
             told = {"folders": [*map(os.path.abspath, args.compare)], "text": text, "benches": found}
             write(args.out / "compare.json", json.dumps(told, indent=1))
     elif args.rescore:
-        of_run = {path.parent for path in args.rescore.glob("step-*/answers-*.jsonl")}        # of --checkpoints
+        of_run = {path.parent for path in args.rescore.glob("*-*/answers-*.jsonl")}           # of --checkpoints, or of training
         for folder in sorted(of_run) or [args.rescore]:
             print(f"{folder}\n{table(summarise(folder, **scoring))}")
     if args.report or args.rescore or args.compare:

@@ -220,6 +220,9 @@ def gaps_of(*sides: dict[str, list[dict]]) -> list[dict]:
 def compare(a: Path, b: Path) -> tuple[str, dict]:
     """Two results folders, row by row: text, and {bench: {view: `paired` figures}}. Raises ValueError where there is nothing to
     compare, or the scoring differs."""
+    for folder in (a, b):
+        if not saved(folder):
+            raise FileNotFoundError(f"{folder} holds no answers-*.jsonl. Expected the --out folder of an evaluation.")
     rules = [{key: result.get(key) for key in ("scorer", "judge", "judge_model")}
              for result in (read_json(folder / "result.json", []) for folder in (a, b))]
     if rules[0] != rules[1]:

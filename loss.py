@@ -39,6 +39,21 @@ def with_tail(log_p: Tensor, vocab: int) -> Tensor:
     return log_p.clamp(min=LOG_ZERO)
 
 
+def value_and_slope(log_s: Tensor, log_t: Tensor, beta: float, kind: str) -> tuple[Tensor, Tensor]:
+    """`divergence` of given log-probabilities (n, K + 1): its value (n,) and dD / dlog_s (n, K + 1), all entries independent."""
+    s, t = log_s.exp(), log_t.exp()
+    if kind == "forward_kl":
+        return (t * (log_t - log_s)).sum(-1), -t
+    if kind == "reverse_kl":
+        slope = s * (log_s - log_t)
+        return slope.sum(-1), slope + s
+    if kind == "jsd":
+        log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+        slope = (1 - beta) * s * (log_s - log_m)  # the derivatives through log_m, -(1 - beta) s in all, cancel (s log s)'s + s
+        return beta * (t * (log_t - log_m)).sum(-1) + slope.sum(-1), slope
+    raise ValueError(f"divergence {kind!r} has no case here: its value, and its slope.")
+
+
 def divergence(student_logits: Tensor, teacher_logits: Tensor, *, k: int = 100, beta: float = 0.5, kind: str = "jsd") -> Tensor:
     """Per-token divergence over the student's k likeliest tokens and one tail bucket (paper, Eq. 3).
 
@@ -55,26 +70,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, *, k: int = 100, 
     log_t = teacher_logits.detach().log_softmax(-1, dtype=dtype)                        # (n, V)
     idx = log_s.detach().topk(min(k, vocab), dim=-1).indices                            # (n, K)
     log_s, log_t = with_tail(log_s.gather(-1, idx), vocab), with_tail(log_t.gather(-1, idx), vocab)   # (n, K + 1)
-    s, t = log_s.exp(), log_t.exp()
-    if kind == "forward_kl":
-        return (t * (log_t - log_s)).sum(-1)
-    if kind == "reverse_kl":
-        return (s * (log_s - log_t)).sum(-1)
-    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
-    return beta * (t * (log_t - log_m)).sum(-1) + (1 - beta) * (s * (log_s - log_m)).sum(-1)
-
-
-def value_and_slope(log_s: Tensor, log_t: Tensor, beta: float, kind: str) -> tuple[Tensor, Tensor]:
-    """`divergence` of given log-probabilities (n, K + 1): its value (n,) and dD / dlog_s (n, K + 1), all entries independent."""
-    s, t = log_s.exp(), log_t.exp()
-    if kind == "forward_kl":
-        return (t * (log_t - log_s)).sum(-1), -t
-    if kind == "reverse_kl":
-        slope = s * (log_s - log_t)
-        return slope.sum(-1), slope + s
-    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
-    slope = (1 - beta) * s * (log_s - log_m)      # the derivatives through log_m, -(1 - beta) s in all, cancel (s log s)'s + s
-    return beta * (t * (log_t - log_m)).sum(-1) + slope.sum(-1), slope
+    return value_and_slope(log_s, log_t, beta, kind)[0]                                 # autograd needs no slope
 
 
 def log_probs(logits: Tensor, peak: Tensor, idx: Tensor, exp: Tensor) -> tuple[Tensor, Tensor]:

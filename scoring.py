@@ -176,7 +176,10 @@ def ask_judge(judge: str, name: str | None, prompts: list[str]) -> Iterator[str 
     if not judge.startswith("http"):
         from torch.cuda import is_available
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(judge, dtype="auto"), AutoTokenizer.from_pretrained(judge)
+        try:
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(judge, dtype="auto"), AutoTokenizer.from_pretrained(judge)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--judge {judge} is neither a URL nor a model here or on the hub: {error}") from error
         model.to("cuda" if is_available() else "cpu")
         for chat in chats:
             inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False, return_tensors="pt",

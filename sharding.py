@@ -4,7 +4,9 @@ moments, the EMA teacher), with the checkpoints of all that. The update does not
 import json
 import math
 import os
+import resource
 import shutil
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,6 +46,13 @@ def total(values: list[float], device, op=dist.ReduceOp.SUM) -> list[float]:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory in use so far, in GB: the GPU's, or on a CPU this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1) / 1e9
 
 
 # ------------------------------------------------------------------------------------- sharded weights, AdamW and EMA
@@ -164,7 +173,10 @@ def resume(out: Path, flat: Flat, state: State) -> int:
             raise ValueError(f"{out} holds {', '.join(left)}, but not the state to resume from, which the newest one has. Put "
                              "that one back, or choose another --out.")
         return 0
-    saved = json.loads(newest.read_text())
+    try:
+        saved = json.loads(newest.read_text())
+    except ValueError as error:
+        raise ValueError(f"{newest} is damaged ({error}). Put it back, or choose another --out.") from error
     if saved["numel"] != flat.numel:
         raise ValueError(f"{newest.parent} holds the state of {saved['numel']:,} weights, but this model has {flat.numel:,}. "
                          "Resume with the model that the run began with, or choose another --out.")
@@ -172,8 +184,12 @@ def resume(out: Path, flat: Flat, state: State) -> int:
     for old in range(saved["world"]):
         low, high = max(start, old * size), min(stop, (old + 1) * size)
         if low < high:
-            with safe_open(newest.parent / f"{old}-of-{saved['world']}.safetensors", "pt") as file:
-                for name, own in state.tensors().items():
-                    own[low - start:high - start].copy_(file.get_slice(name)[low - old * size:high - old * size])
+            part = newest.parent / f"{old}-of-{saved['world']}.safetensors"
+            try:
+                with safe_open(part, "pt") as file:
+                    for name, own in state.tensors().items():
+                        own[low - start:high - start].copy_(file.get_slice(name)[low - old * size:high - old * size])
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{part} is missing or damaged ({error}). Put it back, or choose another --out.") from error
     state.moments["step"].fill_(saved["step"])
     return saved["step"]

@@ -525,9 +525,11 @@ def balance(samples: list[dict]) -> list[str]:
 def flaw(sample: dict) -> str | None:
     """What is wrong with a sample's images or box, if anything."""
     try:
-        (W, H), _, box = load_image(sample["image"]).size, load_image(sample["crop"]), sample["bbox"]
+        (W, H), crop, box = load_image(sample["image"]).size, load_image(sample["crop"]).size, sample["bbox"]
     except (OSError, ValueError) as error:
         return f"sample {sample['id']}: {error}"
+    if max(max(size) / min(size) for size in ((W, H), crop)) > 200:
+        return f"sample {sample['id']}: {W} x {H} px, crop {crop[0]} x {crop[1]}. Expected under 200 : 1, as image processors do."
     if box and not (0 <= box[0] < box[2] <= W and 0 <= box[1] < box[3] <= H):
         return f"sample {sample['id']}: bbox is {box}. Expected x1 < x2 <= {W}, y1 < y2 <= {H}: correct it, or write null."
 
@@ -539,9 +541,9 @@ def check(folder: Path) -> None:
         errors += filter(None, tqdm(pool.map(flaw, samples), "check", len(samples), unit="row", disable=None))
     print(*(f"error: {error}\n" for error in errors), *(f"warning: {warning}\n" for warning in balance(samples)), sep="", end="")
     boxes, answers = (sum(sample[key] is not None for sample in samples) for key in ("bbox", "answer"))
-    print(f"{folder}: {len(samples)} readable rows, {boxes} with a box, {answers} with an answer; {len(errors)} errors")
+    print(f"{folder}: {len(samples)} well-formed rows, {boxes} with a box, {answers} with an answer; {len(errors)} errors")
     if errors:
-        raise ValueError(f"{folder} has {len(errors)} errors and {len(samples)} readable rows. Correct or remove what is named.")
+        raise ValueError(f"{folder} has {len(errors)} errors and {len(samples)} well-formed rows. Correct or remove what is named.")
 
 
 def main() -> None:

@@ -264,6 +264,8 @@ def judge(out: Path, model: str | Path, when: str, device: torch.device) -> None
     """Evaluate a model on scenes never trained on, into OUT/eval-WHEN."""
     benches = {name: benchmarks.benchmark(name, out) for name in benchmarks.GROUPS["toy"]}
     folder = out / f"eval-{when}"
+    if when == "after":                                                               # maybe of an earlier checkpoint
+        shutil.rmtree(folder, ignore_errors=True)
     evaluate.evaluate(str(model), benches, folder, views=["full", "crop"], max_new_tokens=RUN["max_new_tokens"], batch=100,
                       device=str(device))
     figures.summarise(folder)

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -41,10 +40,10 @@ import plan
 import toy
 import triplets
 from baselines import DISTIL, OPSD_HINT, REWARD
-from loss import topk_divergence
+from loss import KINDS, topk_divergence
 from model import encode, join, load, missing_kernels, response_hidden, to_device
 from rollout import Rollout, sample
-from sharding import Flat, State, barrier, resume, save_checkpoint, setup, total
+from sharding import Flat, State, barrier, peak_memory, resume, save_checkpoint, setup, total
 
 # A resumed run must agree with the stopped one on all but these: speed, memory, where it stops, where its (same) data lie.
 FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
@@ -76,7 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--trust", type=float, default=0.05, help="the current student's share in a trust-region teacher")
     p.add_argument("--objective", choices=["topk", "sampled-token"], default="topk", help="sampled-token: policy gradient with the "
                    "advantage log p_teacher - log p_student")
-    p.add_argument("--divergence", choices=["jsd", "forward_kl", "reverse_kl"], default="jsd", help="D(teacher || student)")
+    p.add_argument("--divergence", choices=KINDS, default="jsd", help="D(teacher || student)")
     p.add_argument("--beta", type=float, default=0.5, help="JSD's weight of the teacher in the mixture, in (0, 1)")
     p.add_argument("--top-k", type=int, default=100, help="student tokens compared one by one; the rest share a tail")
     p.add_argument("--ema-rate", type=float, default=0.05, help="teacher <- (1 - rate) teacher + rate student, after each step")
@@ -113,6 +112,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.model = args.model or (f"{args.out}/base" if args.toy else "Qwen/Qwen3.5-4B")
     args.data = args.data or (f"{args.out}/data" if args.toy else "yuanqianhao/Vision-OPD-6K")
+    args.out, args.model, args.data = map(os.path.normpath, (args.out, args.model, args.data))
     for name in ("steps", "prompts", "group", "max_new_tokens", "micro_prompts", "gen_prompts", "chunk", "top_k", "threads",
                  "save_every", "show_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -120,7 +120,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not 0 < args.beta < 1 or not 0 <= args.ema_rate <= 1 or not 0 <= args.trust <= 1 or args.resample < 0:
         p.error(f"--beta must lie in (0, 1), --ema-rate and --trust in [0, 1], and --resample be at least 0; got {args.beta}, "
                 f"{args.ema_rate}, {args.trust}, {args.resample}")
-    if args.clip <= 0 or min(args.lr, args.weight_decay, args.adam_eps, args.warmup, args.workers) < 0:
+    if not (args.clip > 0 and all(v >= 0 for v in (args.lr, args.weight_decay, args.adam_eps, args.warmup, args.workers))):
         p.error("--clip must be above 0, and --lr, --weight-decay, --adam-eps, --warmup and --workers at least 0; got "
                 f"{args.clip}, {args.lr}, {args.weight_decay}, {args.adam_eps}, {args.warmup}, {args.workers}")
     rewarded, distils = args.method in REWARD, args.method in DISTIL
@@ -144,6 +144,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 f"{'--toy' if args.toy else args.plan}")
     if args.toy and args.device == "cuda":
         p.error("--toy is made for the CPU: leave --device cuda out")
+    world = args.plan or int(os.environ.get("WORLD_SIZE", 1))
+    if args.prompts % world:
+        p.error(f"--prompts {args.prompts} cannot be shared evenly by {world} ranks. Choose a multiple of {world}.")
     if args.compile and args.offload_teacher and args.method == "sft":
         p.error("--compile records where the weights of sft's teacher lie, and --offload-teacher moves them: leave one of them out")
     if args.compile and args.device == "cpu":
@@ -165,6 +168,9 @@ def claim(args, out: Path, rows: list[dict]) -> None:
     differ = [key for key in now if key not in free and then.get(key) != now[key]]
     if told := "; ".join(f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in differ):
         raise ValueError(f"{out} holds a run with other settings ({told}). Resume it with the same ones, or choose another --out.")
+    done = max((int(path.parent.name[11:]) for path in out.glob("checkpoint-*/state")), default=0)
+    if done > args.steps:
+        raise ValueError(f"{out} is at step {done} already, past --steps {args.steps}. Raise --steps, or choose another --out.")
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
     triplets.write(path, json.dumps(now | {"commit": commit.stdout.strip() or None, "versions": {
         "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}}, indent=1))
@@ -177,15 +183,13 @@ def batch_rows(n: int, prompts: int, seed: int, step: int) -> list[int]:
     return order[index * prompts:(index + 1) * prompts].tolist()
 
 
-def check(args, rows: list[dict], world: int) -> None:
+def check(args, rows: list[dict]) -> None:
     """Raises ValueError where the data cannot give what is asked for."""
     if args.method != "vision-opd" and (without := sum(row["answer"] is None for row in rows)):
         raise ValueError(f"--method {args.method} needs answers, and {without} of {len(rows)} rows of {args.data} have none. "
                          "Make the data with `synth.py --labels`, or train with --method vision-opd.")
     if len(rows) < args.prompts:
         raise ValueError(f"{args.data} has {len(rows)} triplets, fewer than one batch. Lower --prompts ({args.prompts}).")
-    if args.prompts % world:
-        raise ValueError(f"--prompts {args.prompts} cannot be shared evenly by {world} ranks. Choose a multiple of {world}.")
 
 
 def deal(batch: list[int], areas: list[int], rank: int, world: int) -> list[int]:
@@ -384,13 +388,6 @@ def show(args, step: int, piece: Rollout, per_token: Tensor, rows: list[dict], p
     return shown
 
 
-def peak_memory(device: torch.device) -> float:
-    """Most memory in use so far, in GB: the GPU's, or on a CPU this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1) / 1e9
-
-
 def line(e: dict) -> str:
     """A step's log entry as people read it."""
     spent = {name: e[f"{name}_s"] for name in ("gen", "teach", "learn", "other")}
@@ -410,7 +407,7 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     barrier()
     rows = triplets.read_triplets(triplets.fetch(args.data))
     args = argparse.Namespace(**vars(args) | {"steps": args.steps or len(rows) // args.prompts})
-    check(args, rows, world)
+    check(args, rows)
     areas = [math.prod(triplets.image_size(row["image"])) for row in rows]           # by the headers, so that all ranks deal alike
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -425,8 +422,6 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     if [begin] != total([begin], device, dist.ReduceOp.MIN):
         raise ValueError(f"rank {rank} finds step {begin} in {out}, another an earlier one. --out must lie on a disk that all "
                          "machines share.")
-    if begin > args.steps:
-        raise ValueError(f"{out} is at step {begin} already, past --steps {args.steps}. Raise --steps, or choose another --out.")
     flat.publish(state.master.data)
     log, shown_log = out / "log.jsonl", out / "rollouts.jsonl"
     if rank == 0:
@@ -435,8 +430,8 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
             triplets.write(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         if slow := missing_kernels(student):
             print(f"Linear attention runs on slow kernels: pip install {' '.join(slow)}", flush=True)
-        print(f"{len(rows):,} triplets, {flat.numel / 1e6:,.1f}M weights, {world} rank(s), steps {begin + 1} to {args.steps}",
-              flush=True)
+        print(f"{len(rows):,} triplets, {flat.numel / 1e6:,.1f}M weights, {world} rank(s), "
+              f"{f'steps {begin + 1} to {args.steps}' if begin < args.steps else 'nothing left to do'}", flush=True)
     board = tensorboard(out, begin) if rank == 0 else None
 
     def further(step: int, i: int) -> list:
@@ -487,7 +482,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.plan is not None:
             if os.environ.get("RANK", "0") == "0":
                 rows = triplets.read_triplets(triplets.fetch(args.data))
-                check(args, rows, args.plan)
+                check(args, rows)
                 print(plan.plan(args, rows, views(args)))
             return
         rank, world, device = setup(args.device)

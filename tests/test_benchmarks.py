@@ -414,6 +414,11 @@ def test_options_are_called_by_letters_and_ids_come_once(tmp_path):
     put(tmp_path / "signs.jsonl", json.dumps(rows[0] | {"options": {"red": "red", "blue": "blue"}}))
     with pytest.raises(ValueError, match=r"signs.jsonl, row 1: options are called \['RED', 'BLUE'\]. Expected letters"):
         benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+    put(tmp_path / "signs.jsonl", json.dumps(rows[0] | {"options": ["red", "blue"]}))
+    with pytest.raises(ValueError, match=r"row 1: options are \['red', 'blue'\]. Expected letters and texts, such as"):
+        benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+    put(tmp_path / "signs.jsonl", "\ufeff" + json.dumps(rows[0]))
+    assert len(benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)) == 1
     put(tmp_path / "signs.jsonl", "".join(json.dumps(row | {"id": "x"}) + "\n" for row in rows))
     with pytest.raises(ValueError, match=r"2 rows, ids that come twice: \['x'\]"):
         benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)

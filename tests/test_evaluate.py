@@ -402,16 +402,22 @@ def test_two_files_of_the_same_name_are_refused(model, tmp_path):
 
 def test_crops_are_asked_for_only_where_there_are_some(model, tmp_path):
     with_, without = own(tmp_path), own(tmp_path, name="bare", crops=False)
-    for view, bench in (("crop", without), ("both", without), ("crop", f"{with_},{without}")):
+    for view, bench in (("crop", without), ("both", without)):
         with pytest.raises(ValueError, match=f"--view {view}: bare has no crops. zoombench, toy"):
             run("--bench", bench, "--model", "m", "--view", view, "--out", tmp_path / "out")
     assert "no crops, full view only: bare\n" in run("--bench", f"{with_},{without}", "--model", "m", "--view", "both", "--out", tmp_path / "out")
     views = json.loads((tmp_path / "out/result.json").read_text())["benches"]
     assert list(views["mine"]) == ["full", "crop", "gap"] and list(views["bare"]) == ["full"]
+    assert "no crops, left out: bare\n" in run("--bench", f"{with_},{without}", "--model", "m", "--view", "crop", "--out", tmp_path / "crops")
+    views = json.loads((tmp_path / "crops/result.json").read_text())["benches"]
+    assert list(views) == ["mine"] and list(views["mine"]) == ["crop"]
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--bench", "vstarr", "--model", "m", "--out", "o"], f"--bench vstarr is unknown. Benchmarks: {', '.join(benchmarks.BENCHES)}, toy; groups: fine, holdout, all"),
+    (["--rescore", "o", "--judge-model", "m"], "--judge-model names a model at the URL of --judge"),
+    (["--report", "o", "--scorer", "official"], "show answers as they were scored"), (["--report", "o", "--bench", "toy"], "are about saved answers"),
+    (["--report", "o", "--rescore", "o"], "not allowed with argument"),
     (["--bench", "toy", "--model", "m"], "expected --bench, --out, and --model or --checkpoints"), (["--model", "m", "--out", "o"], "expected --bench, --out,"),
     (["--bench", "toy", "--model", "m", "--checkpoints", "r", "--out", "o"], "--model or --checkpoints"), ([], "or one of --report, --rescore, --compare"),
     (["--bench", "toy", "--model", "m", "--out", "o", "--limit", "0"], "must be at least 1"), (["--mod", "m"], "unrecognized arguments: --mod"),

@@ -76,6 +76,11 @@ def test_the_gaps_of_a_comparison_are_over_the_rows_that_both_folders_hold(tmp_p
     assert "  gap 100.0 -> 100.0; the full view's gain closed 0% of it" in figures.compare(*folders)[0]
 
 
+def test_a_comparison_with_no_evaluation_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none holds no answers-.*Expected the --out folder of an evaluation"):
+        figures.compare(results(tmp_path / "a", [line(0, "A")]), tmp_path / "none")
+
+
 def test_folders_that_were_scored_by_different_rules_are_not_compared(tmp_path):
     a, b = results(tmp_path / "a", [line(0, "A")]), results(tmp_path / "b", [line(0, "A")], scorer="official")
     with pytest.raises(ValueError, match="'scorer': 'ours'.*'scorer': 'official'.*Score both alike with --rescore"):

@@ -24,8 +24,10 @@ def formula(s, t, k, beta, kind):
         return kl(t, s)
     if kind == "reverse_kl":
         return kl(s, t)
-    m = beta * t + (1 - beta) * s
-    return beta * kl(t, m) + (1 - beta) * kl(s, m)
+    if kind == "jsd":
+        m = beta * t + (1 - beta) * s
+        return beta * kl(t, m) + (1 - beta) * kl(s, m)
+    raise NotImplementedError(f"write {kind} once more here, in probabilities")
 
 
 def inputs(n=N, seed=0, dtype=torch.float64, scale=1.0, vocab=V, width=D):
@@ -62,7 +64,7 @@ def same(a, b, tol=1e-10):
         torch.testing.assert_close(x.double(), y.double(), rtol=tol, atol=tol)
 
 
-CASES = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.95)]
+CASES = [(kind, 0.5) for kind in KINDS] + [("jsd", 0.1), ("jsd", 0.95)]
 
 
 @pytest.mark.parametrize("kind, beta", CASES)
@@ -270,6 +272,13 @@ def test_agreement_says_whether_teacher_and_student_prefer_the_same_of_the_top_k
     loss, per_token, agree = topk_divergence(student, head, [(teacher, head, 1.0)], weights, k=2, chunk=2, agreement=True)
     assert agree.tolist() == [True, False, True, True, False] and agree.dtype == torch.bool
     torch.testing.assert_close(per_token[:4], divergence(student, teacher, k=2)[:4])
+
+
+def test_a_divergence_without_a_case_is_no_other_one(monkeypatch):
+    monkeypatch.setattr("loss.KINDS", (*KINDS, "mine"))
+    for call in (lambda: divergence(torch.zeros(2, 5), torch.ones(2, 5), kind="mine"), lambda: ours(*inputs(), kind="mine")):
+        with pytest.raises(ValueError, match="divergence 'mine' has no case here"):
+            call()
 
 
 @pytest.mark.parametrize("change, message", [

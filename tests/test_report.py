@@ -263,7 +263,7 @@ def test_the_old_page_stays_when_a_new_one_cannot_be_written(run, monkeypatch):
 def test_a_folder_that_is_no_run_is_refused_with_what_it_holds(tmp_path, files):
     for name in files:
         (tmp_path / name).touch()
-    with pytest.raises(FileNotFoundError, match=re.escape(f"(found: {files}). Expected the --out folder")):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"({files}; ['result.json is not in ")):
         evaluate.report(tmp_path)
 
 

@@ -349,6 +349,13 @@ def test_no_sample_at_the_end_is_an_error_with_the_table(tmp_path, monkeypatch):
             main(monkeypatch, "--images", tmp_path / "in", "--out", out)
 
 
+def test_a_check_finds_pictures_that_no_image_processor_takes(tmp_path):
+    triplets.write_triplets(tmp_path, [{"id": "a", "question": "What?", "answer": None, "image": Image.new("RGB", (2100, 10)),
+                                        "crop": Image.new("RGB", (9, 9)), "bbox": None, "extra": {}}])
+    with pytest.raises(ValueError, match="has 1 errors and 1 well-formed rows"):
+        synth.check(tmp_path)
+
+
 def test_a_damaged_line_of_a_rank_is_named(tmp_path, monkeypatch):
     scripted(monkeypatch)
     main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out")
@@ -573,7 +580,7 @@ def test_photographs_train_and_evaluate_a_model_end_to_end(tmp_path, monkeypatch
     out = tmp_path / "mine"
     main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", out, "--labels")
     main(monkeypatch, "--check", out)
-    assert "6 readable rows, 6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
+    assert "6 well-formed rows, 6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
     monkeypatch.undo()
     M.save(*toy.tiny(), tmp_path / "model")
     cli = lambda *args: subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
@@ -607,7 +614,7 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, monk
     assert synth.balance(one_each) == []                                        # four of four: each 25%, but none repeated
     toy.draw(tmp_path / "toy", 6, 0)
     main(monkeypatch, "--check", tmp_path / "toy")
-    assert "6 readable rows, 6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
+    assert "6 well-formed rows, 6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["word " * 300, "x" * 900, "一个很长的问题没有空格" * 40, "W" * 40 + "\n\nA. bark\nB. moss", "", "i" * 80 + " W" * 80])

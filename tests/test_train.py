@@ -237,6 +237,26 @@ def test_a_newest_checkpoint_that_was_taken_away_is_missed(run, tmp_path):
     assert len(log(tmp_path / "x")) == 2
 
 
+def test_a_damaged_state_is_named(run, tmp_path):
+    run("x", "--steps", "1")
+    state = tmp_path / "x" / "checkpoint-000001" / "state"
+    whole = (state / "0-of-1.safetensors").read_bytes()
+    for damage in (lambda: (state / "0-of-1.safetensors").write_bytes(whole[:5000]), lambda: (state / "0-of-1.safetensors").unlink()):
+        damage()
+        with pytest.raises(ValueError, match="0-of-1.safetensors is missing or damaged .*Put it back, or choose another --out"):
+            run("x", "--steps", "2")
+    (state / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="state.json is damaged .*Put it back, or choose another --out"):
+        run("x", "--steps", "2")
+
+
+def test_the_same_folder_spelled_otherwise_is_the_same_run(run, tmp_path, monkeypatch, world):
+    spelled = ["--toy", "--device", "cpu", "--out", f"{tmp_path}//x/", "--data", f"{world}/./data/"]
+    args = train.parse(spelled)
+    assert (args.out, args.model, args.data) == (f"{tmp_path}/x", f"{tmp_path}/x/base", f"{world}/data")
+    assert train.parse([]).model == "Qwen/Qwen3.5-4B" and train.parse([]).data == "yuanqianhao/Vision-OPD-6K"
+
+
 def test_settings_of_a_run_that_never_began_bind_nobody(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="no/model"):
         run("x", "--model", "no/model")
@@ -256,6 +276,7 @@ def test_resuming_with_another_objective_seed_or_data_is_refused_with_the_differ
     run("y", "--steps", "2")
     with pytest.raises(ValueError, match="y is at step 2 already, past --steps 1"):
         run("y", "--steps", "1")
+    assert json.loads((tmp_path / "y" / "args.json").read_text())["steps"] == 2
     run("z", "--steps", "1", "--schedule", "cosine")
     with pytest.raises(ValueError, match="steps: 1 -> 2"):                            # would be another schedule
         run("z", "--steps", "2", "--schedule", "cosine")
@@ -291,7 +312,7 @@ def test_the_defaults_are_the_papers():
 @pytest.mark.parametrize("flags, message", [
     (["--step", "3"], "unrecognized arguments: --step"), (["--learning-rate", "1"], "unrecognized arguments"),
     (["--beta", "1"], "--beta must lie in"), (["--group", "0"], "--group must be at least 1"),
-    (["--clip", "0"], "--clip must be above 0"), (["--warmup", "-5"], "--warmup and --workers at least 0"),
+    (["--clip", "0"], "--clip must be above 0"), (["--lr", "nan"], "--clip must be above 0"), (["--warmup", "-5"], "--warmup and --workers at least 0"),
     (["--threads", "0"], "--threads must be at least 1"), (["--toy", "--device", "cuda"], "--toy is made for the CPU"),
     (["--toy", "--plan"], "a number of ranks from 1; got --toy"), (["--steps", "0"], "--steps must be at least 1"), (["--divergence", "kl"], "invalid choice: 'kl'")])
 def test_wrong_flags_are_named(flags, message, capsys):
