@@ -1,6 +1,7 @@
 """The distillation loss: top-K divergence between teacher and student, token by token (paper, Eq. 3 and 4).
 
-    divergence(student_logits, teacher_logits)                  the equation on full logits: read and edit this one first
+    divergence(student_logits, teacher_logits)                  the equation on full logits: read this one first
+    value_and_slope(log_s, log_t, beta, kind)                   its cases: add another one here
     topk_divergence(hidden, head, [(hidden, head, 1.0)], w)     the same from hidden states, with its gradient: train.py's
 
 Both compare the student's K likeliest tokens one by one and everything else as one tail bucket. The second never holds
