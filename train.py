@@ -500,6 +500,8 @@ def main(argv: list[str] | None = None) -> None:
         where = traceback.extract_tb(error.__traceback__)[-1]                         # said at once: the other ranks still wait
         print(f"train.py: {error} ({Path(where.filename).name}, line {where.lineno})", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        raise SystemExit("train.py: stopped. The same command goes on where the last checkpoint was.") from None
     if dist.is_initialized():                                                         # not after an error: it could block
         dist.destroy_process_group()
 

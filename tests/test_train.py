@@ -363,6 +363,12 @@ def test_errors_reach_the_user_as_one_line(tmp_path, capsys):
     assert "train.py: --model 'no/model' is neither a directory here nor a model the hub gave us" in capsys.readouterr().err
 
 
+def test_a_run_stopped_by_hand_says_how_it_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="stopped. The same command goes on where the last checkpoint was"):
+        train.main(["--device", "cpu", "--out", str(tmp_path / "x")])
+
+
 def test_a_corrupt_image_stops_the_run_with_its_name_and_the_run_goes_on_once_it_is_mended(run, world, tmp_path):
     want = run("straight")
     shutil.copytree(world / "data", tmp_path / "data")
