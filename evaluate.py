@@ -217,7 +217,7 @@ def report(out: Path) -> Path:
     log = {row["step"]: row for row in log}                                     # of a step written twice, the later line
     rollouts = [row for row in rollouts if row["step"] in (rollouts[0]["step"], rollouts[-1]["step"])]
     shown = gallery(out, {label: folders[label] for label in results})
-    tables = {"difference": compared["text"]} if compared else {}
+    tables = {"difference": compared["text"]} if "text" in compared else {}
     tables |= {label: table(result) for label, result in results.items()}
     data = {"name": out.resolve().name, "training": training, "results": results, "tables": tables, "gallery": shown,
             "log": [log[step] for step in sorted(log)], "rollouts": rollouts, "trajectory": sum(map(trajectory, steps), []),
@@ -285,10 +285,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if unknown := [name for name in args.names if name not in BENCHES and name not in GROUPS["toy"] and not Path(name).exists()]:
         p.error(f"--bench {', '.join(unknown)} is unknown. Benchmarks: {', '.join(BENCHES)}, toy; groups: fine, holdout, all; or "
                 "the path of a .jsonl or of a folder of triplets.")
-    saved = args.report or args.rescore or args.compare
-    if not (saved or args.names and args.out and bool(args.model) != bool(args.checkpoints)):
+    shows = args.report or args.rescore or args.compare
+    if not (shows or args.names and args.out and bool(args.model) != bool(args.checkpoints)):
         p.error("expected --bench, --out, and --model or --checkpoints; or one of --report, --rescore, --compare.")
-    if saved and (args.bench or args.model or args.checkpoints):
+    if shows and (args.bench or args.model or args.checkpoints):
         p.error("--report, --rescore and --compare are about saved answers. Leave --bench, --model and --checkpoints out.")
     if args.judge_model and not args.judge:
         p.error("--judge-model names a model at the URL of --judge. Give that too, or leave it out.")
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
             told = {"folders": [*map(os.path.abspath, args.compare)], "text": text, "benches": found}
             write(args.out / "compare.json", json.dumps(told, indent=1))
     elif args.rescore:
-        of_run = {path.parent for path in args.rescore.glob("*-*/answers-*.jsonl")}           # of --checkpoints, or of training
+        of_run = {path.parent for path in args.rescore.glob("[es]*-*/answers-*.jsonl")}       # step-N, or eval-WHEN of training
         for folder in sorted(of_run) or [args.rescore]:
             print(f"{folder}\n{table(summarise(folder, **scoring))}")
     if args.report or args.rescore or args.compare:

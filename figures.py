@@ -58,6 +58,13 @@ def saved(out: Path) -> list[dict]:
     return list({(a["bench"], a["id"], a["view"]): a for a in answers}.values())
 
 
+def expected(out: Path, answers: list[dict]) -> list[dict]:
+    """`answers`, those of the folder `out`. Raises FileNotFoundError when there are none."""
+    if not answers:
+        raise FileNotFoundError(f"{out} holds no answers-*.jsonl. Expected the --out folder of an evaluation.")
+    return answers
+
+
 def scored(out: Path, how: dict | None = None) -> tuple[list[dict], int]:
     """The answers in `out`, scored, and how many calls of the judge failed. It is asked only where something is said and the
     scorer is undecided, and once: its verdicts are kept in out/verdicts.jsonl. how: scorer, judge, judge_model; None: as in
@@ -67,8 +74,8 @@ def scored(out: Path, how: dict | None = None) -> tuple[list[dict], int]:
     known = {v["prompt"]: v["same"] for v in read_jsonl(out / "verdicts.jsonl", []) if (v["judge"], v["model"]) == (judge, name)}
     rated = lambda: [score(a, known.get(prompt(a)), scorer or "ours") for a in answers]
     answers, failed = saved(out), 0
-    if asked := {prompt(a): a for a in rated() if a.get("undecided") and not a["judged"] and final_text(a["output"])} \
-            if how and judge else {}:
+    open_ones = (a for a in rated() if a.get("undecided") and not a["judged"] and final_text(a["output"]))
+    if asked := {prompt(a): a for a in open_ones} if how and judge else {}:
         with appending(out / "verdicts.jsonl") as file:
             replies = tqdm(ask_judge(judge, name, [*asked]), "judge", len(asked), unit="answer")
             for (text, a), reply in zip(asked.items(), replies):
@@ -140,12 +147,13 @@ def figures(bench: str, answers: list[dict]) -> dict:
     return found
 
 
-def paired(first: list[dict], second: list[dict]) -> dict:
-    """second - first, scored answers each, over the rows that both hold without an error and with the same question and right
-    answer: accuracies, difference with 95% interval (Agresti and Min 2005), rows gained and lost, exact two-sided McNemar p."""
-    first, second = ({(a["id"], a["prompt"], a["answer"]): a["correct"] for a in side if a["state"] != "error"}
-                     for side in (first, second))
-    both = [row for row in first if row in second]
+def paired(first: list[dict], second: list[dict], *others: list[dict]) -> dict:
+    """second - first, scored answers each, over the rows that both (and all others) hold without an error and with the same
+    question and right answer: accuracies, difference with 95% interval (Agresti and Min 2005), rows gained and lost, exact
+    two-sided McNemar p."""
+    first, second, *others = ({(a["id"], a["prompt"], a["answer"]): a["correct"] for a in side if a["state"] != "error"}
+                              for side in (first, second, *others))
+    both = [row for row in first if all(row in other for other in (second, *others))]
     flips = [row for row in both if first[row] != second[row]]
     n, a, b, gained = len(both), sum(first[row] for row in both), sum(second[row] for row in both), sum(map(second.get, flips))
     middle, lost = (b - a) / (n + 2), len(flips) - gained
@@ -161,8 +169,7 @@ def summarise(out: Path, *, scorer: str = "ours", judge: str | None = None, judg
     answered in both views}}, "averages" over the paper's groups where they are complete, "judge_failures", and the settings}."""
     how = {"scorer": scorer, "judge": judge, "judge_model": judge_model}
     answers, failed = scored(out, how)
-    if not answers:
-        raise FileNotFoundError(f"{out} holds no answers-*.jsonl. Expected the --out folder of an evaluation.")
+    expected(out, answers)
     benches = {}
     for bench, views in by_view(answers).items():
         found = benches[bench] = {view: figures(bench, rows) for view, rows in views.items()}
@@ -208,33 +215,24 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def gaps_of(*sides: dict[str, list[dict]]) -> list[dict]:
-    """`paired` full and crop view of each side, over the rows that all sides answered in both; [] where a side has one view."""
-    key = lambda a: (a["id"], a["prompt"], a["answer"])
-    views = [answers for side in sides for answers in side.values()]
-    rows = set.intersection(*({key(a) for a in answers if a["state"] != "error"} for answers in views))
-    sides = [{view: [a for a in answers if key(a) in rows] for view, answers in side.items()} for side in sides]
-    return [paired(side["full"], side["crop"]) for side in sides] if len(views) == 2 * len(sides) else []
-
-
 def compare(a: Path, b: Path) -> tuple[str, dict]:
     """Two results folders, row by row: text, and {bench: {view: `paired` figures}}. Raises ValueError where there is nothing to
     compare, or the scoring differs."""
-    for folder in (a, b):
-        if not saved(folder):
-            raise FileNotFoundError(f"{folder} holds no answers-*.jsonl. Expected the --out folder of an evaluation.")
+    sides = [expected(folder, scored(folder)[0]) for folder in (a, b)]
     rules = [{key: result.get(key) for key in ("scorer", "judge", "judge_model")}
              for result in (read_json(folder / "result.json", []) for folder in (a, b))]
     if rules[0] != rules[1]:
         raise ValueError(f"{a} was scored with {rules[0]}, {b} with {rules[1]}. Score both alike with --rescore.")
-    first, second = (by_view(scored(folder)[0]) for folder in (a, b))
+    first, second = map(by_view, sides)
     found, lines = {}, [f"{f'% right: {a.name}, {b.name}':<40}  difference [95%]          rows gained  lost McNemar p"]
     for name in filter(second.get, first):
         found[name] = {view: paired(rows, second[name][view]) for view, rows in first[name].items() if view in second[name]}
         for view, f in found[name].items():
             lines.append(f"{f'{name}, {view}':<26} {percent(f['first'])} {percent(f['second'])}   "
                          f"{percent(f['difference'], f['interval'])}{f['n']:9}{f['gained']:7}{f['lost']:6}{f['p']:10.2g}")
-        gaps = gaps_of(first[name], second[name])
+        a_side, b_side = first[name], second[name]
+        gaps = [paired(side["full"], side["crop"], *other.values())             # over the rows that both answered in both views
+                for side, other in ((a_side, b_side), (b_side, a_side)) if len(side) == len(other) == 2]
         if gaps and (before := gaps[0]["difference"]) > 0:                      # not flattered by a falling crop
             lines.append(f"  gap {100 * before:.1f} -> {100 * gaps[1]['difference']:.1f}; the full view's gain closed "
                          f"{(gaps[1]['first'] - gaps[0]['first']) / before:.0%} of it")

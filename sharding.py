@@ -165,9 +165,14 @@ def save_checkpoint(out: Path, step: int, student, processor, flat: Flat, state:
             shutil.rmtree(older)
 
 
+def newest_state(out: Path) -> Path | None:
+    """state.json of the newest whole checkpoint in `out`, if there is one."""
+    return max(out.glob("checkpoint-*/state/state.json"), default=None)
+
+
 def resume(out: Path, flat: Flat, state: State) -> int:
     """Load the newest whole checkpoint into `state`, re-sliced when the number of ranks changed. Returns its step, or 0."""
-    newest = max(out.glob("checkpoint-*/state/state.json"), default=None)
+    newest = newest_state(out)
     if newest is None:
         if left := sorted(path.name for path in out.glob("checkpoint-*[0-9]")):
             raise ValueError(f"{out} holds {', '.join(left)}, but not the state to resume from, which the newest one has. Put "

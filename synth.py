@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from tqdm import tqdm
 
+from scoring import ONES, TEENS
 from triplets import FOLDERS, RED, load_image, naming_full_disks, preview, read_triplets, write, write_sample
 
 PROMPTS = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text(encoding="utf-8"))
@@ -34,8 +35,8 @@ PROMPTS = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text(encod
 # --------------------------------------------------------------------------------------------------------- rules for texts
 
 VOTES = 8                                                  # answers a question; a label needs more than 3/4 of them
-NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve thirteen "
-                                                 "fourteen fifteen sixteen seventeen eighteen nineteen twenty".split())}
+NUMBERS = {word: str(n) for n, word in enumerate([*ONES, *TEENS, "twenty"])}
+LONGEST = 200                                              # times as long as wide: image processors take no more
 
 
 def read_json(text: str) -> list | None:
@@ -100,7 +101,7 @@ def photograph(root: Path, file: str) -> dict:
         with Image.open(path) as header:
             low, high = sorted(header.size)
         reason = ("too_large" if low * high > 100e6 else "too_small" if low < 448 else
-                  "too_long" if high > 200 * low else None)                     # which no image processor takes
+                  "too_long" if high > LONGEST * low else None)
         photo["image"] = None if reason else load_image(path)
     except Exception as error:                                                  # decoders raise errors of any kind
         reason = {UnidentifiedImageError: "not_an_image", Image.DecompressionBombError: "too_large"}.get(type(error), "corrupt")
@@ -528,8 +529,8 @@ def flaw(sample: dict) -> str | None:
         (W, H), crop, box = load_image(sample["image"]).size, load_image(sample["crop"]).size, sample["bbox"]
     except (OSError, ValueError) as error:
         return f"sample {sample['id']}: {error}"
-    if max(max(size) / min(size) for size in ((W, H), crop)) > 200:
-        return f"sample {sample['id']}: {W} x {H} px, crop {crop[0]} x {crop[1]}. Expected under 200 : 1, as image processors do."
+    if max(max(size) / min(size) for size in ((W, H), crop)) > LONGEST:
+        return f"sample {sample['id']}: {W} x {H} px, crop {crop[0]} x {crop[1]}. Expected under {LONGEST} : 1: leave it out."
     if box and not (0 <= box[0] < box[2] <= W and 0 <= box[1] < box[3] <= H):
         return f"sample {sample['id']}: bbox is {box}. Expected x1 < x2 <= {W}, y1 < y2 <= {H}: correct it, or write null."
 

@@ -43,7 +43,7 @@ from baselines import DISTIL, OPSD_HINT, REWARD
 from loss import KINDS, topk_divergence
 from model import encode, join, load, missing_kernels, response_hidden, to_device
 from rollout import Rollout, sample
-from sharding import Flat, State, barrier, peak_memory, resume, save_checkpoint, setup, total
+from sharding import Flat, State, barrier, newest_state, peak_memory, resume, save_checkpoint, setup, total
 
 # A resumed run must agree with the stopped one on all but these: speed, memory, where it stops, where its (same) data lie.
 FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
@@ -51,7 +51,7 @@ FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "ge
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
+    argv, world = sys.argv[1:] if argv is None else argv, int(os.environ.get("WORLD_SIZE", 1))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
     # what to train, on what
@@ -102,7 +102,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--threads", type=int, help="CPU threads of torch (--toy: 1, so that the bits do not depend on the machine)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cuda: bf16 live weights; cpu: fp32")
-    p.add_argument("--plan", nargs="?", type=int, const=int(os.environ.get("WORLD_SIZE", 1)), metavar="RANKS",
+    p.add_argument("--plan", nargs="?", type=int, const=world, metavar="RANKS",
                    help="only print steps, memory and an estimate of the time on so many GPUs (default: torchrun's ranks)")
     # what is kept
     p.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (ours: little is lost to a crash)")
@@ -144,7 +144,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 f"{'--toy' if args.toy else args.plan}")
     if args.toy and args.device == "cuda":
         p.error("--toy is made for the CPU: leave --device cuda out")
-    world = args.plan or int(os.environ.get("WORLD_SIZE", 1))
+    world = args.plan or world
     if args.prompts % world:
         p.error(f"--prompts {args.prompts} cannot be shared evenly by {world} ranks. Choose a multiple of {world}.")
     if args.compile and args.offload_teacher and args.method == "sft":
@@ -168,8 +168,8 @@ def claim(args, out: Path, rows: list[dict]) -> None:
     differ = [key for key in now if key not in free and then.get(key) != now[key]]
     if told := "; ".join(f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in differ):
         raise ValueError(f"{out} holds a run with other settings ({told}). Resume it with the same ones, or choose another --out.")
-    done = max((int(path.parent.name[11:]) for path in out.glob("checkpoint-*/state")), default=0)
-    if done > args.steps:
+    newest = newest_state(out)
+    if newest and (done := int(newest.parts[-3][11:])) > args.steps:
         raise ValueError(f"{out} is at step {done} already, past --steps {args.steps}. Raise --steps, or choose another --out.")
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
     triplets.write(path, json.dumps(now | {"commit": commit.stdout.strip() or None, "versions": {
@@ -299,8 +299,8 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
 
     # 1. The student answers from the full image (sft: the teacher from the crop).
     def answered(batch: list, extra: int = 0) -> list[Micro]:
-        for error in (item for item in batch if isinstance(item, ValueError)):
-            raise error
+        if errors := [item for item in batch if isinstance(item, ValueError)]:
+            raise errors[0]
         micros = [Micro(numbers, to_device(full, device), seen and to_device(seen, device)) for numbers, full, seen in batch]
         respond(args, step, micros, teacher if args.method == "sft" else student, processor, rows, extra, quiet=flat.rank > 0)
         return micros

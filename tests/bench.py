@@ -10,7 +10,8 @@ The plain way is what the official code does: every response is one full sequenc
 prefills each of the G copies, and the loss has all logits at once. A floor is the time of what cannot be left out, at the
 speed of a bare matmul or copy: of a pass its matmuls (checkpointing's recomputation included), of generation reading weights
 and caches once a token, of the loss its four matmuls, of the step all of these. Weights are random; the shapes are what
-counts. Medians of --repeats runs (of the loss alone the fastest). tokens/s: response tokens; GB, of 2^30 bytes: a GPU's peak above what was there before.
+counts. Medians of --repeats runs (of the loss alone the fastest). tokens/s: response tokens; GB, of 2^30 bytes: a GPU's peak
+above what was there before.
 """
 import argparse
 import copy

@@ -27,7 +27,7 @@ def formula(s, t, k, beta, kind):
     if kind == "jsd":
         m = beta * t + (1 - beta) * s
         return beta * kl(t, m) + (1 - beta) * kl(s, m)
-    raise NotImplementedError(f"write {kind} once more here, in probabilities")
+    raise ValueError(f"divergence {kind!r} has no formula here: write it once more, in probabilities")
 
 
 def inputs(n=N, seed=0, dtype=torch.float64, scale=1.0, vocab=V, width=D):

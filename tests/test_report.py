@@ -194,6 +194,9 @@ def test_two_evaluations_stand_side_by_side(run):
     data = json.loads(re.search(r'application/json">(.*?)</script>', (run / "both/report.html").read_text(), re.S)[1])
     assert ["difference", *data["results"]] == list(data["tables"]) == ["difference", str(run / "eval-before"), str(run / "eval-after")]
     assert "McNemar p" in data["tables"]["difference"]
+    (run / "both" / "compare.json").write_text(json.dumps({"folders": list(data["results"])}))     # as it was kept before
+    _, data = build(run / "both")
+    assert list(data["tables"]) == list(data["results"])
     assert {label for sample in data["gallery"]["samples"] for label, *_ in sample["answers"]} == set(data["results"])
 
 
