@@ -77,7 +77,7 @@ def memory(args, config, weights: int, world: int, full: int, seen: int) -> dict
     stays = live * e * weights + 20 * weights / world
     batch = mine * (full + seen) * pixel * (1 + args.resample * (args.method == "dapo"))
     targets = mine * args.group * T * D * e * teaches * (2 if args.teacher == "trust-region" else 1)
-    reduced = min(BUCKET, weights // world) * (2 * world * e + 4) * (world > 1)                       # buckets, see sharding
+    reduced = min(BUCKET, weights) * (e + 4 / world) * (world > 1)                                    # a bucket, see sharding
     clone = V * D * e * args.offload_teacher * teaches                                                # of the teacher's head
     cache = rows * ((asked + T) * token * (1 + 1 / max(1, full_layers)) + 2 * state + 32 * V)         # a layer's is copied
     if args.compile:                                                                                  # its caches stay

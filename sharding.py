@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from model import save
 
-BUCKET = 2 ** 26                                           # gradients of each rank that are reduced at once
+UNIT = 5_040                                               # weights; 1 to 10 ranks share it evenly, also 12, 14, 15, 16, 18, ..
+BUCKET = UNIT * 2 ** 13                                    # weights that one collective call is about: 83 MB in bf16
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks
@@ -58,50 +60,83 @@ def peak_memory(device: torch.device) -> float:
 # ------------------------------------------------------------------------------------- sharded weights, AdamW and EMA
 
 class Flat:
-    """All parameters of a model as views into one vector, and their gradients into another, so that each takes one collective
-    call. Rank r owns slice r of `world` equal ones. Offsets do not depend on the world size."""
+    """All parameters of a model as views into one vector, and their gradients into another, cut into buckets that take one
+    collective call each. Rank r owns part r of `world` equal parts of every bucket. Offsets do not depend on the world size."""
 
     def __init__(self, model, rank: int, world: int):
         self.params = list(model.parameters())                                        # tied weights appear once
         starts = [0]
         for param in self.params:
             starts.append(starts[-1] + math.ceil(param.numel() / 64) * 64)            # aligned for fast kernels
-        self.numel, self.size = starts[-1], math.ceil(starts[-1] / (64 * world)) * 64
-        self.rank, self.world, self.own = rank, world, slice(rank * self.size, (rank + 1) * self.size)
-        self.weights = torch.zeros(self.size * world, dtype=self.params[0].dtype, device=self.params[0].device)
+        self.numel, self.rank, self.world = starts[-1], rank, world
+        self.bucket = min(BUCKET, math.ceil(self.numel / UNIT) * UNIT)
+        if self.bucket % world:
+            raise ValueError(f"{world} ranks cannot share buckets of {self.bucket:,} weights evenly. Choose a number of ranks that "
+                             "divides it, such as 1 to 10, 12, 16, or 24.")
+        self.shape = (math.ceil(self.numel / self.bucket), world, self.bucket // world)
+        self.weights = torch.zeros(math.prod(self.shape), dtype=self.params[0].dtype, device=self.params[0].device)
         self.spans = [slice(start, start + param.numel()) for param, start in zip(self.params, starts)]
         for param, span in zip(self.params, self.spans):
             param.data = self.weights[span].view_as(param).copy_(param.data)
 
-    def track_gradients(self) -> None:
-        self.grads = torch.zeros_like(self.weights)
-        self.side = torch.cuda.Stream() if self.weights.is_cuda else None             # reduces gradients
-        for param, span in zip(self.params, self.spans):
-            param.grad = self.grads[span].view_as(param)
+    def own(self) -> Tensor:
+        """The live weights that this rank owns: a view, (buckets, bucket / world)."""
+        return self.weights.view(self.shape)[:, self.rank]
 
     def publish(self, own: Tensor) -> None:
-        """Every rank's fp32 slice `own` -> the live weights of all ranks, whose memory is taken if it was given back."""
+        """Every rank's fp32 part `own` -> the live weights of all ranks, whose memory is taken if it was given back."""
         self.allocate(True)
-        self.weights[self.own].copy_(own)
-        if self.world > 1:
-            dist.all_gather_single(self.weights, self.weights[self.own])          # in place
+        self.own().copy_(own)
+        for bucket in self.weights.view(self.shape) if self.world > 1 else ():
+            dist.all_gather_single(bucket.view(-1), bucket[self.rank])                # in place
 
-    def reduce_into(self, own: Tensor) -> None:
-        """Add the sum of all ranks' gradients to this rank's fp32 slice `own`, and clear them. Summed in fp32 (a
-        reduce-scatter of bf16 gradients would round at every rank), a bucket at a time, and on a GPU beside what follows, until
-        `settle`."""
+    def track_gradients(self, into: Tensor) -> None:
+        """From here on gradients are views too, and every backward pass, followed by `reduce`, adds all ranks' sum of them to
+        this rank's fp32 part `into`. A bucket is reduced as soon as its gradients are whole: beside the pass, on a GPU."""
+        self.grads, self.into = torch.zeros_like(self.weights), into
+        self.side = torch.cuda.Stream() if self.weights.is_cuda else None
+        self.holds = [0] * len(into)                                                  # parameters in each bucket
+        for param, span in zip(self.params, self.spans):
+            param.grad = self.grads[span].view_as(param)
+            within = range(span.start // self.bucket, (span.stop - 1) // self.bucket + 1)
+            param.register_post_accumulate_grad_hook(partial(self.arrived, within))
+            for i in within:
+                self.holds[i] += 1
+        self.missing = [*self.holds]                                                  # of the buckets that are not reduced yet
+
+    def arrived(self, within: range, param: Tensor) -> None:
+        """A parameter's gradient is whole. Buckets are reduced from the last to the first, as a backward pass fills them and in
+        one order on all ranks."""
+        if within.stop > len(self.missing):
+            raise RuntimeError("A second backward pass before `reduce`, which would lose some of its gradients: call it after each.")
+        for i in within:
+            self.missing[i] -= 1
+        while self.missing and not self.missing[-1]:
+            self.reduce_last()
+
+    def reduce(self) -> None:
+        """After a backward pass, or instead of one: the buckets that are left. On a GPU done only after `settle`."""
+        while self.missing:
+            self.reduce_last()
+        self.missing = [*self.holds]
+
+    def reduce_last(self) -> None:
+        self.missing.pop()
+        grads = self.grads.view(self.shape)[len(self.missing)]                        # (world, part): row r is for rank r
         if self.side:
             self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
-            if self.world == 1:
-                own.add_(self.grads)
-            for part in self.grads.view(self.world, self.size).split(BUCKET, dim=1) if self.world > 1 else ():
-                sent = part.contiguous()                                              # (world, part): row r is for rank r
-                received = torch.empty_like(sent)
-                dist.all_to_all_single(received, sent)
-                own[:sent.shape[1]].add_(received.sum(0, dtype=own.dtype))
-                own = own[sent.shape[1]:]
-            self.grads.zero_()
+            self.into[len(self.missing)].add_(self.summed(grads))
+            grads.zero_()
+
+    def summed(self, grads: Tensor) -> Tensor:
+        """Gradients of a bucket, (world, part) -> (part,), all ranks' sum of this one's row. Summed in fp32: a reduce-scatter of
+        bf16 gradients would round at every rank."""
+        if self.world == 1:
+            return grads[0]
+        received = torch.empty_like(grads)
+        dist.all_to_all_single(received, grads)
+        return received.sum(0, dtype=self.into.dtype)
 
     def settle(self) -> None:
         """What is queued from here on runs after all gradients so far are reduced and cleared."""
@@ -114,10 +149,11 @@ class Flat:
 
 
 class State:
-    """This rank's fp32 slices: master weights and their gradient, AdamW's moments, the EMA teacher (paper, section 3.3)."""
+    """This rank's fp32 parts, (buckets, part): master weights and their gradient, AdamW's moments, the EMA teacher (paper,
+    section 3.3)."""
 
     def __init__(self, student: Flat, args):
-        self.master = torch.nn.Parameter(student.weights[student.own].to(torch.float32, copy=True))
+        self.master = torch.nn.Parameter(student.own().to(torch.float32, copy=True))
         self.master.grad = torch.zeros_like(self.master)
         self.ema = self.master.detach().clone()
         self.adam = torch.optim.AdamW([self.master], lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps,
@@ -152,7 +188,7 @@ def save_checkpoint(out: Path, step: int, student, processor, flat: Flat, state:
         if flat.rank == 0:
             weights = {name: weight.detach().to("cpu", copy=True) for name, weight in student.named_parameters()}
             save(student, processor, partial, weights)
-            told = {"step": step, "world": flat.world, "numel": flat.numel, "size": flat.size}
+            told = {"step": step, "world": flat.world, "numel": flat.numel, "bucket": flat.bucket}
             (partial / "state" / "state.json").write_text(json.dumps(told))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -182,18 +218,20 @@ def resume(out: Path, flat: Flat, state: State) -> int:
         saved = json.loads(newest.read_text())
     except ValueError as error:
         raise ValueError(f"{newest} is damaged ({error}). Put it back, or choose another --out.") from error
-    if saved["numel"] != flat.numel:
-        raise ValueError(f"{newest.parent} holds the state of {saved['numel']:,} weights, but this model has {flat.numel:,}. "
-                         "Resume with the model that the run began with, or choose another --out.")
-    size, start, stop = saved["size"], flat.own.start, min(flat.own.stop, flat.numel)     # slices then, and this rank's now
+    if [saved["numel"], saved.get("bucket")] != [flat.numel, flat.bucket]:
+        raise ValueError(f"{newest.parent} holds the state of {saved['numel']:,} weights, but this model has {flat.numel:,} (in "
+                         f"buckets of {saved.get('bucket')} and {flat.bucket}). Resume with the model and the code that the run "
+                         "began with, or choose another --out.")
+    then, now = flat.bucket // saved["world"], flat.bucket // flat.world              # a rank's part of a bucket
+    start, stop = flat.rank * now, (flat.rank + 1) * now
     for old in range(saved["world"]):
-        low, high = max(start, old * size), min(stop, (old + 1) * size)
+        low, high = max(start, old * then), min(stop, (old + 1) * then)
         if low < high:
             part = newest.parent / f"{old}-of-{saved['world']}.safetensors"
             try:
                 with safe_open(part, "pt") as file:
                     for name, own in state.tensors().items():
-                        own[low - start:high - start].copy_(file.get_slice(name)[low - old * size:high - old * size])
+                        own[:, low - start:high - start].copy_(file.get_slice(name)[:, low - old * then:high - old * then])
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{part} is missing or damaged ({error}). Put it back, or choose another --out.") from error
     state.moments["step"].fill_(saved["step"])

@@ -336,14 +336,14 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
                 weights = (1 / (mask.sum(1, keepdim=True) * n)).expand_as(mask).float()
             hidden = response_hidden(student, micro.full, micro.rollout, checkpoint=args.checkpointing)[mask]      # (n, D)
             loss, per_token, agree = token_loss(args, hidden, student.lm_head.weight, micro, weights[mask])
-            flat.settle()                                                             # the forward ran beside the last reduction
+            flat.settle()                                                             # the forward ran beside the last reductions
             loss.backward()
             sums += torch.stack([loss.detach().double(), agree.double().sum() / tokens])
             if not shown and (step % args.show_every == 0 or step + 1 == args.steps):
                 shown = show(args, step, micro.rollout, per_token, [rows[j] for j in micro.numbers], processor)
-        flat.reduce_into(state.master.grad)                                           # all ranks, equally often
+        flat.reduce()                                                                 # all ranks, equally often
     flat.settle()
-    squares = sum(part.double().square().sum() for part in state.master.grad.split(2 ** 24)).item()
+    squares = sum(part.double().square().sum() for part in state.master.grad.view(-1).split(2 ** 24)).item()
     value, agreement, squares = total([*sums.tolist(), squares], device)
     if not math.isfinite(value) or not math.isfinite(squares):
         raise FloatingPointError(
@@ -416,8 +416,8 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     teacher = copy.deepcopy(student).requires_grad_(False)
     flat, teacher_flat = Flat(student, rank, world), Flat(teacher, rank, world)
     teacher_flat.allocate(args.teacher is not None and not args.offload_teacher)
-    flat.track_gradients()
     state = State(flat, args)
+    flat.track_gradients(state.master.grad)
     begin = resume(out, flat, state)
     if [begin] != total([begin], device, dist.ReduceOp.MIN):
         raise ValueError(f"rank {rank} finds step {begin} in {out}, another an earlier one. --out must lie on a disk that all "

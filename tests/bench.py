@@ -206,11 +206,10 @@ class Share(train.Flat):
     """One rank without the others: it updates and publishes its own slice of the weights, and sends nothing."""
 
     def publish(self, own: Tensor) -> None:
-        self.weights[self.own].copy_(own)
+        self.own().copy_(own)
 
-    def reduce_into(self, own: Tensor) -> None:
-        own.add_(self.grads[self.own])
-        self.grads.zero_()
+    def summed(self, grads: Tensor) -> Tensor:
+        return grads[self.rank]
 
 
 def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[float]:
@@ -220,14 +219,18 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
                            "--chunk", str(args.chunk), "--device", args.device])
     teacher = copy.deepcopy(model).requires_grad_(False)
     flat, teacher_flat = Share(model, 0, args.ranks), Share(teacher, 0, args.ranks)
-    flat.track_gradients()
     state, rows = train.State(flat, options), [{"id": "0", "question": "", "image": "", "crop": "", "answer": None}]
+    flat.track_gradients(state.master.grad)
     full, crop, ids = photo(processor, args), photo(processor, args, 0.4), torch.randint(256, (G, T), device=args.device)
     hidden, target = torch.randn(2, n, head.shape[1], dtype=head.dtype, device=args.device)
     sides = hidden.requires_grad_(), head, target, teacher.lm_head.weight
     teacher_pass = torch.no_grad()(lambda hidden, ids: hidden(teacher, crop, ids))      # (G, T, D)
     step = lambda: train.learn(options, 1, [([0], full, crop)], model, teacher, processor, flat, teacher_flat, state, rows, None)
-    student_pass = lambda checkpoint=True: M.response_hidden(model, full, ids, checkpoint=checkpoint).square().sum().backward()
+
+    def student_pass(checkpoint=True):
+        M.response_hidden(model, full, ids, checkpoint=checkpoint).square().sum().backward()
+        flat.reduce()
+        flat.settle()
 
     def plain_student_pass(ids=ids, loss=lambda hidden, rows: hidden.square().sum(), checkpoint=True):
         model.model.language_model.activation_checkpointing_enable()                  # in training mode; the vision tower's is on
@@ -235,6 +238,8 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
         try:
             for rows in torch.arange(G).split(args.plain_rows):
                 loss(plain_hidden(model, full, ids[rows]), rows).backward()
+                flat.reduce()
+                flat.settle()
         finally:
             model.eval().model.language_model.activation_checkpointing_disable()
 
@@ -245,7 +250,6 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
         update()
 
     def update():
-        flat.reduce_into(state.master.grad)
         state.update(options.lr, options.clip, options.ema_rate, 1.0)
         flat.publish(state.master.data)
         teacher_flat.publish(state.ema)

@@ -14,10 +14,12 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import model as vision_model  # noqa: E402
+import sharding  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 
 torch.set_num_threads(1)
+sharding.BUCKET = 4 * sharding.UNIT                        # the tiny model has several, as real ones do
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, plain_logits
 from safetensors.torch import load_file
-from test_train import assert_same_update, in_processes, launch, log
+from test_train import assert_same_update, in_processes, launch, log, one_rank
 
 import baselines
 import loss
@@ -234,7 +234,7 @@ def test_a_step_has_the_gradient_of_plain_forwards_and_a_formula(flags, run, wor
     if args.objective == "topk":
         assert entry["loss"] == pytest.approx(total.item(), rel=1e-3, abs=1e-5)
     gradient = torch.cat([torch.nn.functional.pad(w.grad.flatten(), (0, -w.numel() % 64)) for w in student.parameters()])
-    first, second = (load_file(tmp_path / name / f"checkpoint-00000{n}" / "state" / "0-of-1.safetensors")["exp_avg"] for name, n in (("one", 1), ("fast", 2)))
+    first, second = (one_rank(tmp_path / name / f"checkpoint-00000{n}")["exp_avg"] for name, n in (("one", 1), ("fast", 2)))
     got = (second - 0.9 * first) / 0.1
     assert (got - gradient).norm() < 1e-3 * gradient.norm() and gradient.norm() > 0
 
@@ -256,7 +256,7 @@ def test_the_answer_reaches_opsds_teacher_only(world):
 def test_current_and_initial_teachers_are_the_ema_at_its_ends(teacher, twin, run, world, tmp_path):
     got, want = run("a", "--teacher", teacher), run("b", "--ema-rate", twin)
     assert all(torch.equal(got[name], want[name]) for name in want)
-    state = load_file(tmp_path / "a" / "checkpoint-000003" / "state" / "0-of-1.safetensors")
+    state = one_rank(tmp_path / "a" / "checkpoint-000003")
     start = torch.cat([torch.nn.functional.pad(w.detach().flatten(), (0, -w.numel() % 64)) for w in M.load(str(world / "base"))[0].parameters()])
     assert torch.equal(state["ema"], start if teacher == "initial" else state["master"])
 

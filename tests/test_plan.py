@@ -50,8 +50,8 @@ def phases(build, flags: list[str], side: int, compile: bool) -> tuple[dict, dic
     teacher = copy.deepcopy(student).requires_grad_(False)
     flat, teacher_flat = sharding.Flat(student, 0, 1), sharding.Flat(teacher, 0, 1)
     teacher_flat.allocate(not args.offload_teacher)
-    flat.track_gradients()
     state = sharding.State(flat, args)
+    flat.track_gradients(state.master.grad)
     stays = [flat.weights, flat.grads, teacher_flat.weights, *state.tensors().values(), state.master.grad]
     counted = {"stays": sum(tensor.untyped_storage().nbytes() for tensor in stays)}
     rows = [{"id": str(i)} for i in range(args.prompts)]
@@ -90,9 +90,10 @@ def phases(build, flags: list[str], side: int, compile: bool) -> tuple[dict, dic
     (["--prompts", "4", "--micro-prompts", "4", "--gen-prompts", "1", "--group", "4", "--max-new-tokens", "60"], 96, False),
     (["--prompts", "8", "--group", "8", "--max-new-tokens", "60", "--teacher", "trust-region"], 96, False),
     (["--prompts", "4", "--micro-prompts", "2", "--group", "2", "--max-new-tokens", "64", "--no-checkpointing"], 128, False)])
-def test_memory_is_about_what_the_formula_says(build, flags, side, compile, dense_mask):
+def test_memory_is_about_what_the_formula_says(build, flags, side, compile, dense_mask, monkeypatch):
+    monkeypatch.setattr(sharding, "BUCKET", sharding.UNIT)                            # the last one is filled up
     counted, planned = phases(build, flags, side, compile)
-    assert counted["stays"] == pytest.approx(planned["stays"], rel=0.01)              # parameters are aligned
+    assert counted["stays"] == pytest.approx(planned["stays"], rel=0.02)              # parameters are aligned
     for phase in ("sampling", "teacher", "student"):
         assert 0.85 * counted[phase] <= planned[phase] <= 1.6 * counted[phase], (phase, counted, planned)
 

@@ -23,7 +23,8 @@ import triplets
 
 def in_processes(world, out, *flags, ranks=1):
     """The command line that starts the same run as `run`, on `ranks` processes."""
-    code = "import sys, train; a = train.parse(sys.argv[1:]); train.torch.set_num_threads(1); train.train(a, *train.setup(a.device))"
+    code = (f"import sys, sharding, train; sharding.BUCKET = {sharding.BUCKET}; a = train.parse(sys.argv[1:]); "
+            "train.torch.set_num_threads(1); train.train(a, *train.setup(a.device))")
     start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     script = out.parent / f"{out.name}.py"
     script.write_text(code)
@@ -48,6 +49,14 @@ def assert_same_update(got, want, world, tolerance=2e-3):
     assert got.keys() == want.keys() == base.keys()
     distance = lambda a, b: math.sqrt(sum((a[name] - b[name]).double().square().sum().item() for name in a))
     assert distance(want, base) > 0.1 and distance(got, want) < tolerance * distance(want, base)
+
+
+def one_rank(checkpoint):
+    """The fp32 state of a run on one rank, as vectors of the aligned parameters; what fills up the last bucket must be 0."""
+    numel = json.loads((checkpoint / "state" / "state.json").read_text())["numel"]
+    state = {name: tensor.flatten() for name, tensor in load_file(checkpoint / "state" / "0-of-1.safetensors").items()}
+    assert not any(tensor[numel:].any() for tensor in state.values())
+    return {name: tensor[:numel] for name, tensor in state.items()}
 
 
 def assert_equal(got, want):
@@ -89,7 +98,7 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.02)
     assert entry["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.02           # so clipping is at work
     flatten = lambda tensors: torch.cat([torch.nn.functional.pad(t.detach().flatten(), (0, -t.numel() % 64)) for t in tensors])
-    state = load_file(tmp_path / "fast" / "checkpoint-000001" / "state" / "0-of-1.safetensors")
+    state = one_rank(tmp_path / "fast" / "checkpoint-000001")
     gradient = flatten(weight.grad for weight in student.parameters())
     assert (state["exp_avg"] - 0.1 * gradient).norm() < 1e-4 * (0.1 * gradient).norm()
     torch.optim.AdamW(student.parameters(), lr=1e-3 * 1 / 2, betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=0.1).step()
@@ -165,6 +174,57 @@ def test_two_ranks_make_the_same_update_as_one(run, world, tmp_path):
         assert one["loss"] == pytest.approx(two["loss"], rel=2e-3) and one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-3)
 
 
+def test_a_bucket_is_reduced_within_the_backward_pass_as_soon_as_its_gradients_are_whole(lively, mixed_prompt, monkeypatch):
+    model, _ = lively
+    ids, events = torch.randint(256, (6, 5)), []
+    flat, real = sharding.Flat(model, 0, 1), sharding.Flat.reduce_last
+    loss = lambda: (M.response_hidden(model, mixed_prompt, ids) @ model.lm_head.weight.t()).square().mean()
+    want = torch.cat([torch.nn.functional.pad(g.flatten(), (0, -g.numel() % 64)) for g in torch.autograd.grad(loss(), flat.params)])
+    for number, param in enumerate(flat.params):
+        param.register_post_accumulate_grad_hook(lambda _, number=number: events.append(("gradient", number)))
+    into = torch.zeros(flat.shape[::2])
+    flat.track_gradients(into)
+    monkeypatch.setattr(sharding.Flat, "reduce_last", lambda self: (events.append(("bucket", len(self.missing) - 1)), real(self)))
+    for times in (1, 2):                                                              # it adds to what is there
+        del events[:]
+        loss().backward()
+        assert sorted(number for kind, number in events if kind == "gradient") == [*range(len(flat.params))]
+        buckets = [number for kind, number in events if kind == "bucket"]
+        assert len(into) > 1 and buckets == [*reversed(range(len(into)))]
+        first = events.index(("bucket", len(into) - 1))
+        assert any(kind == "gradient" for kind, _ in events[first:])                  # not only at the end
+        for bucket in buckets:
+            inside = [i for i, span in enumerate(flat.spans) if span.start < (bucket + 1) * flat.bucket and span.stop > bucket * flat.bucket]
+            before = events[:events.index(("bucket", bucket))]
+            assert inside and all(("gradient", i) in before for i in inside)
+        flat.reduce()
+        assert len(events) == len(flat.params) + len(into)                            # nothing was left
+        torch.testing.assert_close(into.flatten()[:len(want)], times * want, atol=1e-6, rtol=1e-4)
+        assert not flat.grads.any()
+    loss().backward()
+    with pytest.raises(RuntimeError, match="A second backward pass before `reduce`, which would lose .*call it after each"):
+        loss().backward()
+
+
+def test_a_gradient_that_no_backward_pass_brings_counts_as_0():
+    """A parameter that took no part, and a rank that has no micro-batch left."""
+    model, _ = toy.tiny()
+    flat = sharding.Flat(model, 0, 1)
+    into = torch.zeros(flat.shape[::2])
+    flat.track_gradients(into)
+    for _ in range(2):
+        flat.params[3].sum().backward()
+        flat.reduce()
+    flat.reduce()
+    assert (into.flatten()[flat.spans[3]] == 2).all() and into.sum() == 2 * flat.params[3].numel()
+
+
+def test_ranks_that_cannot_share_the_weights_evenly_are_refused():
+    with pytest.raises(ValueError, match=r"11 ranks cannot share buckets of 20,160 weights evenly. Choose a number of ranks that"):
+        sharding.Flat(toy.tiny()[0], 0, 11)
+    assert all(sharding.UNIT * 2 ** 13 % ranks == 0 for ranks in (*range(1, 11), 12, 16, 24, 32, 48, 64, 72, 96, 128))
+
+
 def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(run, world, tmp_path):
     want = run("straight", "--steps", "6", "--save-every", "2")
     command = in_processes(world, tmp_path / "killed", "--steps", "6", "--save-every", "2")
@@ -181,7 +241,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(run, world, tmp_
     assert_equal(load_file(tmp_path / "killed" / "checkpoint-000006" / "model.safetensors"), want)
     assert [e["step"] for e in log(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6]
     assert [e["loss"] for e in log(tmp_path / "killed")] == [e["loss"] for e in log(tmp_path / "straight")]
-    states = [load_file(tmp_path / n / "checkpoint-000006" / "state" / "0-of-1.safetensors") for n in ("killed", "straight")]
+    states = [one_rank(tmp_path / name / "checkpoint-000006") for name in ("killed", "straight")]
     assert_equal(*states)
     assert not torch.equal(states[0]["ema"], states[0]["master"])
 
@@ -222,7 +282,7 @@ def test_bf16_live_weights_are_the_rounded_fp32_masters_and_a_resumed_run_goes_o
     live = run("straight")
     run("twice", "--steps", "2")
     assert_equal(run("twice"), live)
-    state, other = (load_file(tmp_path / name / "checkpoint-000003" / "state" / "0-of-1.safetensors") for name in ("straight", "twice"))
+    state, other = (one_rank(tmp_path / name / "checkpoint-000003") for name in ("straight", "twice"))
     assert_equal(other, state)
     weights = real(str(tmp_path / "straight" / "checkpoint-000003"), device="cpu", dtype=torch.bfloat16)[0].parameters()
     flat = torch.cat([torch.nn.functional.pad(w.flatten(), (0, -w.numel() % 64)) for w in weights])
