@@ -34,7 +34,7 @@ from tqdm import tqdm
 from benchmarks import BENCHES, GROUPS, benchmark
 from figures import appending, compare, percent, read_json, read_jsonl, saved, scored, summarise, table
 from scoring import score
-from triplets import load_image, write
+from triplets import Help, load_image, write
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -256,7 +256,7 @@ def evaluate(path: str, benches: dict[str, list[dict]], out: Path, *, device: st
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     # instead of answering
     only = p.add_mutually_exclusive_group()
     only.add_argument("--report", type=Path, metavar="DIR", help="only (re)build the page of a training run or an evaluation")

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from tqdm import tqdm
 
 from scoring import ONES, TEENS
-from triplets import FOLDERS, RED, load_image, naming_full_disks, preview, read_triplets, write, write_sample
+from triplets import FOLDERS, RED, Help, load_image, naming_full_disks, preview, read_triplets, write, write_sample
 
 PROMPTS = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text(encoding="utf-8"))
 
@@ -548,7 +548,7 @@ def check(folder: Path) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     flag = argparse.BooleanOptionalAction
     # data sets that are there
     p.add_argument("--preview", type=Path, metavar="DIR", help="draw DIR/preview.png: 24 triplets of that data set")

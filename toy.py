@@ -329,7 +329,7 @@ def table(out: Path, seeds: list[int], variants: list[str]) -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=triplets.Help)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an interrupted table goes on")
     p.add_argument("--n", type=int, default=100, help="triplets to draw")
     p.add_argument("--seed", type=int, default=0, help="of the scenes drawn")

@@ -52,7 +52,7 @@ FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "ge
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     argv, world = sys.argv[1:] if argv is None else argv, int(os.environ.get("WORLD_SIZE", 1))
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=triplets.Help, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
     # what to train, on what
     p.add_argument("--toy", action="store_true", help="drawn scenes, a tiny Qwen3.5 trained on the spot, before/after table")
@@ -83,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # optimizer (official run script)
     p.add_argument("--lr", type=float, default=2e-6, help="AdamW with betas 0.9 / 0.999")
     p.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's, on all weights")
-    p.add_argument("--adam-eps", type=float, default=1e-8, help="AdamW's (--toy: 5e-5, see README)")
+    p.add_argument("--adam-eps", type=float, default=1e-8, help="AdamW's (--toy has its own: see README)")
     p.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
     p.add_argument("--warmup", type=int, default=10, help="linear warm-up steps; the first has lr / warmup, not 0")
     p.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="cosine falls to 10%% (ours: for --toy)")

@@ -4,6 +4,7 @@
 A data set is a folder with `train.jsonl`, `images/` and `teacher_images/`. The student sees images[0], the teacher
 teacher_images[0], both the same question.
 """
+import argparse
 import errno
 import gzip
 import json
@@ -89,6 +90,14 @@ def write(path: Path, content: str | bytes) -> None:
     """All of it or nothing, whenever the process is killed."""
     with whole(path) as scratch:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A command's --help: its docstring as it stands, and the default of every flag that has one and does not tell it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.default in (None, "") or isinstance(action.default, bool) or "default" in action.help
+        return action.help if told else super()._get_help_string(action)
 
 
 # ------------------------------------------------------------------------------------------------- the format on disk

@@ -1,9 +1,12 @@
-"""Shared by the tests: everything runs offline, on the CPU, on one thread per process."""
+"""Shared by the tests: everything runs offline, on the CPU (but for test_gpu.py, with --device cuda), on one thread per process."""
 import os
 import sys
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+DEVICE = "cuda" if {"cuda", "--device=cuda"} & {*sys.argv} else "cpu"
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+if DEVICE == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -20,6 +23,17 @@ import train  # noqa: E402
 
 torch.set_num_threads(1)
 sharding.BUCKET = 4 * sharding.UNIT                        # the tiny model has several, as real ones do
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=["cpu", "cuda"], help="cuda: test_gpu.py on this machine's GPU, with the kernels installed")
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE == "cuda" and any(item.path.name != "test_gpu.py" for item in items):
+        raise pytest.UsageError("--device cuda is for tests/test_gpu.py alone: the other tests are made for the CPU.")
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA build of torch.")
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

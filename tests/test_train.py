@@ -367,6 +367,15 @@ def test_the_defaults_are_the_papers():
     assert 6241 // args.prompts == 65
 
 
+def test_help_tells_the_defaults_those_of_the_toy_with_toy(capsys):
+    for flags, lr in (([], "2e-06"), (["--toy"], str(toy.RUN["lr"]))):
+        with pytest.raises(SystemExit):
+            train.parse([*flags, "--help"])
+        told = capsys.readouterr().out
+        assert f"AdamW with betas 0.9 / 0.999 (default: {lr})" in " ".join(told.split()) and "(default: None)" not in told
+        assert "python train.py --toy                       the whole method" in told                    # the docstring as it stands
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 @pytest.mark.parametrize("flags, message", [
