@@ -1,4 +1,4 @@
-"""Ranks and what they share: live weights on all of them, and on each its slice of the fp32 state (master weights, AdamW's
+"""Ranks and what they share: live weights on all of them, and on each its part of the fp32 state (master weights, AdamW's
 moments, the EMA teacher), with the checkpoints of all that. The update does not depend on the number of ranks.
 """
 import json
@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import sys
+import weakref
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from model import save
 
-UNIT = 5_040                                               # weights; 1 to 10 ranks share it evenly, also 12, 14, 15, 16, 18, ..
-BUCKET = UNIT * 2 ** 13                                    # weights that one collective call is about: 83 MB in bf16
+BUCKET = 2 ** 26                                           # most weights that one collective call is about: 134 MB in bf16
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks
@@ -60,8 +60,8 @@ def peak_memory(device: torch.device) -> float:
 # ------------------------------------------------------------------------------------- sharded weights, AdamW and EMA
 
 class Flat:
-    """All parameters of a model as views into one vector, and their gradients into another, cut into buckets that take one
-    collective call each. Rank r owns part r of `world` equal parts of every bucket. Offsets do not depend on the world size."""
+    """All parameters of a model as views into one vector, and their gradients into another, cut into equal buckets that take one
+    collective call each. Rank r owns part r of `world` equal parts of every bucket."""
 
     def __init__(self, model, rank: int, world: int):
         self.params = list(model.parameters())                                        # tied weights appear once
@@ -69,37 +69,36 @@ class Flat:
         for param in self.params:
             starts.append(starts[-1] + math.ceil(param.numel() / 64) * 64)            # aligned for fast kernels
         self.numel, self.rank, self.world = starts[-1], rank, world
-        self.bucket = min(BUCKET, math.ceil(self.numel / UNIT) * UNIT)
-        if self.bucket % world:
-            raise ValueError(f"{world} ranks cannot share buckets of {self.bucket:,} weights evenly. Choose a number of ranks that "
-                             "divides it, such as 1 to 10, 12, 16, or 24.")
-        self.shape = (math.ceil(self.numel / self.bucket), world, self.bucket // world)
+        buckets = math.ceil(self.numel / BUCKET)
+        self.part = math.ceil(self.numel / (buckets * world * 64)) * 64
+        self.bucket, self.shape = self.part * world, (buckets, world, self.part)
         self.weights = torch.zeros(math.prod(self.shape), dtype=self.params[0].dtype, device=self.params[0].device)
         self.spans = [slice(start, start + param.numel()) for param, start in zip(self.params, starts)]
         for param, span in zip(self.params, self.spans):
             param.data = self.weights[span].view_as(param).copy_(param.data)
 
-    def own(self) -> Tensor:
-        """The live weights that this rank owns: a view, (buckets, bucket / world)."""
+    def owned(self) -> Tensor:
+        """The live weights that this rank owns: a view, (buckets, part)."""
         return self.weights.view(self.shape)[:, self.rank]
 
     def publish(self, own: Tensor) -> None:
-        """Every rank's fp32 part `own` -> the live weights of all ranks, whose memory is taken if it was given back."""
+        """Every rank's `own`, (buckets, part) fp32 -> the live weights of all ranks, whose memory is taken if it was given back."""
         self.allocate(True)
-        self.own().copy_(own)
+        self.owned().copy_(own)
         for bucket in self.weights.view(self.shape) if self.world > 1 else ():
             dist.all_gather_single(bucket.view(-1), bucket[self.rank])                # in place
 
     def track_gradients(self, into: Tensor) -> None:
         """From here on gradients are views too, and every backward pass, followed by `reduce`, adds all ranks' sum of them to
-        this rank's fp32 part `into`. A bucket is reduced as soon as its gradients are whole: beside the pass, on a GPU."""
+        this rank's `into`, (buckets, part) fp32. A bucket is reduced as soon as its gradients are whole: on a GPU beside the
+        pass."""
         self.grads, self.into = torch.zeros_like(self.weights), into
-        self.side = torch.cuda.Stream() if self.weights.is_cuda else None
+        self.side = torch.cuda.Stream(self.weights.device) if self.weights.is_cuda else None
         self.holds = [0] * len(into)                                                  # parameters in each bucket
         for param, span in zip(self.params, self.spans):
             param.grad = self.grads[span].view_as(param)
             within = range(span.start // self.bucket, (span.stop - 1) // self.bucket + 1)
-            param.register_post_accumulate_grad_hook(partial(self.arrived, within))
+            param.register_post_accumulate_grad_hook(partial(Flat.arrived, weakref.proxy(self), within))
             for i in within:
                 self.holds[i] += 1
         self.missing = [*self.holds]                                                  # of the buckets that are not reduced yet
@@ -108,7 +107,7 @@ class Flat:
         """A parameter's gradient is whole. Buckets are reduced from the last to the first, as a backward pass fills them and in
         one order on all ranks."""
         if within.stop > len(self.missing):
-            raise RuntimeError("A second backward pass before `reduce`, which would lose some of its gradients: call it after each.")
+            raise RuntimeError("A backward pass began before `reduce` was called for the last one, or for one that failed.")
         for i in within:
             self.missing[i] -= 1
         while self.missing and not self.missing[-1]:
@@ -124,7 +123,7 @@ class Flat:
         self.missing.pop()
         grads = self.grads.view(self.shape)[len(self.missing)]                        # (world, part): row r is for rank r
         if self.side:
-            self.side.wait_stream(torch.cuda.current_stream())
+            self.side.wait_stream(torch.cuda.current_stream(self.side.device))
         with torch.cuda.stream(self.side):
             self.into[len(self.missing)].add_(self.summed(grads))
             grads.zero_()
@@ -141,7 +140,7 @@ class Flat:
     def settle(self) -> None:
         """What is queued from here on runs after all gradients so far are reduced and cleared."""
         if self.side:
-            torch.cuda.current_stream().wait_stream(self.side)
+            torch.cuda.current_stream(self.side.device).wait_stream(self.side)
 
     def allocate(self, there: bool) -> None:
         """Give the live weights' memory back, or take it again (contents undefined until the next publish)."""
@@ -153,7 +152,7 @@ class State:
     section 3.3)."""
 
     def __init__(self, student: Flat, args):
-        self.master = torch.nn.Parameter(student.own().to(torch.float32, copy=True))
+        self.master = torch.nn.Parameter(student.owned().to(torch.float32, copy=True))
         self.master.grad = torch.zeros_like(self.master)
         self.ema = self.master.detach().clone()
         self.adam = torch.optim.AdamW([self.master], lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps,
@@ -218,21 +217,27 @@ def resume(out: Path, flat: Flat, state: State) -> int:
         saved = json.loads(newest.read_text())
     except ValueError as error:
         raise ValueError(f"{newest} is damaged ({error}). Put it back, or choose another --out.") from error
-    if [saved["numel"], saved.get("bucket")] != [flat.numel, flat.bucket]:
-        raise ValueError(f"{newest.parent} holds the state of {saved['numel']:,} weights, but this model has {flat.numel:,} (in "
-                         f"buckets of {saved.get('bucket')} and {flat.bucket}). Resume with the model and the code that the run "
-                         "began with, or choose another --out.")
-    then, now = flat.bucket // saved["world"], flat.bucket // flat.world              # a rank's part of a bucket
-    start, stop = flat.rank * now, (flat.rank + 1) * now
-    for old in range(saved["world"]):
-        low, high = max(start, old * then), min(stop, (old + 1) * then)
-        if low < high:
-            part = newest.parent / f"{old}-of-{saved['world']}.safetensors"
-            try:
-                with safe_open(part, "pt") as file:
-                    for name, own in state.tensors().items():
-                        own[:, low - start:high - start].copy_(file.get_slice(name)[:, low - old * then:high - old * then])
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{part} is missing or damaged ({error}). Put it back, or choose another --out.") from error
+    if saved["numel"] != flat.numel or "bucket" not in saved:
+        raise ValueError(f"{newest.parent} holds the state of {saved['numel']:,} weights, this model has {flat.numel:,}; or older code "
+                         "wrote it. Resume with the model and code that the run began with, or choose another --out.")
+    pieces, part = [], saved["bucket"] // saved["world"]                              # contiguous then and now
+    for i in range(len(state.ema)):
+        first = i * flat.bucket + flat.rank * flat.part
+        at, stop = first, min(first + flat.part, flat.numel)
+        while at < stop:
+            bucket, (rank, start) = at // saved["bucket"], divmod(at % saved["bucket"], part)
+            length = min(stop - at, part - start)
+            pieces.append((rank, bucket, slice(start, start + length), i, slice(at - first, at - first + length)))
+            at += length
+    for old in sorted({rank for rank, *_ in pieces}):
+        path = newest.parent / f"{old}-of-{saved['world']}.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                for name, own in state.tensors().items():
+                    kept = file.get_slice(name)
+                    for _, bucket, there, i, here in (piece for piece in pieces if piece[0] == old):
+                        own[i, here].copy_(kept[bucket, there])
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is missing or damaged ({error}). Put it back, or choose another --out.") from error
     state.moments["step"].fill_(saved["step"])
     return saved["step"]

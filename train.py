@@ -120,9 +120,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not 0 < args.beta < 1 or not 0 <= args.ema_rate <= 1 or not 0 <= args.trust <= 1 or args.resample < 0:
         p.error(f"--beta must lie in (0, 1), --ema-rate and --trust in [0, 1], and --resample be at least 0; got {args.beta}, "
                 f"{args.ema_rate}, {args.trust}, {args.resample}")
-    if not (args.clip > 0 and all(v >= 0 for v in (args.lr, args.weight_decay, args.adam_eps, args.warmup, args.workers))):
-        p.error("--clip must be above 0, and --lr, --weight-decay, --adam-eps, --warmup and --workers at least 0; got "
-                f"{args.clip}, {args.lr}, {args.weight_decay}, {args.adam_eps}, {args.warmup}, {args.workers}")
+    if not (min(args.clip, args.adam_eps) > 0 and all(v >= 0 for v in (args.lr, args.weight_decay, args.warmup, args.workers))):
+        p.error("--clip and --adam-eps must be above 0, and --lr, --weight-decay, --warmup and --workers at least 0; got "
+                f"{args.clip}, {args.adam_eps}, {args.lr}, {args.weight_decay}, {args.warmup}, {args.workers}")
     rewarded, distils = args.method in REWARD, args.method in DISTIL
     if args.method == "sft" and args.teacher == "trust-region":
         p.error("--method sft samples from one set of weights: --teacher trust-region, a mixture of logits, is none")

@@ -203,10 +203,10 @@ def compare(name: str, ours, plain, tokens: int, floor: float, args, step: float
 
 
 class Share(train.Flat):
-    """One rank without the others: it updates and publishes its own slice of the weights, and sends nothing."""
+    """One rank without the others: it updates and publishes its own part of the weights, and sends nothing."""
 
     def publish(self, own: Tensor) -> None:
-        self.own().copy_(own)
+        self.owned().copy_(own)
 
     def summed(self, grads: Tensor) -> Tensor:
         return grads[self.rank]
@@ -223,23 +223,33 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
     flat.track_gradients(state.master.grad)
     full, crop, ids = photo(processor, args), photo(processor, args, 0.4), torch.randint(256, (G, T), device=args.device)
     hidden, target = torch.randn(2, n, head.shape[1], dtype=head.dtype, device=args.device)
-    sides = hidden.requires_grad_(), head, target, teacher.lm_head.weight
+    sides = hidden.requires_grad_(), head.detach().requires_grad_(), target, teacher.lm_head.weight
     teacher_pass = torch.no_grad()(lambda hidden, ids: hidden(teacher, crop, ids))      # (G, T, D)
-    step = lambda: train.learn(options, 1, [([0], full, crop)], model, teacher, processor, flat, teacher_flat, state, rows, None)
+
+    def backward(loss):
+        try:
+            loss.backward()
+        finally:                                                                      # memory may have run out halfway
+            flat.reduce()
+            flat.settle()
+
+    def step():
+        try:
+            train.learn(options, 1, [([0], full, crop)], model, teacher, processor, flat, teacher_flat, state, rows, None)
+        except torch.OutOfMemoryError:
+            flat.reduce()
+            flat.settle()
+            raise
 
     def student_pass(checkpoint=True):
-        M.response_hidden(model, full, ids, checkpoint=checkpoint).square().sum().backward()
-        flat.reduce()
-        flat.settle()
+        backward(M.response_hidden(model, full, ids, checkpoint=checkpoint).square().sum())
 
     def plain_student_pass(ids=ids, loss=lambda hidden, rows: hidden.square().sum(), checkpoint=True):
         model.model.language_model.activation_checkpointing_enable()                  # in training mode; the vision tower's is on
         model.train(checkpoint)
         try:
             for rows in torch.arange(G).split(args.plain_rows):
-                loss(plain_hidden(model, full, ids[rows]), rows).backward()
-                flat.reduce()
-                flat.settle()
+                backward(loss(plain_hidden(model, full, ids[rows]), rows))
         finally:
             model.eval().model.language_model.activation_checkpointing_disable()
 
@@ -262,7 +272,7 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
         "generation": (lambda: sample(model, processor, full, G, max_new_tokens=T, seeds=[0]),
                        lambda: plain_generate(model, full, G, T), T * read_bytes(model, G, L + T / 2) / bandwidth),
         "teacher pass": (lambda: teacher_pass(M.response_hidden, ids), lambda: teacher_pass(plain_hidden, ids), teacher_forward),
-        "student pass, forward and backward": (student_pass, plain_student_pass, 4 * forward),
+        "student pass, gradients added up": (student_pass, plain_student_pass, 4 * forward),
         "loss": (bench_loss.ours(args, *sides), bench_loss.plain(args, *sides), matmuls)}
     print(f"\none step: {L:,} prompt tokens (teacher {crop_L:,}), {T} response tokens, G = {G}, one of {args.ranks} ranks\n{HEADER}")
     ours, plain = compare("whole step, train.learn", step, plain_step, n, sum(floor for *_, floor in phases.values()), args)

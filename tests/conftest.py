@@ -3,10 +3,11 @@ import os
 import sys
 from pathlib import Path
 
-DEVICE = "cuda" if {"cuda", "--device=cuda"} & {*sys.argv} else "cpu"
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+DEVICE = "cuda" if "--device cuda" in " ".join(sys.argv).replace("=", " ") else "cpu"
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", USE_HUB_KERNELS="NO")
 if DEVICE == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["TRITON_F32_DEFAULT"] = "ieee"                  # kernels would compute fp32 in TF32
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -22,18 +23,23 @@ import toy  # noqa: E402
 import train  # noqa: E402
 
 torch.set_num_threads(1)
-sharding.BUCKET = 4 * sharding.UNIT                        # the tiny model has several, as real ones do
+sharding.BUCKET = 20_000                                   # the tiny model has several, as real ones do
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=["cpu", "cuda"], help="cuda: test_gpu.py on this machine's GPU, with the kernels installed")
 
 
+def pytest_configure(config):
+    if (config.getoption("--device") or "cpu") != DEVICE:
+        raise pytest.UsageError("Give --device on the command line: it is read before pytest reads its own settings.")
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA build of torch.")
+
+
 def pytest_collection_modifyitems(items):
     if DEVICE == "cuda" and any(item.path.name != "test_gpu.py" for item in items):
         raise pytest.UsageError("--device cuda is for tests/test_gpu.py alone: the other tests are made for the CPU.")
-    if DEVICE == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA build of torch.")
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -77,6 +77,25 @@ def test_memory_that_runs_out_is_reported(monkeypatch, capsys):
     assert "out of memory" in plain and " 0.00 " in ours
 
 
+def test_memory_that_runs_out_halfway_through_a_backward_pass_costs_one_row(monkeypatch, capsys):
+    real, calls = bench.plain_hidden, []
+
+    def run_out(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def short(model, prompt, ids):
+        hidden = real(model, prompt, ids)
+        if hidden.requires_grad:
+            next(model.model.language_model.layers[0].parameters()).register_hook(run_out) if not calls else None
+            calls.append(1)
+        return hidden
+
+    monkeypatch.setattr(bench, "plain_hidden", short)
+    bench_main(monkeypatch, "step", "--prompt-tokens", "80", "--response-tokens", "4", "--group", "2", "--model-vocab", "512", "--repeats", "1")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert sum("out of memory" in line for line in rows) >= 2 and any("teacher pass" in line and "out of memory" not in line for line in rows)
+
+
 @pytest.mark.parametrize("flags, found, verdict", [
     ([], (1.5, 1.9), "reached"), ([], (1.7, 1.0), "missed"), ([], (1.5, 2.1), "missed"), ([], None, "not run"),
     (["--tokens", "64"], (1.0, 0.0), "not run"), (["--device", "cpu"], (1.0, 0.0), "not run on a GPU")])

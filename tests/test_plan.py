@@ -90,10 +90,9 @@ def phases(build, flags: list[str], side: int, compile: bool) -> tuple[dict, dic
     (["--prompts", "4", "--micro-prompts", "4", "--gen-prompts", "1", "--group", "4", "--max-new-tokens", "60"], 96, False),
     (["--prompts", "8", "--group", "8", "--max-new-tokens", "60", "--teacher", "trust-region"], 96, False),
     (["--prompts", "4", "--micro-prompts", "2", "--group", "2", "--max-new-tokens", "64", "--no-checkpointing"], 128, False)])
-def test_memory_is_about_what_the_formula_says(build, flags, side, compile, dense_mask, monkeypatch):
-    monkeypatch.setattr(sharding, "BUCKET", sharding.UNIT)                            # the last one is filled up
+def test_memory_is_about_what_the_formula_says(build, flags, side, compile, dense_mask):
     counted, planned = phases(build, flags, side, compile)
-    assert counted["stays"] == pytest.approx(planned["stays"], rel=0.02)              # parameters are aligned
+    assert counted["stays"] == pytest.approx(planned["stays"], rel=0.01)              # parameters are aligned
     for phase in ("sampling", "teacher", "student"):
         assert 0.85 * counted[phase] <= planned[phase] <= 1.6 * counted[phase], (phase, counted, planned)
 
