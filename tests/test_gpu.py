@@ -9,7 +9,7 @@ import inspect
 import pytest
 import torch
 from conftest import DEVICE, alone, livelier, noise, tiny_qwen3_vl
-from test_model import plain_hidden
+from test_model import gradients, plain_hidden
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import bench
@@ -53,9 +53,7 @@ def error(got, want, least=0.0) -> float:
 
 
 def backward(model, hidden, target) -> dict:
-    model.zero_grad()
-    (hidden * target.to(hidden)).sum().backward()
-    return {"hidden": hidden.detach()} | {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return {"hidden": hidden.detach()} | gradients(model, (hidden * target.to(hidden)).sum())
 
 
 def plain(model, prompt, ids):
@@ -156,4 +154,4 @@ def test_a_step_is_that_of_the_cpu(subject, monkeypatch):
     for key in ("loss", "grad_norm"):
         assert [entry[key] for entry in got] == pytest.approx([entry[key] for entry in want], rel=1e-2)
     assert error(mine.moments["exp_avg"], its.moments["exp_avg"]) < 1e-2 and not flat.grads.any()
-    assert torch.equal(flat.weights.view(flat.shape)[:, 0], mine.master) and not torch.equal(mine.master, mine.ema)
+    assert torch.equal(flat.owned(), mine.master) and not torch.equal(mine.master, mine.ema)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, plain_logits
 from safetensors.torch import load_file
-from test_train import assert_same_update, in_processes, launch, log, one_rank
+from test_train import aligned, assert_same_update, in_processes, launch, log, one_rank
 
 import baselines
 import loss
@@ -233,7 +233,7 @@ def test_a_step_has_the_gradient_of_plain_forwards_and_a_formula(flags, run, wor
         assert (entry["kept"], entry["right"]) == (kept / len(lines), sum(line[3] for line in lines) / len(lines))
     if args.objective == "topk":
         assert entry["loss"] == pytest.approx(total.item(), rel=1e-3, abs=1e-5)
-    gradient = torch.cat([torch.nn.functional.pad(w.grad.flatten(), (0, -w.numel() % 64)) for w in student.parameters()])
+    gradient = aligned(weight.grad for weight in student.parameters())
     first, second = (one_rank(tmp_path / name / f"checkpoint-00000{n}")["exp_avg"] for name, n in (("one", 1), ("fast", 2)))
     got = (second - 0.9 * first) / 0.1
     assert (got - gradient).norm() < 1e-3 * gradient.norm() and gradient.norm() > 0
@@ -257,7 +257,7 @@ def test_current_and_initial_teachers_are_the_ema_at_its_ends(teacher, twin, run
     got, want = run("a", "--teacher", teacher), run("b", "--ema-rate", twin)
     assert all(torch.equal(got[name], want[name]) for name in want)
     state = one_rank(tmp_path / "a" / "checkpoint-000003")
-    start = torch.cat([torch.nn.functional.pad(w.detach().flatten(), (0, -w.numel() % 64)) for w in M.load(str(world / "base"))[0].parameters()])
+    start = aligned(M.load(str(world / "base"))[0].parameters())
     assert torch.equal(state["ema"], start if teacher == "initial" else state["master"])
 
 

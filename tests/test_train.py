@@ -52,6 +52,11 @@ def assert_same_update(got, want, world, tolerance=2e-3):
     assert distance(want, base) > 0.1 and distance(got, want) < tolerance * distance(want, base)
 
 
+def aligned(tensors):
+    """Of all parameters, in the order and alignment of sharding.Flat: one vector."""
+    return torch.cat([torch.nn.functional.pad(t.detach().flatten(), (0, -t.numel() % 64)) for t in tensors])
+
+
 def one_rank(checkpoint):
     """The fp32 state of a run on one rank, as vectors of the aligned parameters; what fills up the last bucket must be 0."""
     numel = json.loads((checkpoint / "state" / "state.json").read_text())["numel"]
@@ -98,17 +103,16 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     assert len(saved) == args.micro_prompts and saved.keys() <= {name for name, *_ in shown}
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.02)
     assert entry["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.02           # so clipping is at work
-    flatten = lambda tensors: torch.cat([torch.nn.functional.pad(t.detach().flatten(), (0, -t.numel() % 64)) for t in tensors])
     state = one_rank(tmp_path / "fast" / "checkpoint-000001")
-    gradient = flatten(weight.grad for weight in student.parameters())
+    gradient = aligned(weight.grad for weight in student.parameters())
     assert (state["exp_avg"] - 0.1 * gradient).norm() < 1e-4 * (0.1 * gradient).norm()
     torch.optim.AdamW(student.parameters(), lr=1e-3 * 1 / 2, betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=0.1).step()
     sure = gradient.abs() > 1e-6                                                      # the sign of a gradient of about 0 is noise
-    torch.testing.assert_close(state["master"][sure], flatten(student.parameters())[sure], atol=1e-5, rtol=0)
+    torch.testing.assert_close(state["master"][sure], aligned(student.parameters())[sure], atol=1e-5, rtol=0)
     assert sure.float().mean() > 0.5
-    flat = flatten(M.load(str(tmp_path / "fast" / "checkpoint-000001"))[0].parameters())
+    flat = aligned(M.load(str(tmp_path / "fast" / "checkpoint-000001"))[0].parameters())
     assert torch.equal(flat, state["master"]) and weights
-    start = flatten(teacher.parameters())
+    start = aligned(teacher.parameters())
     torch.testing.assert_close(state["ema"], 0.75 * start + 0.25 * state["master"], atol=1e-7, rtol=1e-6)
 
 
@@ -180,10 +184,10 @@ def test_a_bucket_is_reduced_within_the_backward_pass_as_soon_as_its_gradients_a
     ids, events = torch.randint(256, (6, 5)), []
     flat, real = sharding.Flat(model, 0, 1), sharding.Flat.reduce_last
     loss = lambda: (M.response_hidden(model, mixed_prompt, ids) @ model.lm_head.weight.t()).square().mean()
-    want = torch.cat([torch.nn.functional.pad(g.flatten(), (0, -g.numel() % 64)) for g in torch.autograd.grad(loss(), flat.params)])
+    want = aligned(torch.autograd.grad(loss(), flat.params))
     for number, param in enumerate(flat.params):
         param.register_post_accumulate_grad_hook(lambda _, number=number: events.append(("gradient", number)))
-    into = torch.zeros(flat.shape[::2])
+    into = torch.zeros_like(flat.owned())
     flat.track_gradients(into)
     monkeypatch.setattr(sharding.Flat, "reduce_last", lambda self: (events.append(("bucket", len(self.missing) - 1)), real(self)))
     for times in (1, 2):                                                              # it adds to what is there
@@ -211,7 +215,7 @@ def test_a_gradient_that_no_backward_pass_brings_counts_as_0():
     """A parameter that took no part, and a rank that has no micro-batch left."""
     model, _ = toy.tiny()
     flat = sharding.Flat(model, 0, 1)
-    into = torch.zeros(flat.shape[::2])
+    into = torch.zeros_like(flat.owned())
     flat.track_gradients(into)
     for _ in range(2):
         flat.params[3].sum().backward()
@@ -305,7 +309,7 @@ def test_bf16_live_weights_are_the_rounded_fp32_masters_and_a_resumed_run_goes_o
     state, other = (one_rank(tmp_path / name / "checkpoint-000003") for name in ("straight", "twice"))
     assert_equal(other, state)
     weights = real(str(tmp_path / "straight" / "checkpoint-000003"), device="cpu", dtype=torch.bfloat16)[0].parameters()
-    flat = torch.cat([torch.nn.functional.pad(w.flatten(), (0, -w.numel() % 64)) for w in weights])
+    flat = aligned(weights)
     assert torch.equal(flat, state["master"].bfloat16()) and not torch.equal(flat.float(), state["master"])
 
 
