@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import triplet_row
-from scoring import score
+from benchmarks.scoring import score
+from benchmarks.sources import triplet_row
 from sharding import total
 
 DISTIL, REWARD = ("vision-opd", "opsd"), ("grpo", "dapo")                              # families of methods; the other is sft

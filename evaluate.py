@@ -14,30 +14,26 @@ benchmarks.py; what an answer says: scoring.py; accuracies, intervals, gap and c
 Killed at any moment, the same command goes on, on any number of ranks. Greedy, non-thinking, images at native resolution.
 """
 import argparse
-import base64
 import hashlib
-import html
-import io
 import json
-import math
 import os
-import re
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks import BENCHES, GROUPS, benchmark
-from figures import appending, compare, percent, read_json, read_jsonl, saved, scored, summarise, table
-from scoring import score
-from triplets import Help, load_image, write
-
-TEMPLATE = Path(__file__).with_name("report.html")
-
+from benchmarks.figures import compare, percent, saved, summarise, table
+from benchmarks.page import report, trajectory
+from benchmarks.scoring import score
+from benchmarks.sources import BENCHES, GROUPS, benchmark
+from benchmarks.zoom import zoomed
+from launch.flags import Help
+from storage.files import appending, read_json, write
+from storage.images import load_image
+from toy.scenes import held_out
 
 # ---------------------------------------------------------------------------------------------------------------- answers
 
@@ -49,6 +45,7 @@ def answer(model, processor, name: str, rows: list[dict], out: Path, *, views: l
     it cannot be encoded or does not fit in memory alone: counted, never scored, and tried again by the next run.
     """
     from torch import OutOfMemoryError
+
     import rollout
     near = lambda row: row | {key: row[key] and os.path.relpath(row[key], out) for key in ("image", "crop")}
     asked = [near(row) | {"bench": name, "view": view} for row in rows[rank::world] for view in views
@@ -65,8 +62,9 @@ def answer(model, processor, name: str, rows: list[dict], out: Path, *, views: l
             try:
                 paths = [out / a["image" if a["view"] == "full" else "crop"] for a in part]
                 images = [load_image(os.path.normpath(path)) for path in paths]
-                how = model, processor, images, [a["prompt"] for a in part], max_new_tokens
-                replies = zoomed(*how, rounds) if rounds else rollout.answers(*how)
+                reply = lambda images, texts: rollout.answers(model, processor, images, texts, max_new_tokens)
+                prompts = [a["prompt"] for a in part]
+                replies = zoomed(reply, images, prompts, rounds) if rounds else reply(images, prompts)
             except (OutOfMemoryError, OSError, ValueError) as error:
                 if len(part) > 1:                                               # too many, or a bad one among them: halve
                     size = len(part) // 2
@@ -86,152 +84,6 @@ def answer(model, processor, name: str, rows: list[dict], out: Path, *, views: l
             bar.set_postfix_str(f"{share:.1%} right, {states['error']} errors")
 
 
-# ------------------------------------------------------------------------------------------------------- the zoom-in tool
-
-TOOLS = """# Tools
-You may call a function to assist with the question. Its signature:
-{"name": "image_zoom_in_tool", "description": "Crop a region of the first image and return it enlarged.", "parameters": {"bbox_2d":
-"[x1, y1, x2, y2] of the region, in thousandths of the image's width and height", "label": "what is looked for (optional)"}}
-To call it, answer <tool_call>{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [...], "label": "..."}}</tool_call>"""
-
-
-def zoomed(model, processor, images: list, texts: list[str], max_new_tokens: int, rounds: int) -> list[dict]:
-    """As `rollout.answers`, but the model may call a zoom-in tool (paper, Appendix A) at most `rounds` times a row: the region
-    comes back as a further image, or an error that it can react to. "output" is the last turn, "tokens" counts all of them, and
-    the row also has "calls" and "malformed" (calls). Every turn computes its whole prompt anew."""
-    import rollout
-    views, done = [[image] for image in images], [{"tokens": 0, "calls": 0, "malformed": 0} for _ in texts]
-    chats = [[{"role": "system", "content": TOOLS},
-              {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
-    active = range(len(texts))
-    for left in range(rounds, -1, -1):
-        replies = rollout.answers(model, processor, [views[i] for i in active], [chats[i] for i in active], max_new_tokens)
-        for i, reply in zip(active, replies):
-            done[i] |= reply | {"tokens": done[i]["tokens"] + reply["tokens"]}
-        active = [i for i in active if left and "<tool_call>" in done[i]["output"]]
-        if not active:
-            break
-        for i in active:
-            said = done[i]["output"].replace("<|", "< |")                           # spelled-out vision tokens
-            content = [{"type": "text", "text": "This was the last call: answer now."}] * (left == 1)
-            done[i]["calls"] += 1
-            try:
-                views[i].append(region(re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", said, re.S)[-1], images[i]))
-                content = [{"type": "image"}, *content]
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
-                done[i]["malformed"] += 1
-                wrong = f"Error: {error!r}. Expected a call as described, 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000."
-                content = [{"type": "text", "text": wrong.replace("<|", "< |")}, *content]
-            content = [{"type": "text", "text": "<tool_response>"}, *content, {"type": "text", "text": "</tool_response>"}]
-            chats[i] += [{"role": "assistant", "content": said}, {"role": "user", "content": content}]
-    return done
-
-
-def region(call: str, image: Image.Image) -> Image.Image:
-    """The crop that a tool call asks for, enlarged to at least 448 px along its longer side. Raises ValueError, LookupError,
-    TypeError or RecursionError for anything but a well-formed call."""
-    call = json.loads(call)
-    box = x1, y1, x2, y2 = call["arguments"]["bbox_2d"]
-    if call["name"] != "image_zoom_in_tool" or not all(type(v) in (int, float) for v in box) or not (
-            0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):
-        raise ValueError(f"{str(call['name'])[:80]} of {str(box)[:80]}")
-    w, h = image.size
-    crop = image.crop((math.floor(x1 * w / 1000), math.floor(y1 * h / 1000), math.ceil(x2 * w / 1000), math.ceil(y2 * h / 1000)))
-    if max(crop.size) > 100 * min(crop.size):                                         # image processors refuse 200
-        raise ValueError(f"the region has {crop.width} x {crop.height} pixels, which is too thin")
-    scale = max(1, 448 / max(crop.size))
-    return crop.resize((math.ceil(crop.width * scale), math.ceil(crop.height * scale)), Image.Resampling.BICUBIC)
-
-
-# ----------------------------------------------------------------------------------------------------------------- report
-
-def pictures(out: Path, paths: list[str | None], notes: list[str], budget: int = 14_000_000) -> dict[str, str]:
-    """{path relative to `out`: data URI}: PNGs below 8 kB, else JPEGs whose size falls with their number, so that the page
-    stays below 20 MB. What cannot be read, or does not fit, is missing and said in `notes`."""
-    paths, uris, left = list(dict.fromkeys(filter(None, paths))), {}, 0
-    side = min(640, max(100, int(math.sqrt(budget / 0.4 / max(1, len(paths))))))
-
-    def shrink(path: str) -> str | Exception:
-        try:
-            image = load_image(os.path.normpath(out / path))
-        except (OSError, ValueError) as error:
-            return error
-        image.thumbnail((side, side))
-        for kind in ("png", "jpeg"):
-            file = io.BytesIO()
-            image.save(file, kind, quality=80)
-            if file.tell() < 8000:                                              # a small PNG keeps drawn pixels sharp
-                break
-        return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-    with ThreadPoolExecutor(4) as pool:
-        for path, uri in zip(paths, tqdm(pool.map(shrink, paths), "report", len(paths), unit="image", disable=len(paths) < 200)):
-            if isinstance(uri, Exception):
-                notes.append(str(uri))
-            elif len(uri) > budget:
-                left += 1
-            else:
-                uris[path], budget = uri, budget - len(uri)
-    notes += [f"{left} image(s) are not shown, to keep this page small"] * (left > 0)
-    return uris
-
-
-def gallery(out: Path, folders: dict[str, Path], most: int = 2000) -> dict:
-    """The samples of one or two results folders, at most so many: those first that flipped, then those not right everywhere.
-    Each: bench, id, group, question, gold, image, crop (paths relative to `out`), answers [label, view, text, state]."""
-    samples = {}
-    for label, folder in folders.items():
-        for a in scored(folder)[0]:
-            places = {view: a[view] and os.path.relpath(folder / a[view], out) for view in ("image", "crop")}
-            sample = samples.setdefault((a["bench"], a["id"]), places | {key: a[key] for key in ("bench", "id", "group")} | {
-                "question": a["prompt"], "gold": a["answer"], "answers": []})
-            text = a.get("output", a.get("error"))
-            text = text[:1500] + f" … {len(text) - 1500} more characters" * (len(text) > 1500)
-            sample["answers"].append([label, a["view"], text, a["state"]])
-
-    def dull(sample: dict) -> tuple[bool, bool]:
-        right = {(view, state == "right") for _, view, _, state in sample["answers"] if state != "error"}
-        return len(right) == len({view for view, _ in right}), all(state == "right" for *_, state in sample["answers"])
-    return {"total": len(samples), "samples": sorted(samples.values(), key=dull)[:most]}
-
-
-def trajectory(folder: Path) -> list[dict]:
-    """What one checkpoint's folder step-N adds to the gap over a run (paper, Figure 5): a row a benchmark."""
-    return [{"step": int(folder.name[5:]), "bench": name, **{view: f[view]["accuracy"] for view in ("full", "crop") if view in f},
-             "gap": f.get("gap", {}).get("gap")} for name, f in read_json(folder / "result.json", []).get("benches", {}).items()]
-
-
-def report(out: Path) -> Path:
-    """Write out/report.html, one self-contained page, from what a training run, an evaluation, a comparison or an evaluation of a
-    run's checkpoints has left; returns its path. The page says what is missing. Raises FileNotFoundError for any other folder."""
-    out, notes = Path(out), []
-    training, steps = (out / "log.jsonl").is_file(), [path.parent for path in sorted(out.glob("step-*/result.json"))]
-    compared, ends = read_json(out / "compare.json", []), {folder.name: folder for folder in steps[:1] + steps[-1:]}
-    folders = {path: Path(path) for path in compared.get("folders", [])} or ends
-    if training or not folders:
-        folders = {when: out / f"eval-{when}" for when in ("before", "after")} if training else {out.resolve().name: out}
-    results = {label: result for label, folder in folders.items() if (result := read_json(folder / "result.json", notes))}
-    if not training and not results:
-        found = sorted(p.name for p in out.iterdir())[:8] if out.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{out} has no log.jsonl or result.json ({found}; {notes}). Expected the --out of a run.")
-    log, rollouts = (read_jsonl(out / name, notes) if training else [] for name in ("log.jsonl", "rollouts.jsonl"))
-    log = {row["step"]: row for row in log}                                     # of a step written twice, the later line
-    rollouts = [row for row in rollouts if row["step"] in (rollouts[0]["step"], rollouts[-1]["step"])]
-    shown = gallery(out, {label: folders[label] for label in results})
-    tables = {"difference": compared["text"]} if "text" in compared else {}
-    tables |= {label: table(result) for label, result in results.items()}
-    data = {"name": out.resolve().name, "training": training, "results": results, "tables": tables, "gallery": shown,
-            "log": [log[step] for step in sorted(log)], "rollouts": rollouts, "trajectory": sum(map(trajectory, steps), []),
-            "args": read_json(out / "args.json", notes) if training else {}, "seconds": read_json(out / "seconds.json", []),
-            "published": {name: bench["published"] for name, bench in BENCHES.items()}, "notes": notes,
-            "images": pictures(out, [row.get(view) for row in rollouts + shown["samples"] for view in ("image", "crop")], notes)}
-    # Model output reaches the page as JSON without "<", so that no response can end the script it stands in, and is
-    # put on screen with textContent only.
-    text = json.dumps(data).replace("<", "\\u003c")
-    values = {"name": html.escape(data["name"]), "data": text, "table": html.escape("\n\n".join(tables.values()))}
-    write(out / "report.html", re.sub(r"{{(\w+)}}", lambda m: values[m[1]], TEMPLATE.read_text(encoding="utf-8")))
-    return out / "report.html"
-
-
 # ------------------------------------------------------------------------------------------------------------------- main
 
 def evaluate(path: str, benches: dict[str, list[dict]], out: Path, *, device: str, max_new_tokens: int, rounds: int = 0,
@@ -239,6 +91,7 @@ def evaluate(path: str, benches: dict[str, list[dict]], out: Path, *, device: st
     """Load the model at `path` and append its answers to `out`, this rank's share of them; returns when all ranks are done.
     how: views and batch, as in `answer`. Raises ValueError when `out` holds answers of other weights or under other settings."""
     import torch
+
     from model import load
     model, processor = load(path, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     some = b"".join(weight.detach().flatten()[:64].float().cpu().numpy().tobytes() for weight in model.parameters())
@@ -317,7 +170,7 @@ def run(args: argparse.Namespace, scoring: dict, rank: int, world: int) -> None:
         own = Path(name).name.removesuffix(".jsonl")
         if own in benches or own != name and own in (*BENCHES, *GROUPS["toy"]):
             raise ValueError(f"--bench {name}: another benchmark is called {own!r} too. Rename the file or folder.")
-        rows = benchmark(name, args.data_root)
+        rows = held_out(args.data_root)[name] if name in GROUPS["toy"] else benchmark(name, args.data_root)
         n = min(args.limit or len(rows), len(rows))
         benches[own] = [rows[i * len(rows) // n] for i in range(n)]
     if world > 1 and rank == 0:

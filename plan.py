@@ -8,10 +8,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-import triplets
 from baselines import DISTIL
 from model import ImageTextProcessor, chat, find, prompt_tokens
 from sharding import BUCKET
+from storage.images import image_size
 
 
 def outline(path: str):
@@ -117,10 +117,10 @@ def plan(args, rows: list[dict], views: list[tuple[str, str, int]]) -> str:
         tokens = []
         for row in tqdm(rows, desc=f"prompts of the {view}", leave=False):
             try:
-                size = triplets.image_size(row[view])
+                size = image_size(getattr(row, view))
             except ValueError as error:
-                raise ValueError(f"sample {row['id']}: {error}") from error
-            tokens.append(prompt_tokens(processor, size, chat(processor, row["question"] + hint.format(answer=row["answer"]))))
+                raise ValueError(f"sample {row.id}: {error}") from error
+            tokens.append(prompt_tokens(processor, size, chat(processor, row.question + hint.format(answer=row.answer))))
         shrunk = sum(n > limit for n in tokens)
         tokens = [min(n, limit) for n in tokens]
         lengths.append((sum(tokens) // len(tokens), max(tokens), shrunk))

@@ -13,7 +13,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+)
 from transformers.integrations import sdpa_attention
 
 from model import VISION_TOKENS, Prompt, encode, to_device

@@ -26,8 +26,12 @@ import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from tqdm import tqdm
 
-from scoring import ONES, TEENS
-from triplets import FOLDERS, RED, Help, load_image, naming_full_disks, preview, read_triplets, write, write_sample
+from benchmarks.scoring import ONES, TEENS
+from launch.flags import Help
+from storage.files import naming_full_disks, write
+from storage.images import load_image
+from triplets.format import FOLDERS, RED, Triplet, read_triplets, write_sample
+from triplets.preview import preview
 
 PROMPTS = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text(encoding="utf-8"))
 
@@ -169,8 +173,9 @@ def small_regions(found: list[tuple], size: tuple[int, int], drops: Counter) -> 
 def say(engine: dict, what: str, rows: list[tuple], tokens: int, group: int = 1, **settings) -> list[list[str] | None]:
     """The `group` texts replied to each row (photo, key for its seed, image, prompt); None, and counted, where a row alone does not
     fit in memory. engine["batch"] rows at once, halved, for later calls too, whenever memory runs out."""
-    import rollout
     from torch import OutOfMemoryError
+
+    import rollout
     seeds = [hashlib.sha256(repr((engine["seed"], what, key)).encode()).digest() for _, key, _, _ in rows]
     said, most = [], engine["batch"]
     while len(said) < len(rows):
@@ -338,8 +343,7 @@ def finish(r: dict, args, mark: str) -> dict:
              "draft": q.get("draft", q["answer"]), "type": q["type"], "votes": q.get("votes"), "config": mark, "seed": args.seed}
     framed = draw_frame(photo["image"], r["box"])
     crop = r["crop"] if args.clean_crop else cut(framed, r["window"])[0]
-    return write_sample(args.out, {"id": f"{r['id']}-{q['n']}", "question": text, "answer": answer, "bbox": r["box"],
-                                   "image": framed, "crop": crop, "extra": extra}, f".{args.full}")
+    return write_sample(args.out, Triplet(f"{r['id']}-{q['n']}", text, framed, crop, r["box"], answer, extra), f".{args.full}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- running
@@ -387,8 +391,9 @@ def read_parts(out: Path, config: dict | None = None) -> Iterator[dict]:
 
 def load_engine(args) -> dict:
     """The models on this rank's device, loaded before the first photograph. Raises, naming the way out."""
-    import model as M
     import torch
+
+    import model as M
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     engine = {"model": M.load(args.model, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)}
     if args.proposer == "sam3":
@@ -506,33 +511,33 @@ def merge(out: Path, font: Path | None = None) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ checking
 
-def balance(samples: list[dict]) -> list[str]:
+def balance(samples: list[Triplet]) -> list[str]:
     """Warnings: answers in their own question, one answer over 10% or one type over 35% of the samples."""
     answers, leaky = [], []
     for sample in samples:                                                      # of "A. bark" lines: the option's text
-        stem, *lines = re.split(r"\n+(?=\(?[A-H][.)] )", sample["question"].replace(PROMPTS["hint"], ""))    # it says "red"
+        stem, *lines = re.split(r"\n+(?=\(?[A-H][.)] )", sample.question.replace(PROMPTS["hint"], ""))    # it says "red"
         options = {line.strip("(")[0]: line.strip("(")[3:].split("\n")[0] for line in lines}
-        answer = options.get(sample["answer"], sample["answer"]) or ""
+        answer = options.get(sample.answer, sample.answer) or ""
         answers += [normal(answer)] if answer else []
-        leaky += [sample["id"]] if leaks(stem, answer) else []
+        leaky += [sample.id] if leaks(stem, answer) else []
     found = [f"{len(leaky)} questions contain their answer, the first {leaky[:5]}"] if leaky else []
-    types = [sample["extra"]["type"] for sample in samples if isinstance(sample["extra"].get("type"), str)]
+    types = [sample.extra["type"] for sample in samples if isinstance(sample.extra.get("type"), str)]
     for what, limit, values in (("answer", 0.1, answers), ("type", 0.35, types)):
         found += [f"{n} of {len(values)} {what}s are {value!r}, over {limit:.0%}" for value, n in Counter(values).items()
                   if n > max(1, limit * len(values))]
     return found
 
 
-def flaw(sample: dict) -> str | None:
+def flaw(sample: Triplet) -> str | None:
     """What is wrong with a sample's images or box, if anything."""
     try:
-        (W, H), crop, box = load_image(sample["image"]).size, load_image(sample["crop"]).size, sample["bbox"]
+        (W, H), crop, box = load_image(sample.image).size, load_image(sample.crop).size, sample.bbox
     except (OSError, ValueError) as error:
-        return f"sample {sample['id']}: {error}"
+        return f"sample {sample.id}: {error}"
     if max(max(size) / min(size) for size in ((W, H), crop)) > LONGEST:
-        return f"sample {sample['id']}: {W} x {H} px, crop {crop[0]} x {crop[1]}. Expected under {LONGEST} : 1: leave it out."
+        return f"sample {sample.id}: {W} x {H} px, crop {crop[0]} x {crop[1]}. Expected under {LONGEST} : 1: leave it out."
     if box and not (0 <= box[0] < box[2] <= W and 0 <= box[1] < box[3] <= H):
-        return f"sample {sample['id']}: bbox is {box}. Expected x1 < x2 <= {W}, y1 < y2 <= {H}: correct it, or write null."
+        return f"sample {sample.id}: bbox is {box}. Expected x1 < x2 <= {W}, y1 < y2 <= {H}: correct it, or write null."
 
 
 def check(folder: Path) -> None:
@@ -541,7 +546,7 @@ def check(folder: Path) -> None:
     with ThreadPoolExecutor() as pool:
         errors += filter(None, tqdm(pool.map(flaw, samples), "check", len(samples), unit="row", disable=None))
     print(*(f"error: {error}\n" for error in errors), *(f"warning: {warning}\n" for warning in balance(samples)), sep="", end="")
-    boxes, answers = (sum(sample[key] is not None for sample in samples) for key in ("bbox", "answer"))
+    boxes, answers = (sum(getattr(sample, key) is not None for sample in samples) for key in ("bbox", "answer"))
     print(f"{folder}: {len(samples)} well-formed rows, {boxes} with a box, {answers} with an answer; {len(errors)} errors")
     if errors:
         raise ValueError(f"{folder} has {len(errors)} errors and {len(samples)} well-formed rows. Correct or remove what is named.")

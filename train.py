@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -34,16 +35,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 import baselines
-import evaluate
-import figures
-import plan
-import toy
-import triplets
 from baselines import DISTIL, OPSD_HINT, REWARD
+from launch.flags import Help
 from loss import KINDS, topk_divergence
 from model import encode, join, load, missing_kernels, response_hidden, to_device
 from rollout import Rollout, sample
-from sharding import Flat, State, barrier, newest_state, peak_memory, resume, save_checkpoint, setup, total
+from sharding import (
+    Flat,
+    State,
+    barrier,
+    newest_state,
+    peak_memory,
+    resume,
+    save_checkpoint,
+    setup,
+    total,
+)
+from storage.files import read_jsonl, write
+from storage.images import image_size, load_image
+from triplets.fetch import fetch
+from triplets.format import read_triplets
 
 # A resumed run must agree with the stopped one on all but these: speed, memory, where it stops, where its (same) data lie.
 FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk", "offload_teacher",
@@ -52,7 +63,7 @@ FREE = {"out", "data", "steps", "save_every", "show_every", "micro_prompts", "ge
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     argv, world = sys.argv[1:] if argv is None else argv, int(os.environ.get("WORLD_SIZE", 1))
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=triplets.Help, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
     # what to train, on what
     p.add_argument("--toy", action="store_true", help="drawn scenes, a tiny Qwen3.5 trained on the spot, before/after table")
@@ -108,7 +119,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (ours: little is lost to a crash)")
     p.add_argument("--show-every", type=int, default=5, help="steps between rollouts kept for the report (ours)")
     if "--toy" in argv:
-        p.set_defaults(**toy.RUN)
+        from toy.demonstration import RUN
+        p.set_defaults(**RUN)
     args = p.parse_args(argv)
     args.model = args.model or (f"{args.out}/base" if args.toy else "Qwen/Qwen3.5-4B")
     args.data = args.data or (f"{args.out}/data" if args.toy else "yuanqianhao/Vision-OPD-6K")
@@ -160,8 +172,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def claim(args, out: Path, rows: list[dict]) -> None:
     """Write args.json with commit and versions; refuse a folder whose run had other settings or data."""
-    told = [[row["id"], row["question"], row["bbox"], row["image"].name, row["crop"].name] for row in rows]
-    told += [row["answer"] for row in rows if args.method != "vision-opd"]             # which has no use for them
+    told = [[row.id, row.question, row.bbox, row.image.name, row.crop.name] for row in rows]
+    told += [row.answer for row in rows if args.method != "vision-opd"]             # which has no use for them
     now, path = {**vars(args), "rows_sha256": hashlib.sha256(json.dumps(told).encode()).hexdigest()}, out / "args.json"
     then = json.loads(path.read_text()) if path.exists() and any(out.glob("checkpoint-*")) else now     # else nothing is lost
     free = FREE - ({"steps"} if args.schedule == "cosine" else set())
@@ -172,7 +184,7 @@ def claim(args, out: Path, rows: list[dict]) -> None:
     if newest and (done := int(newest.parts[-3][11:])) > args.steps:
         raise ValueError(f"{out} is at step {done} already, past --steps {args.steps}. Raise --steps, or choose another --out.")
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    triplets.write(path, json.dumps(now | {"commit": commit.stdout.strip() or None, "versions": {
+    write(path, json.dumps(now | {"commit": commit.stdout.strip() or None, "versions": {
         "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}}, indent=1))
 
 
@@ -185,7 +197,7 @@ def batch_rows(n: int, prompts: int, seed: int, step: int) -> list[int]:
 
 def check(args, rows: list[dict]) -> None:
     """Raises ValueError where the data cannot give what is asked for."""
-    if args.method != "vision-opd" and (without := sum(row["answer"] is None for row in rows)):
+    if args.method != "vision-opd" and (without := sum(row.answer is None for row in rows)):
         raise ValueError(f"--method {args.method} needs answers, and {without} of {len(rows)} rows of {args.data} have none. "
                          "Make the data with `synth.py --labels`, or train with --method vision-opd.")
     if len(rows) < args.prompts:
@@ -229,12 +241,12 @@ class Micros(torch.utils.data.Dataset):
         rows, prompts = [self.rows[j] for j in self.micros[i]], []
         try:
             for view, hint, limit in self.views:
-                images = [triplets.load_image(row[view]) for row in rows]
-                texts = [row["question"] + hint.format(answer=row["answer"]) for row in rows]
+                images = [load_image(getattr(row, view)) for row in rows]
+                texts = [row.question + hint.format(answer=row.answer) for row in rows]
                 prompt = encode(self.processor, images, texts, max_tokens=limit)
                 prompts.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
         except (ValueError, OSError) as error:                                        # a worker would add its traceback
-            return ValueError(f"samples {[row['id'] for row in rows]}: {error}")
+            return ValueError(f"samples {[row.id for row in rows]}: {error}")
         return self.micros[i], prompts[0], prompts[1] if prompts[1:] else None
 
 
@@ -261,7 +273,7 @@ def respond(args, step: int, micros: list[Micro], model, processor, rows: list[d
     with tqdm(desc=f"step {step + 1} rollouts", total=args.max_new_tokens * math.ceil(len(micros) / calls), unit="tok", leave=False,
               disable=quiet) as bar:
         for part in (micros[i:i + calls] for i in range(0, len(micros), calls)):
-            seeds = [random.Random(f"{key}/{rows[j]['id']}").getrandbits(63) for micro in part for j in micro.numbers]
+            seeds = [random.Random(f"{key}/{rows[j].id}").getrandbits(63) for micro in part for j in micro.numbers]
             prompts = [micro.seen if args.method == "sft" else micro.full for micro in part]
             rollout = sample(model, processor, join(prompts, processor.tokenizer.pad_token_id), args.group,
                              max_new_tokens=args.max_new_tokens, seeds=seeds, bar=bar, static=static)
@@ -348,7 +360,7 @@ def learn(args, step: int, batch: list, student, teacher, processor, flat: Flat,
     if not math.isfinite(value) or not math.isfinite(squares):
         raise FloatingPointError(
             f"Step {step + 1}: loss {value}, squared gradient norm {squares}. Nothing was updated. This rank's samples: "
-            f"{[rows[j]['id'] for micro in micros for j in micro.numbers]}. Look at them, then resume from the last checkpoint.")
+            f"{[rows[j].id for micro in micros for j in micro.numbers]}. Look at them, then resume from the last checkpoint.")
     lr, norm = args.lr * learning_rate(step, args), math.sqrt(squares)
     rate = {"ema": args.ema_rate, "current": 1.0}.get(args.teacher, 0.0)              # 0: a frozen teacher (paper, Table 3)
     state.update(lr, args.clip, rate, norm)
@@ -381,8 +393,8 @@ def show(args, step: int, piece: Rollout, per_token: Tensor, rows: list[dict], p
         if not piece.mask[i * args.group].any():                                      # not trained on
             continue
         ids = piece.ids[i * args.group][piece.mask[i * args.group]].tolist()
-        paths = {view: os.path.relpath(row[view], args.out) for view in ("image", "crop")}
-        shown.append({"step": step + 1, "id": row["id"], "question": row["question"], "answer": row["answer"], **paths,
+        paths = {view: os.path.relpath(getattr(row, view), args.out) for view in ("image", "crop")}
+        shown.append({"step": step + 1, "id": row.id, "question": row.question, "answer": row.answer, **paths,
                       "tokens": [processor.tokenizer.decode([token]) for token in ids],
                       "divergence": [round(d, 5) for d in per_row[i * args.group].tolist()] if scored else []})
     return shown
@@ -403,12 +415,12 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     """The run: load, resume, step, log, save. Returns the final checkpoint's folder."""
     out = Path(args.out)
     if rank == 0:                                                                     # downloads and unpacks, onto a shared disk
-        triplets.fetch(args.data)
+        fetch(args.data)
     barrier()
-    rows = triplets.read_triplets(triplets.fetch(args.data))
+    rows = read_triplets(fetch(args.data))
     args = argparse.Namespace(**vars(args) | {"steps": args.steps or len(rows) // args.prompts})
     check(args, rows)
-    areas = [math.prod(triplets.image_size(row["image"])) for row in rows]           # by the headers, so that all ranks deal alike
+    areas = [math.prod(image_size(row.image)) for row in rows]           # by the headers, so that all ranks deal alike
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         claim(args, out, rows)
@@ -426,8 +438,8 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     log, shown_log = out / "log.jsonl", out / "rollouts.jsonl"
     if rank == 0:
         for path in (log, shown_log):                                                # what came after the checkpoint is redone
-            kept = [entry for entry in figures.read_jsonl(path, []) if entry["step"] <= begin]
-            triplets.write(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            kept = [entry for entry in read_jsonl(path, []) if entry["step"] <= begin]
+            write(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         if slow := missing_kernels(student):
             print(f"Linear attention runs on slow kernels: pip install {' '.join(slow)}", flush=True)
         print(f"{len(rows):,} triplets, {flat.numel / 1e6:,.1f}M weights, {world} rank(s), "
@@ -472,6 +484,29 @@ def tensorboard(out: Path, begin: int):
     return SummaryWriter(out / "tensorboard", purge_step=begin + 1)
 
 
+def prepare_toy(args, device: torch.device) -> None:
+    """Draw the scenes, train the base model and evaluate it, each only if it is not there yet."""
+    from toy.demonstration import prepare
+    took = prepare(args, device)
+    if not (Path(args.out) / "seconds.json").exists():
+        judge(Path(args.out), args.model, "before", device)
+        write(Path(args.out) / "seconds.json", took)
+
+
+def judge(out: Path, model: str | Path, when: str, device: torch.device) -> None:
+    """Evaluate a model on scenes never trained on, into OUT/eval-WHEN."""
+    import evaluate
+    from benchmarks.figures import summarise
+    from toy.demonstration import RUN
+    from toy.scenes import held_out
+    folder = out / f"eval-{when}"
+    if when == "after":                                                               # maybe of an earlier checkpoint
+        shutil.rmtree(folder, ignore_errors=True)
+    evaluate.evaluate(str(model), held_out(out), folder, views=["full", "crop"], max_new_tokens=RUN["max_new_tokens"], batch=100,
+                      device=str(device))
+    summarise(folder)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.threads:
@@ -481,20 +516,23 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.plan is not None:
             if os.environ.get("RANK", "0") == "0":
-                rows = triplets.read_triplets(triplets.fetch(args.data))
+                from plan import plan
+                rows = read_triplets(fetch(args.data))
                 check(args, rows)
-                print(plan.plan(args, rows, views(args)))
+                print(plan(args, rows, views(args)))
             return
         rank, world, device = setup(args.device)
         if args.toy and rank == 0:
-            toy.prepare_run(args, device)
+            prepare_toy(args, device)
         barrier()
         final = train(args, rank, world, device)
         if rank == 0:
+            from benchmarks.figures import compare
+            from benchmarks.page import report
             if args.toy:
-                toy.judge(Path(args.out), final, "after", device)
-                print(figures.compare(*(Path(args.out) / f"eval-{when}" for when in ("before", "after")))[0])
-            print(f"model: {final}   page: {evaluate.report(Path(args.out))}")
+                judge(Path(args.out), final, "after", device)
+                print(compare(*(Path(args.out) / f"eval-{when}" for when in ("before", "after")))[0])
+            print(f"model: {final}   page: {report(Path(args.out))}")
         barrier()
     except (ValueError, OSError, FloatingPointError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]                         # said at once: the other ranks still wait

@@ -28,18 +28,18 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 os.environ.setdefault("TQDM_DISABLE", "1")                # no bars between the rows
 if not any("cuda" in word for word in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""               # else a GPU's kernels are taken where they are installed
-import train  # noqa: E402  before torch: it sets the allocator of GPU memory
+import bench_loss  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-import bench_loss  # noqa: E402
 import model as M  # noqa: E402
+import storage.images as images
 import synth  # noqa: E402
-import triplets  # noqa: E402
-import toy  # noqa: E402
+import toy.tiny as tiny_model
+import train  # noqa: E402  before torch: it sets the allocator of GPU memory
 from loss import divergence  # noqa: E402
 from rollout import CACHES, sample  # noqa: E402
 
@@ -64,10 +64,10 @@ VISION_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "visi
 def build(size: str, vocab: int, device, dtype):
     """A Qwen3.5 of real shape with random weights, and the tiny model's processor at patch 16."""
     hidden, mlp, layers, heads, kv, dim, key_heads, value_heads, depth, vision, vision_mlp = SIZES[size]
-    _, processor = toy.tiny()
+    _, processor = tiny_model.tiny()
     processor.image_processor.patch_size = 16
     processor.image_processor.size = {"shortest_edge": 1024, "longest_edge": 16_777_216}
-    donor = toy.tiny()[0].config
+    donor = tiny_model.tiny()[0].config
     config = transformers.Qwen3_5Config(
         text_config=dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
                          num_attention_heads=heads, num_key_value_heads=kv, head_dim=dim, linear_num_key_heads=key_heads,
@@ -307,15 +307,15 @@ def bench_synth(args) -> None:
     grain = np.asarray(smooth, int) + rng.normal(0, 6, (1500, 2250, 1))               # a JPEG of about 2 MB, as a camera's
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        triplets.save(Image.fromarray(grain.clip(0, 255).astype(np.uint8)), folder / "photo.jpg")
+        images.save(Image.fromarray(grain.clip(0, 255).astype(np.uint8)), folder / "photo.jpg")
         size = (folder / "photo.jpg").stat().st_size / 1e6
         photo = synth.photograph(folder, "photo.jpg")["image"]
         window = synth.geometry(photo.size, box)[2]
         framed = synth.draw_frame(photo, box)
         crop, _ = synth.cut(framed, window)
         for name, job in (("decode", lambda: synth.photograph(folder, "photo.jpg")), ("draw the frame", lambda: synth.draw_frame(photo, box)),
-                          ("crop and enlarge", lambda: synth.cut(framed, window)), ("write the image, JPEG", lambda: triplets.save(framed, folder / "a.jpg")),
-                          ("write the crop, PNG", lambda: triplets.save(crop, folder / "a.png"))):
+                          ("crop and enlarge", lambda: synth.cut(framed, window)), ("write the image, JPEG", lambda: images.save(framed, folder / "a.jpg")),
+                          ("write the crop, PNG", lambda: images.save(crop, folder / "a.png"))):
             spent[name] = measure(job, args)[0]
     print(f"photographs of 2250 x 1500 px, {size:.1f} MB, one box each, one core: {1 / sum(spent.values()):.1f} a second")
     for name, seconds in spent.items():

@@ -19,7 +19,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 import model as vision_model  # noqa: E402
 import sharding  # noqa: E402
-import toy  # noqa: E402
+import toy.scenes as toy_scenes
+import toy.tiny as tiny_model
 import train  # noqa: E402
 
 torch.set_num_threads(1)
@@ -58,7 +59,7 @@ def livelier(model, factor: float = 1.7):
 def tiny_qwen3_vl():
     """A Qwen3-VL (full attention everywhere, vision features added to the first layers) with the tiny tokenizer."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-    donor, processor = toy.tiny()
+    donor, processor = tiny_model.tiny()
     ids = {key: getattr(donor.config, key) for key in
            ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
     config = Qwen3VLConfig(
@@ -76,7 +77,7 @@ def tiny_qwen3_vl():
 @pytest.fixture(params=["qwen3_5", "qwen3_vl"])
 def lively(request):
     """(model, processor), of both families."""
-    model, processor = toy.tiny(0) if request.param == "qwen3_5" else tiny_qwen3_vl()
+    model, processor = tiny_model.tiny(0) if request.param == "qwen3_5" else tiny_qwen3_vl()
     return livelier(model), processor
 
 
@@ -121,8 +122,8 @@ SMALL = ["--toy", "--prompts", "4", "--group", "2", "--max-new-tokens", "6", "--
 def world(tmp_path_factory):
     """A folder with twelve triplets and a base model with random weights."""
     folder = tmp_path_factory.mktemp("world")
-    toy.draw(folder / "data", 12, 0)
-    model, processor = toy.tiny(0)
+    toy_scenes.draw(folder / "data", 12, 0)
+    model, processor = tiny_model.tiny(0)
     vision_model.save(livelier(model, 3.0), processor, folder / "base")
     return folder
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as vision_model
-import toy
+import toy.scenes as toy_scenes
+import toy.tiny as tiny_model
 import train
 
 RUNS = {
@@ -38,8 +39,8 @@ def main(golden: Path, write: bool) -> None:
     baselines.score = parity
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        toy.draw(folder / "data", 12, 0)
-        model, processor = toy.tiny(0)
+        toy_scenes.draw(folder / "data", 12, 0)
+        model, processor = tiny_model.tiny(0)
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.ndim > 1:

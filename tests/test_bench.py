@@ -1,20 +1,20 @@
 import sys
 
+import bench
 import pytest
 import torch
 from conftest import noise
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DynamicCache
 
-import bench
 import model as M
-import toy
+import toy.tiny as tiny_model
 
 
 @pytest.fixture
 def tiny():
     """The toy's model, and two prompts of one length with images of different shapes."""
-    model, processor = toy.tiny()
+    model, processor = tiny_model.tiny()
     return model, M.encode(processor, [noise(64, 48, 1), noise(48, 64, 2)], ["what is in the red box ?"] * 2)
 
 

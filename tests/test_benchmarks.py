@@ -17,10 +17,11 @@ import torch
 from conftest import noise
 from PIL import Image
 
-import benchmarks
+import benchmarks.sources as sources
 import evaluate
-import toy
-import triplets
+import storage.images as images
+import toy.scenes as toy_scenes
+import triplets.format as triplet_format
 
 KEYS = ("id", "prompt", "answer", "kind", "options", "group", "pair", "image", "crop")
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -75,7 +76,7 @@ def row(prompt, answer, image, options=None, group=None, kind="mc", crop=None, p
 def read(name: str, root: Path) -> list[dict]:
     """The converted rows, with the bytes of their images."""
     return [{key: r[key].read_bytes() if isinstance(r[key], Path) else r[key] for key in KEYS}
-            for r in benchmarks.benchmark(name, root)]
+            for r in sources.benchmark(name, root)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sources
@@ -270,7 +271,7 @@ def test_a_source_becomes_rows_with_its_own_images_byte_for_byte(name, form, tmp
 @every_source
 def test_an_interrupted_conversion_starts_over_and_a_finished_one_is_found_again_without_its_source(name, form, tmp_path):
     source(name, form, tmp_path / name)
-    first, images = read(name, tmp_path), [r["image"] for r in benchmarks.benchmark(name, tmp_path)]
+    first, images = read(name, tmp_path), [r["image"] for r in sources.benchmark(name, tmp_path)]
     (tmp_path / f"{name}.jsonl").unlink()
     images[-1].rename(images[-1].with_suffix(".part"))
     assert read(name, tmp_path) == first
@@ -287,7 +288,7 @@ def test_without_pyarrow_a_parquet_source_says_what_to_install_and_the_others_wo
         assert [r["answer"] for r in read(name, tmp_path)] == [r["answer"] for r in expected]
     else:
         with pytest.raises((ImportError, ValueError), match="pip install pyarrow"):
-            benchmarks.benchmark(name, tmp_path)
+            sources.benchmark(name, tmp_path)
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\n"
@@ -313,7 +314,7 @@ def test_a_damaged_source_is_refused_by_name_and_leaves_nothing_that_looks_conve
     source(name, form, tmp_path / name)
     damage(tmp_path / name / file)
     with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
-        benchmarks.benchmark(name, tmp_path)
+        sources.benchmark(name, tmp_path)
     assert not (tmp_path / f"{name}.jsonl").exists()
 
 
@@ -343,7 +344,7 @@ def test_without_a_connection_the_error_names_the_repository_and_where_to_put_th
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(FileNotFoundError) as error:
-        benchmarks.benchmark(name, tmp_path)
+        sources.benchmark(name, tmp_path)
     assert REPOSITORIES[name] in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
@@ -358,7 +359,7 @@ def test_a_download_that_broke_off_is_not_taken_for_the_whole_benchmark(tmp_path
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: download(*a, **k, whole=False))
     with pytest.raises(FileNotFoundError):
-        benchmarks.benchmark("pope", tmp_path / "root")
+        sources.benchmark("pope", tmp_path / "root")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: download(*a, **k, whole=True))
     assert read("pope", tmp_path / "root") == expected
 
@@ -366,7 +367,7 @@ def test_a_download_that_broke_off_is_not_taken_for_the_whole_benchmark(tmp_path
 def test_a_folder_that_holds_no_known_form_is_refused_with_what_was_expected(tmp_path):
     put(tmp_path / "mmvp/readme.txt", "questions?")
     with pytest.raises((ValueError, FileNotFoundError), match=r"(?s)mmvp.*Questions\.csv"):
-        benchmarks.benchmark("mmvp", tmp_path)
+        sources.benchmark("mmvp", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- benchmarks of one's own
@@ -388,7 +389,7 @@ def own(root: Path, name: str, rows: list[dict]) -> list[dict]:
 
 def test_a_benchmark_of_ones_own_is_read_from_its_file(tmp_path):
     rows = own(tmp_path / "mine", "signs", [{"answer": "A", "crop": True}, {"answer": "yes", "kind": "yn", "group": "easy"}])
-    found = benchmarks.benchmark(str(tmp_path / "mine/signs.jsonl"), tmp_path)
+    found = sources.benchmark(str(tmp_path / "mine/signs.jsonl"), tmp_path)
     for r, e in zip(found, rows, strict=True):
         assert {**{key: r[key] for key in KEYS}, "image": None, "crop": None} == {**e, "image": None, "crop": None}
     assert found[0]["image"].read_bytes() == picture(0, 8, 8) and found[0]["crop"].read_bytes() == picture(1000, 8, 8)
@@ -397,14 +398,14 @@ def test_a_benchmark_of_ones_own_is_read_from_its_file(tmp_path):
 def test_numbers_may_stand_where_texts_are_meant(tmp_path):
     (tmp_path / "own.jsonl").write_text(json.dumps(
         {"id": 7, "image": "a.png", "prompt": "how many ?", "answer": 3, "kind": "free", "group": 2, "pair": 0}))
-    row, = benchmarks.benchmark(str(tmp_path / "own.jsonl"), tmp_path)
+    row, = sources.benchmark(str(tmp_path / "own.jsonl"), tmp_path)
     assert [row[key] for key in ("id", "answer", "group", "pair")] == ["7", "3", "2", "0"]
 
 
 def test_keys_that_are_not_of_the_form_mean_nothing(tmp_path):
     rows = own(tmp_path, "signs", [{"answer": " a ", "error": None, "calls": 3, "output": "A"}, {"answer": " Yes ", "kind": "yn"}])
     put(tmp_path / "signs.jsonl", "".join(json.dumps(row | {"id": None}) + "\n" for row in rows))
-    first, second = benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+    first, second = sources.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
     assert first.keys() == second.keys() == {"id", "kind", "options", "image", "prompt", "answer", "crop", "group", "pair"}
     assert [row["id"] for row in (first, second)] == ["0", "1"] and (first["answer"], second["answer"]) == ("A", "yes")
 
@@ -413,21 +414,21 @@ def test_options_are_called_by_letters_and_ids_come_once(tmp_path):
     rows = own(tmp_path, "signs", [{"answer": "A"}, {"answer": "B"}])
     put(tmp_path / "signs.jsonl", json.dumps(rows[0] | {"options": {"red": "red", "blue": "blue"}}))
     with pytest.raises(ValueError, match=r"signs.jsonl, row 1: options are called \['RED', 'BLUE'\]. Expected letters"):
-        benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+        sources.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
     put(tmp_path / "signs.jsonl", json.dumps(rows[0] | {"options": ["red", "blue"]}))
     with pytest.raises(ValueError, match=r"row 1: options are \['red', 'blue'\]. Expected letters and texts, such as"):
-        benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+        sources.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
     put(tmp_path / "signs.jsonl", "\ufeff" + json.dumps(rows[0]))
-    assert len(benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)) == 1
+    assert len(sources.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)) == 1
     put(tmp_path / "signs.jsonl", "".join(json.dumps(row | {"id": "x"}) + "\n" for row in rows))
     with pytest.raises(ValueError, match=r"2 rows, ids that come twice: \['x'\]"):
-        benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+        sources.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
 
 
 def test_the_options_of_a_question_are_its_longest_list():
     listed = "Which?\nA. red\nB. blue\nC. green\n"
-    assert benchmarks.inline_options(listed + "Answer with A. or B. only.") == {"A": "red", "B": "blue", "C": "green"}
-    assert benchmarks.inline_options("A. x B. y\n" + "(A) red (B) blue") == {"A": "red", "B": "blue"}      # of two, the last
+    assert sources.inline_options(listed + "Answer with A. or B. only.") == {"A": "red", "B": "blue", "C": "green"}
+    assert sources.inline_options("A. x B. y\n" + "(A) red (B) blue") == {"A": "red", "B": "blue"}      # of two, the last
 
 
 @pytest.mark.parametrize("line", ['{"id": "signs/1", "pro', '{"id": "signs/1", "prompt": "?"}', "[]"])
@@ -435,13 +436,13 @@ def test_a_broken_line_in_such_a_file_is_named(line, tmp_path):
     own(tmp_path, "signs", [{"answer": "A"}])
     put(tmp_path / "signs.jsonl", (tmp_path / "signs.jsonl").read_text() + line)
     with pytest.raises(ValueError, match=r"signs\.jsonl.*\b2\b"):
-        benchmarks.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+        sources.benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
 
 
 def test_a_folder_of_triplets_is_a_benchmark_with_crops(tmp_path):
-    toy.draw(tmp_path / "toy", 2, 0, split="eval")
-    rows = benchmarks.benchmark(str(tmp_path / "toy"), tmp_path)
-    for r, triplet in zip(rows, triplets.read_triplets(tmp_path / "toy"), strict=True):
+    toy_scenes.draw(tmp_path / "toy", 2, 0, split="eval")
+    rows = sources.benchmark(str(tmp_path / "toy"), tmp_path)
+    for r, triplet in zip(rows, triplet_format.read_triplets(tmp_path / "toy"), strict=True):
         assert [r[key] for key in ("prompt", "answer", "image", "crop")] == [triplet[key] for key in ("question", "answer", "image", "crop")]
 
 
@@ -452,11 +453,11 @@ def figures(monkeypatch, root: Path, name: str, replies: list[str | tuple | None
     Of a None the image is cut off. Every reply is given to its own image and prompt only."""
     said = {}
     for view, texts in (("image", replies), ("crop", crop or [])):
-        for r, reply in zip(benchmarks.benchmark(name, root), texts):
+        for r, reply in zip(sources.benchmark(name, root), texts):
             if reply is None and r[view]:
                 r[view].write_bytes(r[view].read_bytes()[:50])
             elif r[view]:
-                said[triplets.load_image(r[view]).tobytes(), r["prompt"]] = reply if isinstance(reply, tuple) else (reply, 10, True)
+                said[images.load_image(r[view]).tobytes(), r["prompt"]] = reply if isinstance(reply, tuple) else (reply, 10, True)
 
     def answers(model, processor, images: list[Image.Image], texts: list[str], max_new_tokens: int):
         replies = [said[image.tobytes(), prompt] for image, prompt in zip(images, texts, strict=True)]

@@ -20,14 +20,17 @@ import pytest
 import torch
 from conftest import ROOT, livelier, noise
 
-import benchmarks
+import benchmarks.figures as figures
+import benchmarks.judge as judging
+import benchmarks.page as pages
+import benchmarks.scoring as scoring
+import benchmarks.sources as sources
+import benchmarks.zoom as zoom
 import evaluate
-import figures
 import model as M
 import rollout
-import scoring
-import toy
-import triplets
+import storage.images as images
+import toy.tiny as tiny_model
 
 COLOURS = {"A": "red", "B": "blue", "C": "green", "D": "white"}
 ROWS = [{"answer": "A"}, {"answer": "B"}, {"answer": "yes", "kind": "yn"}, {"answer": "no", "kind": "yn"}, {"answer": "7 km", "kind": "free"},
@@ -87,12 +90,12 @@ def model(monkeypatch):
 
 def answer(path: Path, out: Path, batch: int = 2, **more) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    evaluate.answer(None, None, "mine", benchmarks.benchmark(str(path), path), out, views=["full", "crop"], max_new_tokens=9, batch=batch, **more)
+    evaluate.answer(None, None, "mine", sources.benchmark(str(path), path), out, views=["full", "crop"], max_new_tokens=9, batch=batch, **more)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    tiny, processor = toy.tiny(0)
+    tiny, processor = tiny_model.tiny(0)
     M.save(livelier(tiny), processor, folder := tmp_path_factory.mktemp("tiny") / "base")
     return folder
 
@@ -252,7 +255,7 @@ def judge(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Handler.url = f"http://127.0.0.1:{server.server_port}/v1"
-    monkeypatch.setattr(scoring.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(judging.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     yield Handler
     server.shutdown()
@@ -314,7 +317,7 @@ def test_the_official_scorer_leaves_all_its_misses_to_the_judge_and_none_of_its_
 
 def test_a_local_language_model_can_be_the_judge(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
-    tokenizer = toy.tiny()[1].tokenizer
+    tokenizer = tiny_model.tiny()[1].tokenizer
     judge = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
                                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     with torch.no_grad():                                                         # a layer that adds nothing; each token calls for the next:
@@ -322,7 +325,7 @@ def test_a_local_language_model_can_be_the_judge(tmp_path):
         chain = tokenizer.convert_tokens_to_ids(["\u010a", "Y", "e", "s"]) + [tokenizer.eos_token_id]      # the newline that ends the prompt, Y ..
         judge.lm_head.weight.zero_()[chain[1:]] = torch.nn.functional.normalize(judge.model.embed_tokens.weight[chain[:-1]])
     judge.save_pretrained(tmp_path / "judge"), tokenizer.save_pretrained(tmp_path / "judge")
-    assert list(scoring.ask_judge(str(tmp_path / "judge"), None, ["red ?", "a blue cross ?"])) == ["Yes<|im_end|>"] * 2
+    assert list(judging.ask_judge(str(tmp_path / "judge"), None, ["red ?", "a blue cross ?"])) == ["Yes<|im_end|>"] * 2
     results(tmp_path / "out", FREE, judge=str(tmp_path / "judge"))
     assert json.loads((tmp_path / "out/result.json").read_text())["benches"]["mine"]["full"]["right"] == 4
 
@@ -374,7 +377,7 @@ def test_a_limit_takes_rows_from_the_whole_benchmark(model, tmp_path):
 def test_answers_of_another_model_or_other_settings_are_not_mixed(straight, checkpoint, tmp_path):
     flags, done = straight
     out = shutil.copytree(done, tmp_path / "out")
-    M.save(*toy.tiny(1), tmp_path / "other")
+    M.save(*tiny_model.tiny(1), tmp_path / "other")
     for more, message in ((["--max-new-tokens", 25], "max_new_tokens: 24 -> 25"), (["--zoom", 2], "zoom: 0 -> 2"),
                           (["--model", tmp_path / "other"], "weights: ")):
         with pytest.raises(ValueError, match=f"holds answers of {re.escape(str(checkpoint))}; .* differs in .*{message}.* Choose another --out"):
@@ -414,7 +417,7 @@ def test_crops_are_asked_for_only_where_there_are_some(model, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--bench", "vstarr", "--model", "m", "--out", "o"], f"--bench vstarr is unknown. Benchmarks: {', '.join(benchmarks.BENCHES)}, toy; groups: fine, holdout, all"),
+    (["--bench", "vstarr", "--model", "m", "--out", "o"], f"--bench vstarr is unknown. Benchmarks: {', '.join(sources.BENCHES)}, toy; groups: fine, holdout, all"),
     (["--rescore", "o", "--judge-model", "m"], "--judge-model names a model at the URL of --judge"),
     (["--report", "o", "--scorer", "official"], "show answers as they were scored"), (["--report", "o", "--bench", "toy"], "are about saved answers"),
     (["--report", "o", "--rescore", "o"], "not allowed with argument"),
@@ -436,7 +439,7 @@ def test_errors_reach_the_user_as_one_line(tmp_path):
 def test_the_checkpoints_of_a_run_make_a_trajectory(checkpoint, tmp_path):
     training, out = tmp_path / "run", tmp_path / "out"
     for step in (5, 10):
-        M.save(*toy.tiny(step), training / f"checkpoint-{step:06}")
+        M.save(*tiny_model.tiny(step), training / f"checkpoint-{step:06}")
     flags = ["--bench", own(tmp_path, ROWS[:2]), "--checkpoints", training, "--view", "both", "--max-new-tokens", 3, "--out", out]
     with pytest.raises(FileNotFoundError, match="run: no args.json with a model, or no checkpoints. Expected"):
         run(*flags)
@@ -453,16 +456,16 @@ def test_the_checkpoints_of_a_run_make_a_trajectory(checkpoint, tmp_path):
     assert [(row["step"], row["bench"]) for row in data["trajectory"]] == [(0, "mine"), (5, "mine"), (10, "mine")]
     assert list(data["results"]) == ["step-000000", "step-000010"]
     (out / "step-000005/result.json").write_text("{")                             # as a kill may leave it: the page does without
-    assert evaluate.report(out).exists()
+    assert pages.report(out).exists()
 
 
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_the_tiny_model_answers_a_choice_a_yes_or_no_and_a_free_question(rounds, checkpoint, tmp_path):
     path = own(tmp_path, [ROWS[0], ROWS[2], ROWS[4]], crops=False)
     printed = run("--bench", path, "--model", checkpoint, "--max-new-tokens", 6, "--zoom", rounds, "--out", tmp_path / "out")
-    rows, loaded = benchmarks.benchmark(str(path), tmp_path), M.load(str(checkpoint))
-    asked = *loaded, [triplets.load_image(row["image"]) for row in rows], [row["prompt"] for row in rows], 6
-    want = evaluate.zoomed(*asked, rounds) if rounds else rollout.answers(*asked)
+    rows, loaded = sources.benchmark(str(path), tmp_path), M.load(str(checkpoint))
+    asked = *loaded, [images.load_image(row["image"]) for row in rows], [row["prompt"] for row in rows], 6
+    want = zoom.zoomed(*asked, rounds) if rounds else rollout.answers(*asked)
     saved = figures.saved(tmp_path / "out")
     assert [{key: a[key] for key in want[0]} for a in saved] == want and [a["kind"] for a in saved] == ["mc", "yn", "free"]
     assert all((tmp_path / "out" / a["image"]).samefile(row["image"]) for a, row in zip(saved, rows))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_evaluate import line, results
 
-import benchmarks
-import figures
-import scoring
+import benchmarks.figures as figures
+import benchmarks.scoring as scoring
+import benchmarks.sources as sources
 
 
 @pytest.mark.parametrize("right, n, low, high", [                                 # Newcombe 1998, Table I, method 3
@@ -96,7 +96,7 @@ def test_the_interval_of_a_mean_over_groups_is_about_the_normal_one():
 
 
 def test_an_average_is_of_a_whole_group_of_benchmarks_or_absent(tmp_path):
-    answers = [a for n, bench in enumerate(benchmarks.GROUPS["holdout"]) for a in marks("1" * n + "0" * (4 - n), bench=bench, group="2D")]
+    answers = [a for n, bench in enumerate(sources.GROUPS["holdout"]) for a in marks("1" * n + "0" * (4 - n), bench=bench, group="2D")]
     assert figures.summarise(results(tmp_path / "whole", answers))["averages"] == {"holdout": pytest.approx((0 + 1 + 2 + 3) / 16)}
     assert figures.summarise(results(tmp_path / "part", answers[:-4]))["averages"] == {}
     assert figures.summarise(results(tmp_path / "errors", answers[:-4] + marks("xx", bench="pope")))["averages"] == {}

@@ -6,24 +6,24 @@ import contextlib
 import copy
 import inspect
 
+import bench
 import pytest
 import torch
 from conftest import DEVICE, alone, livelier, noise, tiny_qwen3_vl
 from test_model import gradients, plain_hidden
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-import bench
 import model as M
 import rollout
 import sharding
-import toy
+import toy.tiny as tiny_model
 import train
 from loss import divergence, topk_divergence
 from rollout import sample
 
 torch.backends.cudnn.allow_tf32 = False                    # in convolutions; in kernels: see conftest.py
 KERNELS = [name for name in vars(modeling_qwen3_5) if "gated_delta_rule" in name or name.startswith("causal_conv1d")]
-FAMILIES = {"qwen3_5": toy.tiny, "qwen3_vl": tiny_qwen3_vl, "real heads": lambda: bench.build("small", 512, "cpu", torch.float32)}
+FAMILIES = {"qwen3_5": tiny_model.tiny, "qwen3_vl": tiny_qwen3_vl, "real heads": lambda: bench.build("small", 512, "cpu", torch.float32)}
 
 
 @contextlib.contextmanager

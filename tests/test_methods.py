@@ -13,9 +13,10 @@ from test_train import aligned, assert_same_update, in_processes, launch, log, o
 import baselines
 import loss
 import model as M
-import toy
+import storage.images as images
+import toy.tiny as tiny_model
 import train
-import triplets
+import triplets.format as triplet_format
 from rollout import Rollout
 
 # ---------------------------------------------------------------------------------------------- the losses on sampled tokens
@@ -94,7 +95,7 @@ def test_the_overlong_penalty_falls_from_0_to_minus_1_over_the_buffer():
 
 def micro(texts, group, numbers=None):
     """A Micro whose responses are these texts, of the tiny model's tokenizer; and the processor."""
-    processor = toy.tiny()[1]
+    processor = tiny_model.tiny()[1]
     ids = processor.tokenizer([text + "<|im_end|>" for text in texts], return_tensors="pt", padding=True, padding_side="right")
     rollout = Rollout(ids["input_ids"], ids["attention_mask"].bool(), torch.ones(len(texts), dtype=torch.bool), ids["input_ids"] * 0.0)
     return train.Micro(numbers or [*range(len(texts) // group)], {}, {}, rollout, torch.ones(len(texts), dtype=torch.bool)), processor
@@ -180,17 +181,17 @@ def test_a_step_has_the_gradient_of_plain_forwards_and_a_formula(flags, run, wor
     with torch.no_grad():
         for weight, start, now in zip(ema.parameters(), initial.parameters(), student.parameters()):
             weight.lerp_(now, args.ema_rate if args.teacher == "ema" else 0.0)
-    rows = triplets.read_triplets(world / "data")
+    rows = triplet_format.read_triplets(world / "data")
     vision = processor.tokenizer.convert_tokens_to_ids(list(M.VISION_TOKENS))
     batch, lines = [rows[i] for i in train.batch_rows(len(rows), 4, 0, 1)], []
     for row in batch:
-        question = row["question"]
+        question = row.question
         hint = f"{question}\n\nHere is a reference solution to this problem:\n{row['answer']}\n\nAfter understanding the reference solution, " \
                "please try to solve this problem using your own approach below:"
-        full, crop, hinted = (M.encode(processor, [triplets.load_image(row[view])], [text]) for view, text in (
+        full, crop, hinted = (M.encode(processor, [images.load_image(row[view])], [text]) for view, text in (
             ("image", question), ("crop", question), ("image", hint)))
         writer, prompt = (initial, crop) if args.method == "sft" else (student, full)
-        seed = random.Random(f"0/1/{row['id']}").getrandbits(63)
+        seed = random.Random(f"0/1/{row.id}").getrandbits(63)
         rollout = train.sample(writer, processor, prompt, 2, max_new_tokens=6, seeds=[seed])
         group = [ids[mask] for ids, mask in zip(rollout.ids, rollout.mask)]
         right = [parity({"output": processor.tokenizer.decode(ids, skip_special_tokens=True)})["correct"] for ids in group]
@@ -240,15 +241,15 @@ def test_a_step_has_the_gradient_of_plain_forwards_and_a_formula(flags, run, wor
 
 
 def test_the_answer_reaches_opsds_teacher_only(world):
-    rows = triplets.read_triplets(world / "data")
+    rows = triplet_format.read_triplets(world / "data")
     processor = M.load(str(world / "base"))[1]
     for method in ("opsd", "vision-opd"):
         data = train.Micros(rows, [[3]], processor, args_of("--method", method), torch.float32)
         _, student, teacher = data[0]
         assert train.Micros(rows, [[3]], processor, args_of("--method", "grpo"), torch.float32)[0][2] is None
         said = [processor.tokenizer.decode(prompt["input_ids"][0]) for prompt in (student, teacher)]
-        assert "reference solution" not in said[0] and rows[3]["answer"] not in said[0]
-        assert ("reference solution" in said[1] and rows[3]["answer"] in said[1]) == (method == "opsd")
+        assert "reference solution" not in said[0] and rows[3].answer not in said[0]
+        assert ("reference solution" in said[1] and rows[3].answer in said[1]) == (method == "opsd")
         assert (student["pixel_values"].shape == teacher["pixel_values"].shape) == (method == "opsd")
 
 
@@ -330,8 +331,8 @@ def test_flags_that_would_be_ignored_or_make_no_sense_are_refused(flags, said, c
 
 @pytest.mark.parametrize("method", ["opsd", "sft", "grpo", "dapo"])
 def test_methods_that_need_answers_say_so_and_how_to_make_them(method, world, tmp_path):
-    picture = triplets.load_image(triplets.read_triplets(world / "data")[0]["image"])
-    triplets.write_triplets(tmp_path / "data", [{"id": str(i), "question": "what ?", "answer": None if i else "a", "image": picture, "crop": picture, "bbox": None,
+    picture = images.load_image(triplet_format.read_triplets(world / "data")[0].image)
+    triplet_format.write_triplets(tmp_path / "data", [{"id": str(i), "question": "what ?", "answer": None if i else "a", "image": picture, "crop": picture, "bbox": None,
                                               "extra": {}} for i in range(4)])
     args = args_of("--method", method, "--model", str(world / "base"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
     with pytest.raises(ValueError, match=rf"--method {method} needs answers, and 3 of 4 rows .* have none.*synth.py --labels"):

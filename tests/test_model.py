@@ -13,7 +13,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import model as M
 import plan
-import toy
+import toy.tiny as tiny_model
 from loss import topk_divergence
 from rollout import sample
 
@@ -132,7 +132,7 @@ def test_the_prompt_ends_with_the_non_thinking_prefix_and_holds_one_image(lively
 
 @pytest.mark.parametrize("size", [(512, 512), (2048, 64), (64, 1024), (700, 333)])
 def test_a_prompt_over_the_limit_gets_a_smaller_image_and_keeps_its_text(size):
-    _, processor = toy.tiny()
+    _, processor = tiny_model.tiny()
     processor.image_processor.size = {"shortest_edge": 256, "longest_edge": 4_194_304}
     full = M.encode(processor, [noise(*size)], ["what is in the red box ?"])
     short = M.encode(processor, [noise(*size)], ["what is in the red box ?"], max_tokens=60)
@@ -145,7 +145,7 @@ def test_a_prompt_over_the_limit_gets_a_smaller_image_and_keeps_its_text(size):
 
 def test_no_image_is_enlarged_over_the_limit_again():
     """Near the processor's minimum a grid that is rounded down would be."""
-    _, processor = toy.tiny()
+    _, processor = tiny_model.tiny()
     processor.image_processor.size = {"shortest_edge": 16 * 256, "longest_edge": 4_194_304}          # 16 image tokens
     text, sizes, fitted = M.chat(processor, "what ?"), random.Random(0), 0
     words = len(processor.tokenizer(text)["input_ids"]) - 1
@@ -162,7 +162,7 @@ def test_no_image_is_enlarged_over_the_limit_again():
 
 
 def test_questions_that_are_too_long_or_smuggle_in_images_are_refused():
-    _, processor = toy.tiny()
+    _, processor = tiny_model.tiny()
     with pytest.raises(ValueError, match="prompt tokens for its image"):
         M.encode(processor, [noise(512, 512)], ["what " * 100], max_tokens=80)
     with pytest.raises(ValueError, match="would change the number of images"):
@@ -170,12 +170,12 @@ def test_questions_that_are_too_long_or_smuggle_in_images_are_refused():
 
 
 def test_the_tiny_tokenizer_reads_any_text():
-    _, processor = toy.tiny()
+    _, processor = tiny_model.tiny()
     for text in ("what is in the red box ?", "Ünïcode 漢字 and\nlines 123!", "a green cross with 7 ."):
         assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
 
 
-@pytest.mark.parametrize("build", [toy.tiny, tiny_qwen3_vl])
+@pytest.mark.parametrize("build", [tiny_model.tiny, tiny_qwen3_vl])
 def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output(tmp_path, build):
     model, processor = build()
     M.save(model, processor, tmp_path / "first")
@@ -195,21 +195,21 @@ def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output
         torch.testing.assert_close(plain(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
     assert tokenizer("what is in the red box ?")["input_ids"] == processor.tokenizer("what is in the red box ?")["input_ids"]
     torch.testing.assert_close(vision(images=[noise(64, 48)], return_tensors="pt")["pixel_values"], prompt["pixel_values"])
-    assert (plain.lm_head.weight is plain.model.language_model.embed_tokens.weight) == (build is toy.tiny)     # tied, or not
+    assert (plain.lm_head.weight is plain.model.language_model.embed_tokens.weight) == (build is tiny_model.tiny)     # tied, or not
 
 
 def test_missing_gpu_kernels_are_named_for_models_that_use_them(monkeypatch):
-    assert M.missing_kernels(toy.tiny()[0]) == []                                     # a CPU has no use for them
+    assert M.missing_kernels(tiny_model.tiny()[0]) == []                                     # a CPU has no use for them
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     there = {"fla"}
     monkeypatch.setattr(M, "find_spec", lambda name: name if name in there else None)
-    assert M.missing_kernels(toy.tiny()[0]) == ["causal-conv1d"] and M.missing_kernels(tiny_qwen3_vl()[0]) == []
+    assert M.missing_kernels(tiny_model.tiny()[0]) == ["causal-conv1d"] and M.missing_kernels(tiny_qwen3_vl()[0]) == []
     there.clear()
-    assert M.missing_kernels(toy.tiny()[0]) == ["'flash-linear-attention>=0.6'", "causal-conv1d"]
+    assert M.missing_kernels(tiny_model.tiny()[0]) == ["'flash-linear-attention>=0.6'", "causal-conv1d"]
 
 
 def test_generation_settings_of_a_checkpoint_do_not_change_the_rollouts(tmp_path):
-    model, processor = toy.tiny()
+    model, processor = tiny_model.tiny()
     M.save(model, processor, tmp_path)
     eos = model.generation_config.eos_token_id
     (tmp_path / "generation_config.json").write_text(json.dumps(
@@ -226,7 +226,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(FileNotFoundError, match="has no config.json.*notes.txt"):
         M.load(str(tmp_path))
-    model, processor = toy.tiny()
+    model, processor = tiny_model.tiny()
     M.save(model, processor, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "whole" / "model.safetensors").read_bytes()[:5000])
@@ -238,7 +238,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
 
 
 def test_a_missing_weight_is_not_made_up_and_a_strange_one_not_ignored_but_for_the_draft_head(tmp_path):
-    model, processor = toy.tiny()
+    model, processor = tiny_model.tiny()
     M.save(model, processor, tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
     write = lambda weights: save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -253,12 +253,17 @@ def test_a_missing_weight_is_not_made_up_and_a_strange_one_not_ignored_but_for_t
 
 
 def test_other_vision_language_models_are_refused_by_name(tmp_path):
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8),
         text_config=LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=64))
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
-    for part in (toy.tiny()[1].tokenizer, toy.tiny()[1].image_processor):
+    for part in (tiny_model.tiny()[1].tokenizer, tiny_model.tiny()[1].image_processor):
         part.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a LlavaForConditionalGeneration, expected a Qwen3.5"):
         M.load(str(tmp_path))

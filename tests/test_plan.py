@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 import model as M
 import plan
 import sharding
-import toy
+import toy.scenes as toy_scenes
+import toy.tiny as tiny_model
 import train
 from rollout import CACHES
 
@@ -82,7 +83,7 @@ def phases(build, flags: list[str], side: int, compile: bool) -> tuple[dict, dic
     return counted, plan.memory(args, student.config, sum(p.numel() for p in student.parameters()), 1, *lengths)
 
 
-@pytest.mark.parametrize("build", [toy.tiny, tiny_qwen3_vl])
+@pytest.mark.parametrize("build", [tiny_model.tiny, tiny_qwen3_vl])
 @pytest.mark.parametrize("flags, side, compile", [
     (["--prompts", "2", "--group", "4", "--max-new-tokens", "40"], 192, False),
     (["--prompts", "2", "--group", "8", "--max-new-tokens", "130", "--offload-teacher"], 96, False),
@@ -100,20 +101,20 @@ def test_memory_is_about_what_the_formula_says(build, flags, side, compile, dens
 def test_the_time_of_a_step_is_that_of_its_matmuls_and_of_reading_weights_and_cache():
     """16 prompts on two ranks, 4 decoded at once: 2 calls of 100 tokens, each at least 35 ms."""
     args = train.parse(["--device", "cpu", "--prompts", "16", "--group", "2", "--gen-prompts", "4", "--max-new-tokens", "100"])
-    spent = plan.seconds(args, toy.tiny()[0].config, 10 ** 9, 2, 1000, 400)
+    spent = plan.seconds(args, tiny_model.tiny()[0].config, 10 ** 9, 2, 1000, 400)
     flops = lambda tokens: 2 * 10 ** 9 * 8 * tokens / 400e12                          # a forward of 8 prompts
     assert spent["student"] == pytest.approx(4 * flops(1000 + 2 * 25)) and spent["teacher"] == pytest.approx(flops(400 + 2 * 25))
     assert spent["sampling"] == pytest.approx(flops(1000) + 2 * 100 * 0.035, rel=1e-3)
     args.compile = True
     cache = 8 * (8192 + 100) * 2 * 1 * 2 * 32 * 2                                     # rows, slots; keys and values, layers, heads, width, bf16
-    assert plan.seconds(args, toy.tiny()[0].config, 10 ** 9, 2, 1000, 400)["sampling"] == pytest.approx(
+    assert plan.seconds(args, tiny_model.tiny()[0].config, 10 ** 9, 2, 1000, 400)["sampling"] == pytest.approx(
         flops(1000) + 2 * 100 * (2 * 10 ** 9 + cache) / 2e12)
 
 
 def test_a_plan_is_printed_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     """For a GPU that is not here, for as many ranks as asked for; its lengths are those of the prompts that training sees."""
-    toy.draw(tmp_path / "data", 12, 0)
-    model, processor = toy.tiny()
+    toy_scenes.draw(tmp_path / "data", 12, 0)
+    model, processor = tiny_model.tiny()
     M.save(model, processor, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     flags = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--prompts", "4", "--group", "2", "--out", str(tmp_path / "x")]
@@ -150,7 +151,7 @@ def test_a_plan_is_printed_before_anything_is_loaded(tmp_path, capsys, monkeypat
     with pytest.raises(SystemExit):
         train.main([*flags, "--plan", "--model", str(tmp_path / "data")])
     assert "is no checkpoint: it has no config.json" in capsys.readouterr().err
-    rows[3]["crop"].write_bytes(b"no picture")
+    rows[3].crop.write_bytes(b"no picture")
     with pytest.raises(SystemExit):
         train.main([*flags, "--plan"])
     assert re.search(f"sample {rows[3]['id']}: .* cannot be read as a picture.*Fetch or save the file again", capsys.readouterr().err)

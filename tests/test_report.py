@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import benchmarks.figures as figures
+import benchmarks.page as pages
 import evaluate
-import figures
-import toy
-import triplets
+import toy.scenes as toy_scenes
+import triplets.format as triplet_format
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{data}} \u2028 \ud800 &amp;"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -37,7 +39,7 @@ def read(path: Path) -> list[dict]:
 
 def misread(text: str, rng: random.Random) -> str:
     words = text.split()
-    for n, choices in rng.sample([(1, list(toy.COLOURS)), (2, toy.SHAPES), (4, "0123456789")], rng.choice([1, 1, 2])):
+    for n, choices in rng.sample([(1, list(toy_scenes.COLOURS)), (2, toy_scenes.SHAPES), (4, "0123456789")], rng.choice([1, 1, 2])):
         words[n] = rng.choice([c for c in choices if c != words[n]])
     return " ".join(words)
 
@@ -61,9 +63,9 @@ def results(folder: Path, answers: list[dict]) -> Path:
 def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed: int = 0) -> Path:
     """A run folder as train.py --toy leaves it, with plausible numbers: full 52% -> 95%, crop and large kept."""
     rng = random.Random(seed)
-    scenes = (toy.scene(seed, i, "small" if i < small else "large", "eval") for i in range(small + large))
-    triplets.write_triplets(out / "eval", scenes)
-    rows, log, saved = triplets.read_triplets(out / "eval"), [], []
+    scenes = (toy_scenes.scene(seed, i, "small" if i < small else "large", "eval") for i in range(small + large))
+    triplet_format.write_triplets(out / "eval", scenes)
+    rows, log, saved = triplet_format.read_triplets(out / "eval"), [], []
     for when, hit in (("before", {"full": .52, "crop": .99, "large": 1}), ("after", {"full": .95, "crop": .98, "large": .99})):
         asked = [(row, "toy" if row["extra"]["toy"] == "small" else "toy-large", view) for row in rows
                  for view in ("full", "crop")[:1 + (row["extra"]["toy"] == "small")]]
@@ -95,7 +97,7 @@ def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed
 
 def build(run: Path) -> tuple[str, dict]:
     """The page's text, and the data it draws, read as strictly as a browser reads it."""
-    page = evaluate.report(run).read_text()
+    page = pages.report(run).read_text()
     data = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1]
     return page, json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
@@ -141,7 +143,7 @@ def test_a_sample_has_its_images_its_question_and_the_answers_of_both_views(run)
     sample = build(run)[1]["gallery"]["samples"][0]
     said = {(when, a["view"]): [a["output"], "right" if a["output"] == a["answer"] else "wrong"] for when in ("before", "after")
             for a in read(run / f"eval-{when}/answers-toy-0.jsonl") if a["id"] == sample["id"]}
-    triplet = next(r for r in triplets.read_triplets(run / "eval") if r["id"] == sample["id"])
+    triplet = next(r for r in triplet_format.read_triplets(run / "eval") if r["id"] == sample["id"])
     assert (sample["question"], sample["gold"], sample["bench"]) == (triplet["question"], triplet["answer"], "toy")
     assert len(said) == 4 and {(label, view): rest for label, view, *rest in sample["answers"]} == said
 
@@ -151,7 +153,7 @@ def test_small_images_stay_exact_and_large_ones_become_a_jpeg_of_at_most_640_px(
     for side in (40, 900):
         image = Image.effect_noise((side, side // 2), 60).convert("RGB")
         image.save(tmp_path / "image.png")
-        kind, content = evaluate.pictures(tmp_path, ["image.png"], [])["image.png"].split(";base64,")
+        kind, content = pages.pictures(tmp_path, ["image.png"], [])["image.png"].split(";base64,")
         shown = Image.open(io.BytesIO(base64.b64decode(content)))
         sizes[kind] = shown.size
         assert side > 40 or shown.tobytes() == image.tobytes()
@@ -162,8 +164,8 @@ def test_images_that_do_not_fit_are_counted_not_shown(tmp_path):
     paths = [f"{n}.png" for n in range(5)]
     for n, path in enumerate(paths):
         Image.effect_noise((100, 100), 10 + n).save(tmp_path / path)
-    notes, whole = [], evaluate.pictures(tmp_path, paths, [])
-    uris = evaluate.pictures(tmp_path, paths, notes, budget=sum(map(len, whole.values())) - 1)
+    notes, whole = [], pages.pictures(tmp_path, paths, [])
+    uris = pages.pictures(tmp_path, paths, notes, budget=sum(map(len, whole.values())) - 1)
     assert uris == dict(list(whole.items())[:4]) and len(notes) == 1 and notes[0].startswith("1 image")
 
 
@@ -171,9 +173,9 @@ def test_the_gallery_takes_flipped_and_wrong_samples_first_when_there_are_too_ma
     before, after = [0] * 3 + [1] * 9, [0] * 2 + [1] * 9 + [0]                      # 0, 1 wrong twice; 2 gained; 11 lost
     folders = {name: results(tmp_path / name, [reply(row(f"{n:02}", tmp_path / "x.png"), "b", "full", "a red cross" if mark else "a cat")
                                                for n, mark in enumerate(marks)]) for name, marks in (("a", before), ("b", after))}
-    picked = {most: [s["id"] for s in evaluate.gallery(tmp_path, folders, most)["samples"]] for most in (2, 4, 6)}
+    picked = {most: [s["id"] for s in pages.gallery(tmp_path, folders, most)["samples"]] for most in (2, 4, 6)}
     assert picked == {2: ["02", "11"], 4: ["02", "11", "00", "01"], 6: ["02", "11", "00", "01", "03", "04"]}
-    assert evaluate.gallery(tmp_path, folders, 2)["total"] == 12
+    assert pages.gallery(tmp_path, folders, 2)["total"] == 12
 
 
 def test_an_evaluation_alone_has_a_page_with_its_one_result(run):
@@ -213,7 +215,7 @@ def test_nothing_a_model_wrote_can_act_in_the_page(run):
     assert "alert(1)</" not in page and "<img" not in page
     assert page.count("<script") == page.count("</script") == 2
     assert data["gallery"]["samples"][0]["answers"][0][2] == data["rollouts"][0]["tokens"][0] == ATTACK
-    template = evaluate.TEMPLATE.read_text()                                      # markup is made from strings in one place,
+    template = pages.TEMPLATE.read_text()                                      # markup is made from strings in one place,
     assert template.count("innerHTML") == 1 and "insertAdjacentHTML" not in template          # the curves' numbers
 
 
@@ -255,10 +257,10 @@ def test_a_loss_that_is_not_a_number_is_a_gap_and_a_step_written_twice_counts_on
 
 def test_the_old_page_stays_when_a_new_one_cannot_be_written(run, monkeypatch):
     old, _ = build(run)
-    monkeypatch.setattr(triplets.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
     (run / "args.json").write_text("{}")
     with pytest.raises(OSError, match="disk full"):
-        evaluate.report(run)
+        pages.report(run)
     assert (run / "report.html").read_text() == old
 
 
@@ -267,7 +269,7 @@ def test_a_folder_that_is_no_run_is_refused_with_what_it_holds(tmp_path, files):
     for name in files:
         (tmp_path / name).touch()
     with pytest.raises(FileNotFoundError, match=re.escape(f"({files}; ['result.json is not in ")):
-        evaluate.report(tmp_path)
+        pages.report(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------- in a browser
@@ -291,7 +293,7 @@ def test_a_browser_draws_every_section_and_shows_markup_as_text(run):
     write(run / "rollouts.jsonl", [r | {"tokens": [attack] * 3, "divergence": [0.1, None, 0.2]} for r in read(run / "rollouts.jsonl")])
     for step in (0, 100, 200):
         shutil.copytree(run / "eval-before", run / f"step-{step:06}")
-    seen = dom(evaluate.report(run), probe="place('javascript:alert(7)').protocol")
+    seen = dom(pages.report(run), probe="place('javascript:alert(7)').protocol")
     for title in ("Did it learn to see?", "The gap over the run", "What changed, image by image", "Where the teacher disagreed", "The run, step by step"):
         assert f"<h2>{title}</h2>" in seen
     assert seen.count("<svg") == 10 and "NaN" not in seen and "undefined" not in seen and "No labels, no rewards" in seen
@@ -301,7 +303,7 @@ def test_a_browser_draws_every_section_and_shows_markup_as_text(run):
 
 @chromium
 def test_a_browser_draws_the_page_of_a_run_that_has_only_just_begun(tmp_path):
-    seen = dom(evaluate.report(only_a_log(tmp_path / "run", [{"step": 1, "steps": 9, "loss": 0.5}])))
+    seen = dom(pages.report(only_a_log(tmp_path / "run", [{"step": 1, "steps": 9, "loss": 0.5}])))
     assert seen.count("<svg") == 1 and "1 of 9" in seen
     assert "accuracies before and after, held-out samples, rollouts" in seen
 
@@ -311,7 +313,7 @@ def test_a_long_log_is_averaged_and_a_long_rollout_is_cut(tmp_path):
     run = only_a_log(tmp_path / "run", [{"step": step, "loss": float(step % 2)} for step in range(1, 2001)])
     write(run / "rollouts.jsonl", [{"step": step, "id": "a", "question": "what ?", "answer": None, "image": "x.png", "crop": "x.png",
                                     "tokens": [" word"] * 1024, "divergence": [math.log(2) / 4] * 1024} for step in (1, 9) for _ in range(8)])
-    steps, losses, spans, sides = probed(evaluate.report(run), "[binned(data.log).map(r => r.step), binned(data.log).map(r => r.loss), "
+    steps, losses, spans, sides = probed(pages.report(run), "[binned(data.log).map(r => r.step), binned(data.log).map(r => r.loss), "
                                          "document.querySelectorAll('.tokens span').length, [...document.querySelectorAll('.when')].map(e => e.textContent)]")
     assert steps == list(range(5, 2001, 5)) and losses == pytest.approx([0.6, 0.4] * 200)
     assert spans == 2 * 4 * 400 and sides == ["Early: step 1mean disagreement 25.0%", "Late: step 9mean disagreement 25.0%"]
@@ -319,7 +321,7 @@ def test_a_long_log_is_averaged_and_a_long_rollout_is_cut(tmp_path):
 
 @chromium
 def test_the_address_chooses_what_the_gallery_shows(run):
-    page, shown = evaluate.report(run), "[...document.querySelectorAll('.sample small')].map(e => e.textContent)"
+    page, shown = pages.report(run), "[...document.querySelectorAll('.sample small')].map(e => e.textContent)"
     said = [{(a["view"], a["id"]): a["output"] == a["answer"] for a in read(run / f"eval-{when}/answers-toy-0.jsonl")} for when in ("before", "after")]
     flipped = {i for view, i in said[0] if said[0][view, i] != said[1][view, i]}
     assert {text.split(" · ")[-1] for text in probed(page, shown, "#bench=toy&group=small&state=flipped")} == flipped
@@ -336,7 +338,7 @@ def test_two_thousand_photographs_open_at_once_in_less_than_20_mb(tmp_path):
     for n in range(2000):
         scene.crop((n, n % 999, n + 240, n % 999 + 180)).save(tmp_path / f"{n}.jpg", quality=90)
         rows.append(reply(row(f"{n:04}", tmp_path / f"{n}.jpg"), "photos", "full", "a blue cross"))
-    page, start = evaluate.report(results(tmp_path / "run", rows)), time.time()
+    page, start = pages.report(results(tmp_path / "run", rows)), time.time()
     cards, images, opened, lead = probed(page, "[document.querySelectorAll('.sample').length, Object.keys(data.images).length, performance.now(), "
                                          "document.querySelector('header').textContent]")
     assert page.stat().st_size < 20_000_000 and images == 2000 and cards == 60 and "2,000 answers, greedy" in lead and "No labels" not in lead

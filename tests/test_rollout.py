@@ -7,7 +7,7 @@ from conftest import alone, noise
 import model as M
 import rollout
 from rollout import InverseCDF, sample
-from toy import tiny
+from toy.tiny import tiny
 
 
 def plain(prompt):

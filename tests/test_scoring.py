@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import scoring
+import benchmarks.scoring as scoring
 
 CASES = json.loads(Path(__file__).with_name("scoring_cases.json").read_text(encoding="utf-8"))
 

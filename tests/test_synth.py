@@ -16,15 +16,18 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import ROOT, noise
+from PIL import Image, ImageFont
 
-import benchmarks
+import benchmarks.sources as sources
 import model as M
 import rollout
+import storage.images as images
 import synth
-import toy
-import triplets
-from conftest import ROOT, noise
+import toy.scenes as toy_scenes
+import toy.tiny as tiny_model
+import triplets.format as triplet_format
+import triplets.preview as previews
 
 ASKED = [{"question": "What colour is the tag?", "answer": "red", "type": "colour"},
          {"question": "What number is on the tag?", "answer": "17", "type": "number"}]
@@ -98,18 +101,18 @@ def rows(out):
 def test_photographs_become_triplets_with_their_provenance(tmp_path, monkeypatch, capsys):
     script = scripted(monkeypatch)
     main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out", "--full", "png")
-    found = triplets.read_triplets(tmp_path / "out")
+    found = triplet_format.read_triplets(tmp_path / "out")
     assert len(found) == 6 and [call[:2] for call in script.calls] == [("find", 3), ("ask", 6)]
     assert [r["id"] for r in found] == sorted(r["id"] for r in found)
     for r in found:
         e, (x1, y1, x2, y2) = r["extra"], r["bbox"]
-        source, image, crop = (triplets.load_image(p) for p in (tmp_path / "in" / e["source"], r["image"], r["crop"]))
+        source, image, crop = (images.load_image(p) for p in (tmp_path / "in" / e["source"], r["image"], r["crop"]))
         assert r["question"] == "What colour is the tag?" + synth.PROMPTS["hint"] and r["answer"] is None and e["type"] == "colour"
         assert e["source_size"] == [640, 480] and e["box"] == r["bbox"] and e["seed"] == 0 and len(e["config"]) == 12
         before, after = np.asarray(source), np.asarray(image)
         assert (before[y1:y2, x1:x2] == after[y1:y2, x1:x2]).all()
         changed = (before != after).any(-1)
-        assert changed.any() and (after[changed] == triplets.RED).all()
+        assert changed.any() and (after[changed] == triplet_format.RED).all()
         left, top, right, bottom = e["window"]
         assert e["scale"] == 2 and crop.size == (2 * (right - left), 2 * (bottom - top))
     told = stats(tmp_path / "out")
@@ -118,7 +121,7 @@ def test_photographs_become_triplets_with_their_provenance(tmp_path, monkeypatch
     assert (tmp_path / "out" / "preview.png").is_file()
     assert "6 question_spare" in (shown := capsys.readouterr().out) and "are 'colour', over 35%" in shown
     main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out", "--full", "png")          # nothing left to do
-    assert len(script.calls) == 2 and triplets.read_triplets(tmp_path / "out") == found
+    assert len(script.calls) == 2 and triplet_format.read_triplets(tmp_path / "out") == found
 
 
 def test_labels_need_seven_of_eight_votes_and_are_written(tmp_path, monkeypatch):
@@ -153,8 +156,8 @@ def test_multiple_choice_is_written_as_released(tmp_path, monkeypatch):
         assert stem == "<image>\nWhat colour is the tag?" and options.endswith(synth.PROMPTS["choose"].strip())
         options = dict(line.split(". ") for line in options.split("\n\n")[0].split("\n"))
         assert options[r["answer"]] == "Red" and sorted(options.values()) == ["Blue", "Red", "green", "white"]
-    assert synth.balance(triplets.read_triplets(tmp_path / "out"))[0] == "16 of 16 answers are 'red', over 10%"
-    assert all(row["kind"] == "mc" for row in benchmarks.benchmark(str(tmp_path / "out"), tmp_path))
+    assert synth.balance(triplet_format.read_triplets(tmp_path / "out"))[0] == "16 of 16 answers are 'red', over 10%"
+    assert all(row["kind"] == "mc" for row in sources.benchmark(str(tmp_path / "out"), tmp_path))
     scripted(monkeypatch, wrong='["red", "Red"]')
     with pytest.raises(ValueError, match="6 question_spare\n +6 options_too_few"):
         main(monkeypatch, "--images", photos(tmp_path / "in2"), "--out", tmp_path / "out2", "--format", "mcq")
@@ -170,9 +173,9 @@ def test_boxes_of_ones_own_need_no_model_to_find_them(tmp_path, monkeypatch, cap
     assert sorted(r["bbox"] for r in rows(tmp_path / "out")) == [[9, 10, 90, 80], [300, 200, 400, 290]]
     assert "names 2 images that are not under" in (told := capsys.readouterr().out) and "the first 7" in told
     assert {call[0] for call in script.calls} == {"ask"} and stats(tmp_path / "out")["dropped"]["nothing_found"] == 1
-    for r in triplets.read_triplets(tmp_path / "out"):
-        clean, _ = synth.cut(triplets.load_image(tmp_path / "in" / "0.jpg"), r["extra"]["window"])
-        assert (np.asarray(triplets.load_image(r["crop"])) == np.asarray(clean)).all()
+    for r in triplet_format.read_triplets(tmp_path / "out"):
+        clean, _ = synth.cut(images.load_image(tmp_path / "in" / "0.jpg"), r["extra"]["window"])
+        assert (np.asarray(images.load_image(r["crop"])) == np.asarray(clean)).all()
     for bad in ("{", '{"image": "a"}', '{"image": "a", "boxes": [[5, 5, 1, 9]]}', '{"image": "a", "boxes": [[1, 2, NaN, 4]]}',
                 '{"image": "a", "boxes": [[1, 2, 3, 4]], "labels": []}', "[]"):
         boxes.write_text(f"\n{bad}\n")
@@ -288,7 +291,7 @@ def test_votes_are_counted_in_one_spelling(text, question, expected):
 def test_text_without_json_is_asked_for_again_then_counted_and_kept(tmp_path, monkeypatch):
     say = lambda image, prompt, seed: json.dumps(found_in(image)) if np.asarray(image)[0, 0, 0] % 2 else "no " * 500
     photos(tmp_path / "in", 6)
-    odd = sum(int(np.asarray(triplets.load_image(p))[0, 0, 0]) % 2 for p in (tmp_path / "in").rglob("*.jpg"))
+    odd = sum(int(np.asarray(images.load_image(p))[0, 0, 0]) % 2 for p in (tmp_path / "in").rglob("*.jpg"))
     script = scripted(monkeypatch, find=say)
     main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out")
     assert 0 < odd < 6 and script.calls[:2] == [("find", 6, 0.0), ("find", 6 - odd, 0.7)]
@@ -323,14 +326,14 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_done(tmp_path, monkey
             patch.setattr(Image.Image, "save", no_space)
         else:
             place, true = ("dumps", json.dumps) if full == "line" else ("replace", os.replace)
-            patch.setattr(synth.json if full == "line" else triplets.os, place, lambda *a, **k: no_space() if
+            patch.setattr(synth.json if full == "line" else os, place, lambda *a, **k: no_space() if
                           ("file" in a[0] if full == "line" else str(a[1]).endswith("train.jsonl")) else true(*a, **k))
         with pytest.raises(OSError, match="MB free.*make room"):
             main(patch, "--images", tmp_path / "in", "--out", tmp_path / "out")
     assert not list((tmp_path / "out").rglob(".tmp-*"))
     assert len([row for row in synth.read_parts(tmp_path / "out") if "file" in row]) == (3 if full == "merge" else 0)
     main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out")
-    assert len(triplets.read_triplets(tmp_path / "out")) == 6
+    assert len(triplet_format.read_triplets(tmp_path / "out")) == 6
 
 
 def test_no_sample_at_the_end_is_an_error_with_the_table(tmp_path, monkeypatch):
@@ -350,7 +353,7 @@ def test_no_sample_at_the_end_is_an_error_with_the_table(tmp_path, monkeypatch):
 
 
 def test_a_check_finds_pictures_that_no_image_processor_takes(tmp_path):
-    triplets.write_triplets(tmp_path, [{"id": "a", "question": "What?", "answer": None, "image": Image.new("RGB", (2100, 10)),
+    triplet_format.write_triplets(tmp_path, [{"id": "a", "question": "What?", "answer": None, "image": Image.new("RGB", (2100, 10)),
                                         "crop": Image.new("RGB", (9, 9)), "bbox": None, "extra": {}}])
     with pytest.raises(ValueError, match="has 1 errors and 1 well-formed rows"):
         synth.check(tmp_path)
@@ -410,7 +413,7 @@ def scripted_run(kill_at, rank, world, folder, out):
     scripted(patch)
     patch.setattr(rollout, "answers", mortal(rollout.answers))
     patch.setattr(synth, "finish", mortal(synth.finish))
-    patch.setattr(triplets.os, "replace", mortal(os.replace))
+    patch.setattr(os, "replace", mortal(os.replace))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     main(patch, "--images", folder, "--out", out, "--batch", 2)
 
@@ -435,7 +438,7 @@ def test_a_killed_run_goes_on_with_other_ranks_to_the_same_data_set(tmp_path):
         assert (out / "train.jsonl").read_bytes() == (tmp_path / "straight" / "train.jsonl").read_bytes()
     assert stats(out)["dropped"] == stats(tmp_path / "straight")["dropped"] == {"question_spare": 18, "duplicate": 1}
     assert "new.jpg" in (left := str([path.name for path in out.rglob(".tmp-*")])) and "old" not in left
-    for key in triplets.FOLDERS:
+    for key in triplet_format.FOLDERS:
         a, b = ({p.name: p.read_bytes() for p in (place / key).iterdir() if p.name[0] != "."} for place in (out, tmp_path / "straight"))
         assert a == b and len(a) == 18
 
@@ -456,7 +459,7 @@ def test_another_configuration_is_refused_on_resume_and_in_a_merge(tmp_path, mon
     (tmp_path / "out" / ".parts" / "00001.jsonl").write_text('{"config": {"seed": 1}}\n')
     with pytest.raises(FileExistsError, match="another configuration"):
         main(monkeypatch, "--merge", tmp_path / "out")
-    toy.draw(tmp_path / "toy", 2, 0)
+    toy_scenes.draw(tmp_path / "toy", 2, 0)
     with pytest.raises(FileExistsError, match="holds another data set"):
         main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "toy")
 
@@ -481,7 +484,7 @@ def test_the_evidence_survives_and_its_frame_is_seen_wherever_the_box_lies():
         outside = np.ones((H, W), bool)
         outside[frame[1]:frame[3], frame[0]:frame[2]] = False
         assert (before[outside] == after[outside]).all()
-        red = (after == triplets.RED).all(-1)
+        red = (after == triplet_format.RED).all(-1)
         strips = [red[y:y + h, frame[0]:frame[0] + line], red[y:y + h, frame[2] - line:frame[2]],
                   red[frame[1]:frame[1] + line, x:x + w], red[frame[3] - line:frame[3], x:x + w]]
         assert sum(strip.all() for strip in strips) >= 2
@@ -523,7 +526,7 @@ def sam3(path, monkeypatch):
 
 def test_sam3_boxes_names_without_torchvision_as_its_plain_forward_does(tmp_path, monkeypatch):
     sam, tokenizer = sam3(tiny_sam3(tmp_path / "sam3"), monkeypatch)
-    image = triplets.load_image(photo(tmp_path / "in" / "a.jpg"))
+    image = images.load_image(photo(tmp_path / "in" / "a.jpg"))
     shown = {"image": image, "drops": Counter()}
     assert "torchvision" not in sys.modules
     assert synth.sam3_boxes(sam, tokenizer, shown, ["tag", "red mug"]) == [] and +shown["drops"] == {"name_not_found": 2}
@@ -557,7 +560,7 @@ def test_sam3_boxes_names_without_torchvision_as_its_plain_forward_does(tmp_path
 
 def test_the_tiny_models_babble_is_counted_and_reproducible(tmp_path, monkeypatch):
     photos(tmp_path / "in", 2)
-    M.save(*toy.tiny(), tmp_path / "model")
+    M.save(*tiny_model.tiny(), tmp_path / "model")
     true = rollout.answers
     monkeypatch.setattr(rollout, "answers", lambda m, p, i, t, max_new_tokens, **settings: true(m, p, i, t, 48, **settings))
     for out in (tmp_path / "a", tmp_path / "b"):
@@ -568,7 +571,7 @@ def test_the_tiny_models_babble_is_counted_and_reproducible(tmp_path, monkeypatc
 
 
 def test_a_group_of_texts_depends_on_its_seed():
-    model, processor = toy.tiny()
+    model, processor = tiny_model.tiny()
     rows = [({}, key, noise(32, 32), text) for key, text in ((1, "what"), (2, "is"), (1, "what"))]
     say = lambda batch: synth.say({"model": (model, processor), "seed": 0, "batch": batch}, "label", rows, 6, 4, temperature=1.0)
     one, two = say(1), say(3)
@@ -582,7 +585,7 @@ def test_photographs_train_and_evaluate_a_model_end_to_end(tmp_path, monkeypatch
     main(monkeypatch, "--check", out)
     assert "6 well-formed rows, 6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
     monkeypatch.undo()
-    M.save(*toy.tiny(), tmp_path / "model")
+    M.save(*tiny_model.tiny(), tmp_path / "model")
     cli = lambda *args: subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
     trained = cli("train.py", "--model", tmp_path / "model", "--data", out, "--out", tmp_path / "run", "--steps", 2, "--prompts", 2, "--group", 2,
                   "--max-new-tokens", 4, "--device", "cpu", "--workers", 0, "--threads", 1)
@@ -597,7 +600,7 @@ def test_photographs_train_and_evaluate_a_model_end_to_end(tmp_path, monkeypatch
 def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, monkeypatch, capsys):
     sample = lambda n, **changes: {"id": f"s{n}", "question": f"What colour is tag {n}?", "answer": "red", "image": noise(40, 30, n),
                                    "crop": noise(16, 16, n), "bbox": [1, 2, 9, 10], "extra": {"type": "colour"}} | changes
-    triplets.write_triplets(tmp_path, [sample(0), sample(1, bbox=[1, 2, 41, 9]), sample(2, question="What is red?"), sample(3), sample(4), sample(5)])
+    triplet_format.write_triplets(tmp_path, [sample(0), sample(1, bbox=[1, 2, 41, 9]), sample(2, question="What is red?"), sample(3), sample(4), sample(5)])
     (tmp_path / "images" / "s3.png").write_bytes(b"")
     (tmp_path / "teacher_images" / "s4.png").write_bytes((tmp_path / "teacher_images" / "s0.png").read_bytes()[:200])
     with (tmp_path / "train.jsonl").open("a") as file:
@@ -612,15 +615,15 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, monk
     assert subprocess.run([sys.executable, synth.__file__, "--check", tmp_path], capture_output=True).returncode == 1
     one_each = [{"question": "What is it?", "answer": str(n), "extra": {"type": str(n)}, "id": str(n)} for n in range(4)]
     assert synth.balance(one_each) == []                                        # four of four: each 25%, but none repeated
-    toy.draw(tmp_path / "toy", 6, 0)
+    toy_scenes.draw(tmp_path / "toy", 6, 0)
     main(monkeypatch, "--check", tmp_path / "toy")
     assert "6 well-formed rows, 6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["word " * 300, "x" * 900, "一个很长的问题没有空格" * 40, "W" * 40 + "\n\nA. bark\nB. moss", "", "i" * 80 + " W" * 80])
 def test_the_contact_sheet_wraps_by_width_in_any_script(text):
-    font = triplets.ImageFont.load_default(18)
-    lines = triplets.wrapped(text, font, 630, 12)
+    font = ImageFont.load_default(18)
+    lines = previews.wrapped(text, font, 630, 12)
     assert len(lines) <= 12 and all(font.getlength(line) <= 640 for line in lines)
     if font.getlength(text) < 3000:
         assert "".join("".join(lines).split()) == "".join(text.split())

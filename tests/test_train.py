@@ -18,9 +18,14 @@ from safetensors.torch import load_file, save_file
 import loss
 import model as M
 import sharding
-import toy
+import storage.images as images
+import toy.base as base_model
+import toy.demonstration as demonstration
+import toy.scenes as toy_scenes
+import toy.tiny as tiny_model
 import train
-import triplets
+import triplets.format as triplet_format
+
 
 def in_processes(world, out, *flags, ranks=1):
     """The command line that starts the same run as `run`, on `ranks` processes."""
@@ -78,19 +83,19 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     student, processor = M.load(str(world / "base"))
     teacher, _ = M.load(str(world / "base"))
     args = train.parse([*SMALL, "--out", "unused"])
-    rows = triplets.read_triplets(world / "data")
+    rows = triplet_format.read_triplets(world / "data")
     chosen = [rows[i] for i in train.batch_rows(len(rows), 4, 0, 0)]
     seeds = [train.random.Random(f"0/0/{row['id']}").getrandbits(63) for row in chosen]
     total, count, ended, agree, shown = 0.0, 0, 0, 0, []
     for row, seed in zip(chosen, seeds):
-        full, crop = (M.encode(processor, [triplets.load_image(row[view])], [row["question"]]) for view in ("image", "crop"))
+        full, crop = (M.encode(processor, [images.load_image(getattr(row, view))], [row.question]) for view in ("image", "crop"))
         rollout = train.sample(student, processor, full, 2, max_new_tokens=6, seeds=[seed])
         for ids, mask in zip(rollout.ids, rollout.mask):
             logits = [plain_logits(model, prompt, ids[mask]) for model, prompt in ((student, full), (teacher, crop))]
             each = loss.divergence(*logits, k=args.top_k)
             total, count = total + each.sum(), count + int(mask.sum())
             agree += int((logits[1].gather(-1, logits[0].topk(args.top_k).indices).argmax(-1) == 0).sum())
-            shown.append((row["id"], [processor.tokenizer.decode([token]) for token in ids[mask]], each.tolist()))
+            shown.append((row.id, [processor.tokenizer.decode([token]) for token in ids[mask]], each.tolist()))
         ended += int(rollout.ended.sum())
     (total / count).backward()
     assert entry["loss"] == pytest.approx((total / count).item(), rel=1e-4) and entry["tokens"] == count
@@ -117,7 +122,7 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
 
 
 def test_the_ema_teacher_has_its_closed_form_after_many_steps():
-    model, _ = toy.tiny()
+    model, _ = tiny_model.tiny()
     state = sharding.State(sharding.Flat(model, 0, 1), train.parse([*SMALL]))
     start, masters = state.ema.clone(), []
     for _ in range(7):
@@ -151,7 +156,7 @@ def test_the_crop_reaches_only_the_teacher(run, world, tmp_path):
     run("a", "--steps", "1")
     for crop in (world / "data" / "teacher_images").iterdir():
         (tmp_path / "data" / "teacher_images").mkdir(parents=True, exist_ok=True)
-        triplets.load_image(crop).rotate(90).save(tmp_path / "data" / "teacher_images" / crop.name)
+        images.load_image(crop).rotate(90).save(tmp_path / "data" / "teacher_images" / crop.name)
     (tmp_path / "data" / "images").symlink_to(world / "data" / "images")
     (tmp_path / "data" / "train.jsonl").write_bytes((world / "data" / "train.jsonl").read_bytes())
     run("b", "--steps", "1", "--data", str(tmp_path / "data"))
@@ -213,7 +218,7 @@ def test_a_bucket_is_reduced_within_the_backward_pass_as_soon_as_its_gradients_a
 
 def test_a_gradient_that_no_backward_pass_brings_counts_as_0():
     """A parameter that took no part, and a rank that has no micro-batch left."""
-    model, _ = toy.tiny()
+    model, _ = tiny_model.tiny()
     flat = sharding.Flat(model, 0, 1)
     into = torch.zeros_like(flat.owned())
     flat.track_gradients(into)
@@ -226,7 +231,7 @@ def test_a_gradient_that_no_backward_pass_brings_counts_as_0():
 
 @pytest.mark.parametrize("then, now", [((1, 20_000), (3, 30_000)), ((3, 30_000), (2, 20_000)), ((7, 9_999), (1, 10 ** 9)), ((2, 5_000), (5, 5_000))])
 def test_a_state_is_re_sliced_for_any_number_of_ranks_and_any_buckets(then, now, tmp_path, monkeypatch):
-    model, processor = toy.tiny()
+    model, processor = tiny_model.tiny()
 
     def states(world, bucket):
         monkeypatch.setattr(sharding, "BUCKET", bucket)
@@ -356,7 +361,7 @@ def test_resuming_with_another_objective_seed_or_data_is_refused_with_the_differ
     run("x", "--steps", "1")
     with pytest.raises(ValueError, match="beta: 0.5 -> 0.25; .*ema_rate: 0.001 -> 0.1|ema_rate: 0.001 -> 0.1; .*beta: 0.5 -> 0.25"):
         run("x", "--beta", "0.25", "--ema-rate", "0.1")
-    toy.draw(tmp_path / "other", 8, 1)
+    toy_scenes.draw(tmp_path / "other", 8, 1)
     with pytest.raises(ValueError, match="rows_sha256"):
         run("x", "--data", str(tmp_path / "other"))
     for flags, key in ((["--seed", "1"], "seed: 0 -> 1"), (["--objective", "sampled-token"], "objective: "), (["--group", "3"], "group: 2 -> 3")):
@@ -397,7 +402,7 @@ def test_the_defaults_are_the_papers():
 
 
 def test_help_tells_the_defaults_those_of_the_toy_with_toy(capsys):
-    for flags, lr in (([], "2e-06"), (["--toy"], str(toy.RUN["lr"]))):
+    for flags, lr in (([], "2e-06"), (["--toy"], str(demonstration.RUN["lr"]))):
         with pytest.raises(SystemExit):
             train.parse([*flags, "--help"])
         told = capsys.readouterr().out
@@ -455,7 +460,7 @@ def test_errors_reach_the_user_as_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             train.main([*flags, "--device", "cpu"])
         assert re.fullmatch(f"train.py: .*{message}.*line \\d+\\)\n", capsys.readouterr().err)
-    toy.draw(tmp_path / "data", 4, 0)
+    toy_scenes.draw(tmp_path / "data", 4, 0)
     with pytest.raises(SystemExit):
         train.main(["--data", str(tmp_path / "data"), "--model", "no/model", "--prompts", "2", "--out", str(tmp_path / "x"), "--device", "cpu"])
     assert "train.py: --model 'no/model' is neither a directory here nor a model the hub gave us" in capsys.readouterr().err
@@ -470,25 +475,25 @@ def test_a_run_stopped_by_hand_says_how_it_goes_on(tmp_path, monkeypatch):
 def test_a_corrupt_image_stops_the_run_with_its_name_and_the_run_goes_on_once_it_is_mended(run, world, tmp_path):
     want = run("straight")
     shutil.copytree(world / "data", tmp_path / "data")
-    row = triplets.read_triplets(tmp_path / "data")[train.batch_rows(12, 4, 0, 2)[1]]
-    good = row["image"].read_bytes()
-    row["image"].write_bytes(good[:len(good) // 2])
+    row = triplet_format.read_triplets(tmp_path / "data")[train.batch_rows(12, 4, 0, 2)[1]]
+    good = row.image.read_bytes()
+    row.image.write_bytes(good[:len(good) // 2])
     for workers in ("0", "2"):
-        with pytest.raises(ValueError, match=rf"samples \[.*'{row['id']}'.*{row['image'].name}") as error:
+        with pytest.raises(ValueError, match=rf"samples \[.*'{row.id}'.*{row.image.name}") as error:
             run("x", "--data", str(tmp_path / "data"), "--save-every", "1", "--workers", workers)
         assert "Traceback" not in str(error.value)
-    row["image"].write_bytes(good)
+    row.image.write_bytes(good)
     assert_equal(run("x", "--data", str(tmp_path / "data"), "--save-every", "1"), want)
 
 
 def test_an_error_on_one_of_two_ranks_is_said_before_the_run_is_torn_down(world, tmp_path):
     shutil.copytree(world / "data", tmp_path / "data")
-    row = triplets.read_triplets(tmp_path / "data")[train.batch_rows(12, 4, 0, 0)[2]]    # the second rank's
-    row["image"].write_bytes(row["image"].read_bytes()[:300])
+    row = triplet_format.read_triplets(tmp_path / "data")[train.batch_rows(12, 4, 0, 0)[2]]    # the second rank's
+    row.image.write_bytes(row.image.read_bytes()[:300])
     command = in_processes(world, tmp_path / "x", "--data", str(tmp_path / "data"), "--micro-prompts", "1", ranks=2)
-    (tmp_path / "x.py").write_text("import train; train.toy.prepare_run = lambda *_: None; train.main()")
+    (tmp_path / "x.py").write_text("import train; train.prepare_toy = lambda *_: None; train.main()")
     done = launch(command, check=False)
-    assert done.returncode != 0 and f"samples ['{row['id']}']" in done.stderr and row["image"].name in done.stderr
+    assert done.returncode != 0 and f"samples ['{row.id}']" in done.stderr and row.image.name in done.stderr
 
 
 def test_ranks_that_do_not_share_a_batch_evenly_are_refused(world, tmp_path):
@@ -499,8 +504,8 @@ def test_ranks_that_do_not_share_a_batch_evenly_are_refused(world, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- the toy
 
 def test_the_toy_command_leaves_a_table_results_two_models_and_a_page(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(toy.BASE, "steps", 2)
-    monkeypatch.setattr(toy, "ROWS", 24)
+    monkeypatch.setitem(base_model.BASE, "steps", 2)
+    monkeypatch.setattr(demonstration, "ROWS", 24)
     out = tmp_path / "toy"
     flags = ["--toy", "--out", str(out), "--steps", "2", "--workers", "0", "--device", "cpu"]
     train.main(flags)

@@ -7,10 +7,10 @@ import torch
 from conftest import noise
 from PIL import Image
 
-import evaluate
+import benchmarks.zoom as zoom
 import model as M
 import rollout
-from toy import tiny
+from toy.tiny import tiny
 
 
 def call(*box, name: str = "image_zoom_in_tool", **more) -> str:
@@ -44,7 +44,7 @@ def play(monkeypatch):
                                    torch.full(ids.shape, torch.nan))
         monkeypatch.setattr(rollout, "encode", encode)
         monkeypatch.setattr(rollout, "sample", sample)
-        return evaluate.zoomed(model, processor, images, list(script), 99, rounds), calls
+        return zoom.zoomed(model, processor, images, list(script), 99, rounds), calls
     run.tokens = lambda text: len(tokens(text))
     return run
 
@@ -54,7 +54,7 @@ def test_a_call_gives_the_region_enlarged_and_the_next_turn_is_the_answer(play):
     (reply,), calls = play({"what ?": turns}, [image], 1)
     assert reply == {"output": "It is red.", "tokens": sum(map(play.tokens, turns)), "truncated": False, "calls": 1, "malformed": 0}
     (first,), (second,) = calls
-    assert first[0] == [image] and [m["role"] for m in first[1]] == ["system", "user"] and first[1][0]["content"] == evaluate.TOOLS
+    assert first[0] == [image] and [m["role"] for m in first[1]] == ["system", "user"] and first[1][0]["content"] == zoom.TOOLS
     whole, crop = second[0]
     assert whole is image and crop.size == (299, 448)                                 # 160 x 240 px, times 448 / 240
     assert crop.tobytes() == image.crop((160, 240, 320, 480)).resize((299, 448), Image.Resampling.BICUBIC).tobytes()
@@ -69,7 +69,7 @@ def test_a_call_gives_the_region_enlarged_and_the_next_turn_is_the_answer(play):
     ((2007, 600), (0, 0, 1000, 1000), (0, 0, 2007, 600))])                            # 1000 * (2007 / 1000) is more than 2007
 def test_a_region_is_in_thousandths_of_the_images_sides(size, box, pixels):
     image = noise(*size)
-    crop, want = evaluate.region(call(*box)[11:-12], image), image.crop(pixels)
+    crop, want = zoom.region(call(*box)[11:-12], image), image.crop(pixels)
     scale = max(1, 448 / max(want.size))
     assert crop.tobytes() == want.resize([math.ceil(side * scale) for side in want.size], Image.Resampling.BICUBIC).tobytes()
 
@@ -122,5 +122,5 @@ def test_rows_that_do_not_call_are_done_while_the_others_go_on(play):
 def test_with_a_tool_that_no_row_calls_the_answers_take_one_turn(lively):
     (model, processor), images = lively, [noise(64, 64, seed) for seed in range(3)]
     look = [{"type": "image"}, {"type": "text", "text": "a ?"}]
-    want = rollout.answers(model, processor, images, [[{"role": "system", "content": evaluate.TOOLS}, {"role": "user", "content": look}]] * 3, 6)
-    assert evaluate.zoomed(model, processor, images, ["a ?"] * 3, 6, 2) == [reply | {"calls": 0, "malformed": 0} for reply in want]
+    want = rollout.answers(model, processor, images, [[{"role": "system", "content": zoom.TOOLS}, {"role": "user", "content": look}]] * 3, 6)
+    assert zoom.zoomed(model, processor, images, ["a ?"] * 3, 6, 2) == [reply | {"calls": 0, "malformed": 0} for reply in want]

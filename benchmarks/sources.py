@@ -1,6 +1,6 @@
 """The benchmarks: from each source's own files to rows of one neutral form (`benchmark`, at the end).
 
-Sources, prompts and published figures are a table, benchmarks.toml; whatever form a source has, the same few functions read it.
+Sources, prompts and published figures are a table, sources.toml; whatever form a source has, the same few functions read it.
 """
 import base64
 import csv
@@ -16,9 +16,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from triplets import naming_full_disks, read_triplets, unpack, write
+from storage.files import naming_full_disks, write
+from storage.hub import unpack
+from triplets.format import read_triplets
 
-BENCHES = tomllib.loads(Path(__file__).with_name("benchmarks.toml").read_text(encoding="utf-8"))
+BENCHES = tomllib.loads(Path(__file__).with_name("sources.toml").read_text(encoding="utf-8"))
 GROUPS = {"fine": ["vstar", "zoombench", "hrbench-4k", "hrbench-8k", "mme-realworld-lite", "mme-realworld-cn"],
           "holdout": ["mmvp", "cv-bench", "mmstar", "pope"], "all": list(BENCHES), "toy": ["toy", "toy-large", "toy-holdout"]}
 TOY = {"small": "toy", "pair": "toy", "large": "toy-large", "colour": "toy-holdout", "corner": "toy-holdout"}    # scenes by kind
@@ -68,9 +70,9 @@ def neutral(row: dict, name: str) -> dict:
 
 def triplet_row(t: dict) -> dict:
     """The neutral row of a triplet (of read_triplets). The toy's answers are compared word for word."""
-    options, group = inline_options(t["question"]), t["extra"].get("toy")
-    kind = "exact" if group else "mc" if t["answer"] in options else "free"
-    return neutral(t | {"prompt": t["question"], "options": options, "group": group, "kind": kind}, t["id"])
+    options, group = inline_options(t.question), t.extra.get("toy")
+    kind = "exact" if group else "mc" if t.answer in options else "free"
+    return neutral(vars(t) | {"prompt": t.question, "options": options, "group": group, "kind": kind}, t.id)
 
 
 def translate(record: dict, bench: dict, number: int, repo: str) -> dict:
@@ -179,10 +181,6 @@ def benchmark(name: str, root: Path) -> list[dict]:
     Dicts: id (str, unique), image and crop (Path; crop may be None), prompt, answer (str), kind (mc: an option's letter, yn,
     free, exact: word for word), options ({letter: text}), group and pair (str or None). Errors name file and row.
     """
-    if name in GROUPS["toy"]:
-        import toy
-        rows = benchmark(str(toy.draw(root / "toy", 1200, 0, split="eval")), root)
-        return [row | {"crop": None if name == "toy-holdout" else row["crop"]} for row in rows if TOY[row["group"]] == name]
     path, rows = root / f"{name}.jsonl" if name in BENCHES else Path(name), []
     if name in BENCHES and not path.is_file():
         with naming_full_disks(root):

@@ -11,44 +11,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import BENCHES, GROUPS
-from scoring import JUDGE, ask_judge, final_text, score
-from triplets import write
+from benchmarks.judge import JUDGE, ask_judge
+from benchmarks.scoring import final_text, score
+from benchmarks.sources import BENCHES, GROUPS
+from storage.files import appending, read_json, read_jsonl, write
 
 Z = 1.959964                                               # of a 95% interval
-
-
-# ------------------------------------------------------------------------------------------------------------------ files
-
-def appending(path: Path):
-    """`path`, open for lines at its end; a last line that a killed run left torn is ended first."""
-    torn, file = path.exists() and not path.read_bytes().endswith(b"\n"), path.open("a")
-    file.write("\n" * torn)
-    return file
-
-
-def read_json(path: Path, notes: list[str]) -> dict:
-    """A json file's dict; {}, and a note, when it is missing or unreadable."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
-    except (OSError, ValueError) as error:
-        notes.append(f"{path.name} is unreadable: {error}" if path.exists() else f"{path.name} is not in {path.parent}")
-        return {}
-
-
-def read_jsonl(path: Path, notes: list[str]) -> list[dict]:
-    """Rows of a jsonl file; NaN and infinities become None. Noted: that it is missing, or had lines that a kill left torn."""
-    rows, torn = [], 0
-    if not path.is_file():
-        notes.append(f"{path.name} is not in {path.parent}")
-        return rows
-    for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").split("\n")):
-        try:
-            rows.append(json.loads(line, parse_constant=lambda name: None))
-        except json.JSONDecodeError:
-            torn += 1
-    notes += [f"{path.name}: {torn} unreadable line{'s' * (torn > 1)} left out"] * (torn > 0)
-    return rows
 
 
 def saved(out: Path) -> list[dict]:
@@ -88,8 +56,6 @@ def scored(out: Path, how: dict | None = None) -> tuple[list[dict], int]:
                     tqdm.write(f"judge: no verdict on {a['bench']} {a['id']}: {str(reply)[:200]!r}")
     return rated(), failed
 
-
-# ---------------------------------------------------------------------------------------------------------------- figures
 
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95% Wilson score interval of a share, both ends in [0, 1]; (0, 1) when n = 0."""

@@ -1,0 +1,2 @@
+"""Benchmarks: their sources, their scoring, their figures, their page."""
+

@@ -1,0 +1,2 @@
+"""How a command starts: its environment, its flags."""
+
