@@ -7,6 +7,7 @@ the data, the rollouts, the step, is train.py's. One step of each, as `--method`
     sft           teacher, crop         -                          cross-entropy, on responses that match the label
     grpo, dapo    student, full image   -                          clipped policy gradient, reward 1 for the label
 """
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -16,26 +17,34 @@ from benchmarks.scoring import score
 from benchmarks.sources import triplet_row
 from sharding import total
 
-DISTIL, REWARD = ("vision-opd", "opsd"), ("grpo", "dapo")                              # families of methods; the other is sft
-OPSD_HINT = ("\n\nHere is a reference solution to this problem:\n{answer}\n\nAfter understanding the reference solution, "
-             "please try to solve this problem using your own approach below:")
+DISTIL, REWARD = ("vision-opd", "opsd"), ("grpo", "dapo")  # families of methods; the other is sft
+OPSD_HINT = (
+    "\n\nHere is a reference solution to this problem:\n{answer}\n\nAfter understanding the reference solution, "
+    "please try to solve this problem using your own approach below:"
+)
 
 
 # -------------------------------------------------------------------------------------------- which responses are trained on
 
+
 def grade(args, micro, processor, rows: list[dict]) -> None:
     """Which responses match the label; sft keeps those, dapo the groups that are neither all right nor all wrong (Table 2)."""
     asked = [row for row in map(triplet_row, rows) for _ in range(args.group)]
-    right = [score(row | {"bench": "", "output": text})["correct"]
-             for row, text in zip(asked, micro.rollout.decode(processor.tokenizer))]
+    right = [
+        score(row | {"bench": "", "output": text})["correct"]
+        for row, text in zip(asked, micro.rollout.decode(processor.tokenizer))
+    ]
     micro.right = torch.tensor(right, device=micro.keep.device)
-    groups = micro.right.view(-1, args.group)                                         # (B, G)
+    groups = micro.right.view(-1, args.group)  # (B, G)
     if args.method == "sft":
         micro.keep = micro.right
         return
     rewards = groups.float()
     if args.method == "dapo":
-        lengths, buffer = micro.rollout.mask.sum(1).view_as(groups), max(1, args.max_new_tokens // 5)    # a fifth, as in DAPO
+        lengths, buffer = (
+            micro.rollout.mask.sum(1).view_as(groups),
+            max(1, args.max_new_tokens // 5),
+        )  # a fifth, as in DAPO
         rewards = rewards + overlong_penalty(lengths, args.max_new_tokens, buffer)
         micro.keep = (groups.any(1) & ~groups.all(1)).repeat_interleave(args.group)
     micro.advantages = group_advantages(rewards).flatten()
@@ -47,13 +56,13 @@ def fill_up(args, micros: list, flat, further) -> list:
     mine, parts, kept = args.prompts // flat.world, [micros], []
     own, device = slice(flat.rank * mine, (flat.rank + 1) * mine), flat.weights.device
     while True:
-        found = [0.0] * args.prompts                                                  # of a batch, which groups are kept
-        found[own] = torch.cat([micro.keep[::args.group] for micro in parts[-1]]).tolist()
+        found = [0.0] * args.prompts  # of a batch, which groups are kept
+        found[own] = torch.cat([micro.keep[:: args.group] for micro in parts[-1]]).tolist()
         kept.append(total(found, device))
         if sum(map(sum, kept)) >= args.prompts or len(parts) > args.resample:
             break
         parts.append(further(len(parts)))
-    kept = torch.tensor(kept, device=device)                                          # (batches, prompts)
+    kept = torch.tensor(kept, device=device)  # (batches, prompts)
     kept *= kept.flatten().cumsum(0).view_as(kept) <= args.prompts
     for part, chosen in zip(parts, kept[:, own].bool()):
         for micro, some in zip(part, chosen.split([len(micro.numbers) for micro in part])):
@@ -73,31 +82,49 @@ def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------ losses on the sampled tokens alone
 
+
 def per_token(args, hidden: Tensor, head: Tensor, micro) -> Tensor:
     """The loss of each token of the responses, (n,). hidden (n, D): the student's; micro: a train.Micro."""
     mask = micro.rollout.mask
-    ids = micro.rollout.ids[mask]                                                     # (n,)
+    ids = micro.rollout.ids[mask]  # (n,)
     log_s = token_log_probs([(hidden, head, 1.0)], ids, args.chunk)
     if args.method == "sft":
         return -log_s
     if args.method in DISTIL:
-        return sampled_token(log_s, token_log_probs(micro.target, ids, args.chunk), micro.rollout.log_probs[mask])
+        return sampled_token(
+            log_s, token_log_probs(micro.target, ids, args.chunk), micro.rollout.log_probs[mask]
+        )
     advantages = micro.advantages[:, None].expand_as(mask)[mask]
     high = 0.28 if args.method == "dapo" else 0.2
-    return clipped_policy_gradient(log_s, log_s.detach(), advantages, 0.2, high)      # old = new: a batch is used once
+    return clipped_policy_gradient(
+        log_s, log_s.detach(), advantages, 0.2, high
+    )  # old = new: a batch is used once
 
 
-def token_log_probs(sides: list[tuple[Tensor, Tensor, float]], ids: Tensor, chunk: int = 512) -> Tensor:
+def token_log_probs(
+    sides: list[tuple[Tensor, Tensor, float]], ids: Tensor, chunk: int = 512
+) -> Tensor:
     """Log-probabilities of the tokens `ids` (n,) under the logits that `sides` give, as `teachers` do in topk_divergence.
 
     Returns (n,) fp32 (float64 for float64 inputs), differentiable; the logits of one chunk of tokens exist at once, and
     once more in the backward pass. In bf16 the heads' gradients are rounded once a chunk.
     """
+
     def part(ids: Tensor, *hidden: Tensor) -> Tensor:
-        logits = sum(coefficient * (h @ head.t()) for h, (_, head, coefficient) in zip(hidden, sides))      # (c, V)
-        return -cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="none")
+        logits = sum(
+            coefficient * (h @ head.t()) for h, (_, head, coefficient) in zip(hidden, sides)
+        )  # (c, V)
+        return -cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="none"
+        )
+
     parts = zip(ids.split(chunk), *(hidden.split(chunk) for hidden, *_ in sides))
-    return torch.cat([checkpoint(part, *chunks, use_reentrant=False, preserve_rng_state=False) for chunks in parts])
+    return torch.cat(
+        [
+            checkpoint(part, *chunks, use_reentrant=False, preserve_rng_state=False)
+            for chunks in parts
+        ]
+    )
 
 
 def sampled_token(log_s: Tensor, log_t: Tensor, rollout: Tensor, clip: float = 2.0) -> Tensor:
@@ -110,7 +137,9 @@ def sampled_token(log_s: Tensor, log_t: Tensor, rollout: Tensor, clip: float = 2
     return (now - rollout).exp().clamp(max=clip) * (now - log_t.detach()) * (log_s - now).exp()
 
 
-def clipped_policy_gradient(log_s: Tensor, rollout: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+def clipped_policy_gradient(
+    log_s: Tensor, rollout: Tensor, advantages: Tensor, low: float, high: float
+) -> Tensor:
     """-min(r A, clip(r, 1 - low, 1 + high) A) with r = p_student / p_rollout (GRPO: 0.2, 0.2; DAPO: 0.2, 0.28). All (n,)."""
     ratio = (log_s - rollout).exp()
     return -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)

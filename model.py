@@ -7,6 +7,7 @@ and compute the hidden states that predict every token of G responses to a promp
 
 B prompts, G responses each, N = B G rows, L prompt tokens, T response tokens, D hidden size, V vocabulary.
 """
+
 import math
 import shutil
 import sys
@@ -22,13 +23,15 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-if not torch.cuda.is_available():                          # transformers would call these GPU kernels on CPU tensors
+if not torch.cuda.is_available():  # transformers would call these GPU kernels on CPU tensors
     sys.modules.update(fla=None, causal_conv1d=None)
 from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLProcessor
 
-torch.backends.cuda.enable_cudnn_sdp(False)                # preferred on Hopper: a plan for every new length; NaN with some masks
+torch.backends.cuda.enable_cudnn_sdp(
+    False
+)  # preferred on Hopper: a plan for every new length; NaN with some masks
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-MIN_CONTINUATION = 4                                       # tokens; fewer would take the kernels of one-token decoding
+MIN_CONTINUATION = 4  # tokens; fewer would take the kernels of one-token decoding
 Prompt = dict[str, Tensor]
 
 
@@ -36,10 +39,13 @@ class ImageTextProcessor(Qwen3VLProcessor):
     """Qwen's processor without its video half, which cannot be built where torchvision is missing."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, video_processor=None, chat_template=chat_template)
+        super().__init__(
+            image_processor, tokenizer, video_processor=None, chat_template=chat_template
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- load
+
 
 def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
     """A checkpoint directory or hub id -> (model, processor), strictly: every weight present, none left over.
@@ -49,14 +55,25 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
     folder = find(path)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
         processor = ImageTextProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} does not load as a Qwen3.5 / Qwen3-VL style checkpoint: {error}") from error
-    if not (hasattr(model.model, "visual") and hasattr(model.model, "language_model") and hasattr(model.model, "get_rope_index")):
-        raise ValueError(f"{path} is a {type(model).__name__}, expected a Qwen3.5 / Qwen3-VL style model.")
+        raise ValueError(
+            f"{path} does not load as a Qwen3.5 / Qwen3-VL style checkpoint: {error}"
+        ) from error
+    if not (
+        hasattr(model.model, "visual")
+        and hasattr(model.model, "language_model")
+        and hasattr(model.model, "get_rope_index")
+    ):
+        raise ValueError(
+            f"{path} is a {type(model).__name__}, expected a Qwen3.5 / Qwen3-VL style model."
+        )
     if wrong := {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}:
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {wrong}. Loading is strict; repair the checkpoint.")
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}: {wrong}. Loading is strict; repair the checkpoint."
+        )
     processor.source = folder
     return prepare(model.to(device), processor), processor
 
@@ -66,16 +83,19 @@ def find(path: str, patterns: list[str] | None = None) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
+
         try:
             folder = Path(snapshot_download(path, allow_patterns=patterns))
-        except Exception as error:                                                    # network, name, gate, disk
+        except Exception as error:  # network, name, gate, disk
             raise FileNotFoundError(
                 f"--model {path!r} is neither a directory here nor a model the hub gave us ({type(error).__name__}: {error}). "
-                "Check the name, the network, and `hf auth login` for gated models.") from error
+                "Check the name, the network, and `hf auth login` for gated models."
+            ) from error
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} is no checkpoint: it has no config.json (it has {sorted(p.name for p in folder.iterdir())[:8]}). "
-            "Expected a directory written by save_pretrained, or a hub id such as Qwen/Qwen3.5-4B.")
+            "Expected a directory written by save_pretrained, or a hub id such as Qwen/Qwen3.5-4B."
+        )
     return folder
 
 
@@ -84,20 +104,27 @@ def prepare(model, processor):
     config. The one of a checkpoint may hold top_k, top_p and penalties that would silently change the rollouts, or be missing:
     then <|im_end|>, the tokenizer's end, would not be among the ends the model's config names."""
     model.eval()
-    for block in model.model.visual.blocks:                                           # active only while block.training
+    for block in model.model.visual.blocks:  # active only while block.training
         block.gradient_checkpointing = True
         block._gradient_checkpointing_func = partial(recompute_in_backward, use_reentrant=False)
     ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.eos_token_id} - {None}
+    ends = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.eos_token_id} - {
+        None
+    }
     model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
     return model
 
 
 def missing_kernels(model) -> list[str]:
     """Packages that are not installed and would make this model faster here; transformers uses them when they are."""
-    if not torch.cuda.is_available() or not any(hasattr(layer, "linear_attn") for layer in model.model.language_model.layers):
+    if not torch.cuda.is_available() or not any(
+        hasattr(layer, "linear_attn") for layer in model.model.language_model.layers
+    ):
         return []
-    kernels = {"'flash-linear-attention>=0.6'": "fla", "causal-conv1d": "causal_conv1d"}         # older: wrong gradients
+    kernels = {
+        "'flash-linear-attention>=0.6'": "fla",
+        "causal-conv1d": "causal_conv1d",
+    }  # older: wrong gradients
     return [package for package, module in kernels.items() if find_spec(module) is None]
 
 
@@ -105,16 +132,21 @@ def save(model, processor, folder: Path, weights: dict[str, Tensor] | None = Non
     """Write a checkpoint that plain transformers and vLLM load; processor files are copied as the original had them."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, state_dict=weights)
-    if processor.source is None:                                                      # the tiny model has no original
+    if processor.source is None:  # the tiny model has no original
         processor.image_processor.save_pretrained(folder)
         processor.tokenizer.save_pretrained(folder)
     else:
         for file in processor.source.iterdir():
-            if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name != "config.json" and "index" not in file.name:
+            if (
+                file.suffix in (".json", ".jinja", ".txt", ".model")
+                and file.name != "config.json"
+                and "index" not in file.name
+            ):
                 shutil.copyfile(file, folder / file.name)
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
+
 
 def encode(processor, images: list, texts: list, *, max_tokens: int | None = None) -> Prompt:
     """Per row an image and a question, or a list of images and a chat (messages as chat templates take them) that has as many
@@ -127,12 +159,16 @@ def encode(processor, images: list, texts: list, *, max_tokens: int | None = Non
     chats, fitted, shrunk = [], [], []
     for image, text in zip(images, texts, strict=True):
         if found := [token for token in VISION_TOKENS if token in str(text)]:
-            raise ValueError(f"The question {str(text)[:80]!r} holds {found}, which would change the number of images. Remove it.")
+            raise ValueError(
+                f"The question {str(text)[:80]!r} holds {found}, which would change the number of images. Remove it."
+            )
         chats.append(chat(processor, text))
         small = image if max_tokens is None else fit(processor, image, chats[-1], max_tokens)
         fitted += small if isinstance(small, list) else [small]
         shrunk.append(small is not image)
-    prompt = processor(text=chats, images=fitted, padding=True, padding_side="left", return_tensors="pt")
+    prompt = processor(
+        text=chats, images=fitted, padding=True, padding_side="left", return_tensors="pt"
+    )
     return {**prompt, "shrunk": torch.tensor(shrunk)}
 
 
@@ -147,22 +183,29 @@ def prompt_tokens(processor, size: tuple[int, int], chat: str) -> int:
     """Tokens of a prompt about one image of `size` (width, height) in pixels."""
     vision = processor.image_processor
     patches = vision.get_number_of_image_patches(size[1], size[0], {})
-    return len(processor.tokenizer(chat)["input_ids"]) - 1 + patches // vision.merge_size ** 2     # less the placeholder
+    return (
+        len(processor.tokenizer(chat)["input_ids"]) - 1 + patches // vision.merge_size**2
+    )  # less the placeholder
 
 
 def fit(processor, image: Image.Image, chat: str, max_tokens: int) -> Image.Image:
     """`image` itself when its prompt has at most `max_tokens` tokens, else a copy scaled down so that it has."""
     vision = processor.image_processor
-    side = vision.patch_size * vision.merge_size                                     # px per image token along an edge
+    side = vision.patch_size * vision.merge_size  # px per image token along an edge
     if prompt_tokens(processor, image.size, chat) <= max_tokens:
         return image
-    room = max_tokens - len(processor.tokenizer(chat)["input_ids"]) + 1              # the chat holds one placeholder
-    least = 2 * math.ceil(vision.size["shortest_edge"] / side ** 2)                  # a grid below the minimum is enlarged again
+    room = (
+        max_tokens - len(processor.tokenizer(chat)["input_ids"]) + 1
+    )  # the chat holds one placeholder
+    least = 2 * math.ceil(
+        vision.size["shortest_edge"] / side**2
+    )  # a grid below the minimum is enlarged again
     if room < least:
         raise ValueError(
             f"A question of {len(chat)} characters leaves {room} of {max_tokens} prompt tokens for its image, which needs "
-            f"at least {least}. Raise the prompt limit or shorten the question: {chat[:120]!r}")
-    scale = math.sqrt(room * side ** 2 / (image.width * image.height))
+            f"at least {least}. Raise the prompt limit or shorten the question: {chat[:120]!r}"
+        )
+    scale = math.sqrt(room * side**2 / (image.width * image.height))
     columns = min(max(1, int(image.width * scale / side)), room)
     rows = min(max(1, int(image.height * scale / side)), room // columns)
     return image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
@@ -172,8 +215,17 @@ def join(prompts: list[Prompt], pad_id: int) -> Prompt:
     """Prompt batches -> one batch, padded on the left to the longest."""
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
     fill = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    return {key: torch.cat([pad(p[key], (longest - p[key].shape[1], 0), value=fill[key]) if key in fill else p[key]
-                            for p in prompts]) for key in prompts[0]}
+    return {
+        key: torch.cat(
+            [
+                pad(p[key], (longest - p[key].shape[1], 0), value=fill[key])
+                if key in fill
+                else p[key]
+                for p in prompts
+            ]
+        )
+        for key in prompts[0]
+    }
 
 
 def to_device(prompt: Prompt, device) -> Prompt:
@@ -181,6 +233,7 @@ def to_device(prompt: Prompt, device) -> Prompt:
 
 
 # ------------------------------------------------------------------------------------------------------- shared prefix
+
 
 class LayerStates:
     """What a decoder layer remembers of the tokens before: keys and values, or convolution and recurrent state.
@@ -193,8 +246,12 @@ class LayerStates:
         self.past, self.new = past, []
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
-        self.new = [keys, values]                                                     # (rows, heads, tokens, head_dim)
-        return tuple(torch.cat(pair, dim=2) for pair in zip(self.past, self.new)) if self.past else (keys, values)
+        self.new = [keys, values]  # (rows, heads, tokens, head_dim)
+        return (
+            tuple(torch.cat(pair, dim=2) for pair in zip(self.past, self.new))
+            if self.past
+            else (keys, values)
+        )
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0):
         return self.past[0] if self.past else None
@@ -205,20 +262,28 @@ class LayerStates:
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
 
-    def update_conv_state(self, inputs: Tensor, layer_idx: int, conv_kernel_size: int, **kwargs) -> Tensor:
-        inputs = torch.cat([self.past[0], inputs], dim=-1) if self.past else inputs   # (rows, channels, tokens)
-        self.new = [pad(inputs, (max(0, conv_kernel_size - inputs.shape[-1]), 0))[..., -conv_kernel_size:]]
+    def update_conv_state(
+        self, inputs: Tensor, layer_idx: int, conv_kernel_size: int, **kwargs
+    ) -> Tensor:
+        inputs = (
+            torch.cat([self.past[0], inputs], dim=-1) if self.past else inputs
+        )  # (rows, channels, tokens)
+        self.new = [
+            pad(inputs, (max(0, conv_kernel_size - inputs.shape[-1]), 0))[..., -conv_kernel_size:]
+        ]
         return inputs
 
     def update_recurrent_state(self, state: Tensor, layer_idx: int, **kwargs) -> None:
-        self.new.append(state)                                                        # (rows, heads, key_dim, value_dim)
+        self.new.append(state)  # (rows, heads, key_dim, value_dim)
 
 
 def shared_layer(layer, prompt: Tensor, response: Tensor, prompt_args: dict, response_args: dict):
     """One decoder layer on B prompts, then on their N continuations. (B, L-1, D), (N, T, D) -> the same shapes."""
     states = LayerStates()
     prompt = layer(prompt, past_key_values=states, **prompt_args)
-    shared = LayerStates([state.repeat_interleave(len(response) // len(prompt), dim=0) for state in states.new])
+    shared = LayerStates(
+        [state.repeat_interleave(len(response) // len(prompt), dim=0) for state in states.new]
+    )
     return prompt, layer(response, past_key_values=shared, **response_args)
 
 
@@ -236,47 +301,65 @@ def response_hidden(model, prompt: Prompt, ids: Tensor, *, checkpoint: bool = Tr
     inner, text = model.model, model.model.language_model
     B, (N, T) = len(prompt["input_ids"]), ids.shape
     if N % B:
-        raise ValueError(f"{N} responses cannot be shared evenly by {B} prompts: expected rows of one prompt together.")
-    rows = torch.arange(B, device=ids.device).repeat_interleave(N // B)                                # (N,) -> prompt
+        raise ValueError(
+            f"{N} responses cannot be shared evenly by {B} prompts: expected rows of one prompt together."
+        )
+    rows = torch.arange(B, device=ids.device).repeat_interleave(N // B)  # (N,) -> prompt
     checkpoint = checkpoint and torch.is_grad_enabled()
 
-    tokens, mask = prompt["input_ids"], prompt["attention_mask"].bool()                                # (B, L)
-    visual = tokens[:, :-1] == model.config.image_token_id                                             # (B, L-1)
-    inner.visual.train(checkpoint)                                                # turns on its per-block checkpointing
-    vision = inner.get_image_features(prompt["pixel_values"], prompt["image_grid_thw"], return_dict=True)
+    tokens, mask = prompt["input_ids"], prompt["attention_mask"].bool()  # (B, L)
+    visual = tokens[:, :-1] == model.config.image_token_id  # (B, L-1)
+    inner.visual.train(checkpoint)  # turns on its per-block checkpointing
+    vision = inner.get_image_features(
+        prompt["pixel_values"], prompt["image_grid_thw"], return_dict=True
+    )
     inner.visual.eval()
-    embeds = text.embed_tokens(tokens[:, :-1])                                                         # (B, L-1, D)
-    embeds = embeds.masked_scatter(visual[..., None], torch.cat(vision.pooler_output).to(embeds.dtype))
+    embeds = text.embed_tokens(tokens[:, :-1])  # (B, L-1, D)
+    embeds = embeds.masked_scatter(
+        visual[..., None], torch.cat(vision.pooler_output).to(embeds.dtype)
+    )
 
-    continuation = torch.cat([tokens[rows, -1:], ids[:, :-1]], dim=1)                                  # (N, T)
+    continuation = torch.cat([tokens[rows, -1:], ids[:, :-1]], dim=1)  # (N, T)
     continuation = pad(continuation, (0, max(0, MIN_CONTINUATION - T)), value=0)
-    hidden = text.embed_tokens(continuation)                                                           # (N, T, D)
+    hidden = text.embed_tokens(continuation)  # (N, T, D)
 
     positions, delta = inner.get_rope_index(
-        tokens, mm_token_type_ids=prompt["mm_token_type_ids"], image_grid_thw=prompt["image_grid_thw"],
-        attention_mask=prompt["attention_mask"])                                                       # (3, B, L), (B, 1)
-    after = mask.sum(1, keepdim=True) - 1 + delta                                                      # (B, 1)
-    after = after[rows] + torch.arange(hidden.shape[1], device=ids.device)                             # (N, T)
+        tokens,
+        mm_token_type_ids=prompt["mm_token_type_ids"],
+        image_grid_thw=prompt["image_grid_thw"],
+        attention_mask=prompt["attention_mask"],
+    )  # (3, B, L), (B, 1)
+    after = mask.sum(1, keepdim=True) - 1 + delta  # (B, 1)
+    after = after[rows] + torch.arange(hidden.shape[1], device=ids.device)  # (N, T)
     prompt_args = {"position_embeddings": text.rotary_emb(embeds, positions[:, :, :-1])}
     response_args = {"position_embeddings": text.rotary_emb(hidden, after.expand(3, -1, -1))}
     prompt_masks, response_mask = attention_masks(mask[:, :-1], rows, hidden.shape[1])
 
-    deepstack = getattr(vision, "deepstack_features", None) or []                     # Qwen3-VL adds these early on
+    deepstack = getattr(vision, "deepstack_features", None) or []  # Qwen3-VL adds these early on
     for index, layer in enumerate(text.layers):
         kind = "linear" if hasattr(layer, "linear_attn") else "full"
-        args = (layer, embeds, hidden, prompt_args | {"attention_mask": prompt_masks[kind]},
-                response_args | {"attention_mask": response_mask if kind == "full" else None})
+        args = (
+            layer,
+            embeds,
+            hidden,
+            prompt_args | {"attention_mask": prompt_masks[kind]},
+            response_args | {"attention_mask": response_mask if kind == "full" else None},
+        )
         if checkpoint:
-            embeds, hidden = recompute_in_backward(shared_layer, *args, use_reentrant=False, preserve_rng_state=False)
+            embeds, hidden = recompute_in_backward(
+                shared_layer, *args, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             embeds, hidden = shared_layer(*args)
         if index < len(deepstack):
-            features = torch.cat(list(deepstack[index])).to(embeds.dtype)                              # (image tokens, D)
+            features = torch.cat(list(deepstack[index])).to(embeds.dtype)  # (image tokens, D)
             embeds = embeds + torch.zeros_like(embeds).masked_scatter(visual[..., None], features)
     return text.norm(hidden)[:, :T]
 
 
-def attention_masks(real: Tensor, rows: Tensor, length: int) -> tuple[dict[str, Tensor | None], Tensor]:
+def attention_masks(
+    real: Tensor, rows: Tensor, length: int
+) -> tuple[dict[str, Tensor | None], Tensor]:
     """Masks of the prompt by kind of layer, and of the continuation: True = may attend.
 
     real: (B, L-1) bool, False on left padding. Full attention: (B, 1, L-1, L-1), or None (plain causal) without padding;
@@ -286,8 +369,16 @@ def attention_masks(real: Tensor, rows: Tensor, length: int) -> tuple[dict[str, 
     if real.all():
         return {"full": None, "linear": None}, causal_lower_right(length, real.shape[1] + length)
     square = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device)
-    itself = torch.eye(len(square), dtype=torch.bool, device=real.device)             # padding sees itself: no empty row
-    after = torch.ones(length, length, dtype=torch.bool, device=real.device).tril().expand(len(rows), -1, -1)
+    itself = torch.eye(
+        len(square), dtype=torch.bool, device=real.device
+    )  # padding sees itself: no empty row
+    after = (
+        torch.ones(length, length, dtype=torch.bool, device=real.device)
+        .tril()
+        .expand(len(rows), -1, -1)
+    )
     before = real[rows][:, None].expand(-1, length, -1)
-    return ({"full": (square.tril() & real[:, None] | itself)[:, None], "linear": real},
-            torch.cat([before, after], dim=2)[:, None])
+    return (
+        {"full": (square.tril() & real[:, None] | itself)[:, None], "linear": real},
+        torch.cat([before, after], dim=2)[:, None],
+    )

@@ -8,6 +8,7 @@ CDF(v) > u, one uniform u per row and token drawn from that prompt's own generat
 depend on its seed alone, never on which prompts share its batch, on the number of ranks or on earlier draws (the logits
 still differ by rounding from batch to batch).
 """
+
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -25,28 +26,43 @@ from transformers.integrations import sdpa_attention
 
 from model import VISION_TOKENS, Prompt, encode, to_device
 
-COMPILE = CompileConfig(dynamic=False)                     # inductor and CUDA graphs
-CACHES = WeakKeyDictionary()                               # model -> {(rows, tokens): its static cache}
-sdpa_attention.is_torchdynamo_compiling = lambda: False    # else compiled decoding repeats keys and values for every query head
+COMPILE = CompileConfig(dynamic=False)  # inductor and CUDA graphs
+CACHES = WeakKeyDictionary()  # model -> {(rows, tokens): its static cache}
+sdpa_attention.is_torchdynamo_compiling = lambda: (
+    False
+)  # else compiled decoding repeats keys and values for every query head
 
 
 @dataclass
 class Rollout:
     """N = B G responses, rows of one prompt together, padded on the right to T."""
-    ids: Tensor                     # (N, T) int64
-    mask: Tensor                    # (N, T) bool, True on the response's own tokens, its EOS included
-    ended: Tensor                   # (N,) bool, False where max_new_tokens cut the response off
-    log_probs: Tensor               # (N, T) fp32, of each token where it was sampled; NaN after a response and when greedy
+
+    ids: Tensor  # (N, T) int64
+    mask: Tensor  # (N, T) bool, True on the response's own tokens, its EOS included
+    ended: Tensor  # (N,) bool, False where max_new_tokens cut the response off
+    log_probs: Tensor  # (N, T) fp32, of each token where it was sampled; NaN after a response and when greedy
 
     def decode(self, tokenizer) -> list[str]:
         """The responses as texts, without special tokens."""
-        return [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(self.ids, self.mask)]
+        return [
+            tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(self.ids, self.mask)
+        ]
 
     def split(self, sizes: list[int]) -> list["Rollout"]:
         """Consecutive parts of `sizes` rows, each as narrow as its longest response."""
-        parts = zip(*(tensor.split(sizes) for tensor in (self.ids, self.mask, self.ended, self.log_probs)))
-        return [Rollout(ids[:, :(width := int(mask.sum(1).max()))], mask[:, :width], ended, log_probs[:, :width])
-                for ids, mask, ended, log_probs in parts]
+        parts = zip(
+            *(tensor.split(sizes) for tensor in (self.ids, self.mask, self.ended, self.log_probs))
+        )
+        return [
+            Rollout(
+                ids[:, : (width := int(mask.sum(1).max()))],
+                mask[:, :width],
+                ended,
+                log_probs[:, :width],
+            )
+            for ids, mask, ended, log_probs in parts
+        ]
 
 
 class InverseCDF(LogitsProcessor):
@@ -56,24 +72,43 @@ class InverseCDF(LogitsProcessor):
     """
 
     def __init__(self, uniforms: Tensor, prompt_tokens: int, temperature: float, bar=None):
-        self.uniforms, self.prompt_tokens, self.temperature, self.bar = uniforms, prompt_tokens, temperature, bar
-        self.log_probs = torch.full_like(uniforms, torch.nan)                         # (N, max_new_tokens), of what was sampled
+        self.uniforms, self.prompt_tokens, self.temperature, self.bar = (
+            uniforms,
+            prompt_tokens,
+            temperature,
+            bar,
+        )
+        self.log_probs = torch.full_like(
+            uniforms, torch.nan
+        )  # (N, max_new_tokens), of what was sampled
 
-    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:                        # (N, L + t), (N, V)
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:  # (N, L + t), (N, V)
         if self.bar is not None:
             self.bar.update()
         p, t = (logits.float() / self.temperature).softmax(-1), ids.shape[1] - self.prompt_tokens
         cdf = p.cumsum(-1, dtype=torch.float64)
         u = self.uniforms[:, t].double() * cdf[:, -1]
-        token = torch.searchsorted(cdf, u[:, None], right=True)                       # (N, 1); never one of probability 0
-        token.clamp_(max=logits.shape[1] - 1)                                         # NaN gives V: said at the end
+        token = torch.searchsorted(
+            cdf, u[:, None], right=True
+        )  # (N, 1); never one of probability 0
+        token.clamp_(max=logits.shape[1] - 1)  # NaN gives V: said at the end
         self.log_probs[:, t] = p.gather(1, token).log().squeeze(1)
         return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
 
 
 @torch.no_grad()
-def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int, temperature: float = 1.0,
-           seeds: list[int] | None = None, bar=None, static: int = 0) -> Rollout:
+def sample(
+    model,
+    processor,
+    prompt: Prompt,
+    group: int,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seeds: list[int] | None = None,
+    bar=None,
+    static: int = 0,
+) -> Rollout:
     """G responses to each of B prompts. temperature 0 decodes greedily; seeds: one per prompt, default from torch's RNG.
 
     The first L - 1 prompt tokens are prefilled once, their cache is copied to the N rows, and `generate` goes on from the
@@ -81,14 +116,20 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
     by one a sampled token. static: tokens a row (prompt and response) of a cache of fixed size; on a GPU decoding is then
     compiled, once for this number and N. Raises ValueError where they are too few.
     """
-    ids, mask = prompt["input_ids"], prompt["attention_mask"]                         # (B, L)
+    ids, mask = prompt["input_ids"], prompt["attention_mask"]  # (B, L)
     (B, L), device = ids.shape, ids.device
-    rows = torch.arange(B, device=device).repeat_interleave(group)                    # (N,) -> prompt
-    model.model.rope_deltas = None                                                    # mutable state of an earlier call
+    rows = torch.arange(B, device=device).repeat_interleave(group)  # (N,) -> prompt
+    model.model.rope_deltas = None  # mutable state of an earlier call
     cache = DynamicCache(config=model.config.get_text_config())
     model.model(
-        input_ids=ids[:, :-1], attention_mask=mask[:, :-1], mm_token_type_ids=prompt["mm_token_type_ids"][:, :-1],
-        pixel_values=prompt["pixel_values"], image_grid_thw=prompt["image_grid_thw"], past_key_values=cache, use_cache=True)
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        mm_token_type_ids=prompt["mm_token_type_ids"][:, :-1],
+        pixel_values=prompt["pixel_values"],
+        image_grid_thw=prompt["image_grid_thw"],
+        past_key_values=cache,
+        use_cache=True,
+    )
     if static:
         cache = static_cache(model, cache, rows, static, L + max_new_tokens)
     else:
@@ -98,27 +139,41 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
     processors = LogitsProcessorList()
     log_probs = torch.full((len(rows), max_new_tokens), torch.nan, device=device)
     if temperature > 0:
-        seeds = torch.randint(2 ** 62, (B,)).tolist() if seeds is None else seeds
-        uniforms = torch.cat([torch.rand(group, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-                              for seed in seeds])                                     # (N, max_new_tokens)
+        seeds = torch.randint(2**62, (B,)).tolist() if seeds is None else seeds
+        uniforms = torch.cat(
+            [
+                torch.rand(group, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+                for seed in seeds
+            ]
+        )  # (N, max_new_tokens)
         processors.append(InverseCDF(uniforms.to(device), L, temperature, bar))
         log_probs = processors[0].log_probs
     tokenizer, stops = processor.tokenizer, model.generation_config.eos_token_id
     output = model.generate(
-        input_ids=ids[rows], attention_mask=mask[rows], past_key_values=cache, logits_processor=processors,
+        input_ids=ids[rows],
+        attention_mask=mask[rows],
+        past_key_values=cache,
+        logits_processor=processors,
         generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=tokenizer.pad_token_id,
             compile_config=COMPILE if static else None,
-            suppress_tokens=tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))))
+            suppress_tokens=tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)),
+        ),
+    )
     model.model.rope_deltas = None
 
-    response = output[:, L:]                                                          # (N, T)
+    response = output[:, L:]  # (N, T)
     is_stop = torch.isin(response, torch.tensor(stops, device=device))
-    before = is_stop.long().cumsum(1) - is_stop.long()                                # stop tokens strictly before
+    before = is_stop.long().cumsum(1) - is_stop.long()  # stop tokens strictly before
     mask = before == 0
-    log_probs = log_probs[:, :response.shape[1]].where(mask, torch.nan)
+    log_probs = log_probs[:, : response.shape[1]].where(mask, torch.nan)
     if temperature > 0 and not log_probs[mask].isfinite().all():
-        raise FloatingPointError("The model's logits are no numbers. Look at its weights, and at the attention kernels in use.")
+        raise FloatingPointError(
+            "The model's logits are no numbers. Look at its weights, and at the attention kernels in use."
+        )
     return Rollout(response, mask, is_stop.any(1), log_probs)
 
 
@@ -126,12 +181,17 @@ def static_cache(model, cache: DynamicCache, rows: Tensor, tokens: int, needed: 
     """The states of B prompts, `cache`, copied to N rows (N,) of a cache for `tokens` tokens a row. Its memory is kept for the
     next call of the same shape: a CUDA graph reads and writes where it did when it was captured."""
     if tokens < needed:
-        raise ValueError(f"The static cache holds {tokens} tokens a row, prompt and response need {needed}. Make it larger.")
+        raise ValueError(
+            f"The static cache holds {tokens} tokens a row, prompt and response need {needed}. Make it larger."
+        )
     kept = CACHES.setdefault(model, {})
-    static = kept.setdefault((len(rows), tokens), StaticCache(config=model.config.get_text_config(), max_cache_len=tokens))
+    static = kept.setdefault(
+        (len(rows), tokens),
+        StaticCache(config=model.config.get_text_config(), max_cache_len=tokens),
+    )
     static.reset()
     for layer, prefilled in zip(static.layers, cache.layers):
-        if hasattr(prefilled, "keys"):                                                # full attention
+        if hasattr(prefilled, "keys"):  # full attention
             layer.update(prefilled.keys[rows], prefilled.values[rows])
         else:
             layer.update_conv_state(prefilled.conv_states[0][rows])
@@ -139,11 +199,32 @@ def static_cache(model, cache: DynamicCache, rows: Tensor, tokens: int, needed: 
     return static
 
 
-def answers(model, processor, images: list, texts: list, max_new_tokens: int, *, temperature: float = 0,
-            seeds: list[int] | None = None, group: int = 1) -> list[dict]:
+def answers(
+    model,
+    processor,
+    images: list,
+    texts: list,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0,
+    seeds: list[int] | None = None,
+    group: int = 1,
+) -> list[dict]:
     """Answers, greedy unless there is a temperature: {"output": text, "tokens": sampled, "truncated": bool}, `group` of them a row
     (those of a row together; seeds: one a row). A row is an image and a question, or a list of images and a chat (model.encode)."""
     prompt = to_device(encode(processor, images, texts), next(model.parameters()).device)
-    rollout = sample(model, processor, prompt, group, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds)
-    return [{"output": text, "tokens": int(mask.sum()), "truncated": not ended}
-            for text, mask, ended in zip(rollout.decode(processor.tokenizer), rollout.mask, rollout.ended)]
+    rollout = sample(
+        model,
+        processor,
+        prompt,
+        group,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seeds=seeds,
+    )
+    return [
+        {"output": text, "tokens": int(mask.sum()), "truncated": not ended}
+        for text, mask, ended in zip(
+            rollout.decode(processor.tokenizer), rollout.mask, rollout.ended
+        )
+    ]

@@ -1,2 +1,1 @@
 """Benchmarks: their sources, their scoring, their figures, their page."""
-

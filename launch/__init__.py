@@ -1,2 +1,1 @@
 """How a command starts: its environment, its flags."""
-

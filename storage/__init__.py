@@ -1,2 +1,1 @@
 """What lies on disk and how it gets there: files written whole, JSON lines, downloads, pictures."""
-

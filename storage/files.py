@@ -1,4 +1,5 @@
 """Files that are never half-written, and JSON lines that outlive a kill."""
+
 import errno
 import json
 import os
@@ -16,14 +17,19 @@ def naming_full_disks(folder: Path):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        raise OSError(error.errno, f"no space left for {folder} ({shutil.disk_usage(there).free / 1e6:,.0f} MB free, less "
-                      "with a quota). Nothing is half-written: make room or choose another disk, and run again") from error
+        raise OSError(
+            error.errno,
+            f"no space left for {folder} ({shutil.disk_usage(there).free / 1e6:,.0f} MB free, less "
+            "with a quota). Nothing is half-written: make room or choose another disk, and run again",
+        ) from error
 
 
 @contextmanager
 def whole(path: Path):
     """Gives a temporary path to write to, which then becomes `path`, or is removed on an error: no file is half-written."""
-    scratch = path.with_name(f".tmp-{os.urandom(6).hex()}-{path.name}")      # its own: ranks may share a name
+    scratch = path.with_name(
+        f".tmp-{os.urandom(6).hex()}-{path.name}"
+    )  # its own: ranks may share a name
     try:
         with naming_full_disks(path.parent):
             yield scratch
@@ -50,7 +56,11 @@ def read_json(path: Path, notes: list[str]) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
     except (OSError, ValueError) as error:
-        notes.append(f"{path.name} is unreadable: {error}" if path.exists() else f"{path.name} is not in {path.parent}")
+        notes.append(
+            f"{path.name} is unreadable: {error}"
+            if path.exists()
+            else f"{path.name} is not in {path.parent}"
+        )
         return {}
 
 

@@ -1,4 +1,5 @@
 """Downloads from the hub, and archives that come in parts."""
+
 import gzip
 import os
 import shutil
@@ -17,13 +18,15 @@ class Joined:
         self.files = files
 
     def read(self, size: int) -> bytes:
-        return next(filter(None, (file.read(size) for file in self.files)), b"")        # one at its end gives b""
+        return next(
+            filter(None, (file.read(size) for file in self.files)), b""
+        )  # one at its end gives b""
 
 
 def plain_files(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-    if not (member.isreg() or member.isdir()):                                  # a link or a device
+    if not (member.isreg() or member.isdir()):  # a link or a device
         raise tarfile.SpecialFileError(member)
-    return tarfile.data_filter(member, folder)                                  # refuses what leads out of the folder
+    return tarfile.data_filter(member, folder)  # refuses what leads out of the folder
 
 
 def unpack(parts: list[Path], target: Path) -> None:
@@ -39,7 +42,7 @@ def unpack(parts: list[Path], target: Path) -> None:
             stream = stack.enter_context(gzip.GzipFile(fileobj=Joined(files), mode="rb"))
             with tarfile.open(fileobj=stream, mode="r|") as archive:
                 archive.extractall(scratch, filter=plain_files)
-            while stream.read(1 << 20):                                         # what follows the tar's end: the checksum
+            while stream.read(1 << 20):  # what follows the tar's end: the checksum
                 pass
             inner = scratch / target.name if (scratch / target.name).is_dir() else scratch
             for path in filter(Path.is_file, inner.rglob("*")):
@@ -47,7 +50,9 @@ def unpack(parts: list[Path], target: Path) -> None:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, place)
     except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{parts[0]} ({len(parts)} part(s), {size:,} bytes) cannot be unpacked: {error}. Expected a whole "
-                         ".tar.gz of plain files: fetch it again (git without LFS gives pointers), or unpack it.") from error
+        raise ValueError(
+            f"{parts[0]} ({len(parts)} part(s), {size:,} bytes) cannot be unpacked: {error}. Expected a whole "
+            ".tar.gz of plain files: fetch it again (git without LFS gives pointers), or unpack it."
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

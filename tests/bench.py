@@ -13,6 +13,7 @@ and caches once a token, of the loss its four matmuls, of the step all of these.
 counts. Medians of --repeats runs (of the loss alone the fastest). tokens/s: response tokens; GB, of 2^30 bytes: a GPU's peak
 above what was there before.
 """
+
 import argparse
 import copy
 import gc
@@ -25,9 +26,11 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-os.environ.setdefault("TQDM_DISABLE", "1")                # no bars between the rows
+os.environ.setdefault("TQDM_DISABLE", "1")  # no bars between the rows
 if not any("cuda" in word for word in sys.argv):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""               # else a GPU's kernels are taken where they are installed
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # else a GPU's kernels are taken where they are installed
+    )
 import bench_loss  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -49,41 +52,97 @@ SIZES = {  # name: text hidden, MLP, layers, heads, KV heads, head dim, linear k
     "4b": (2560, 9216, 32, 16, 4, 256, 16, 32, 24, 1024, 4096),
 }
 # What --device cuda changes: the shapes of the goals.
-GPU = dict(dtype="bfloat16", size="4b", model_vocab=248320, prompt_tokens=4000, response_tokens=200, group=8, gen_prompts=12,
-           ranks=8, tokens=8192, vocab=248320, hidden=2560, warmup=1)
+GPU = dict(
+    dtype="bfloat16",
+    size="4b",
+    model_vocab=248320,
+    prompt_tokens=4000,
+    response_tokens=200,
+    group=8,
+    gen_prompts=12,
+    ranks=8,
+    tokens=8192,
+    vocab=248320,
+    hidden=2560,
+    warmup=1,
+)
 GOALS = {  # benchmark: (goal, whether the numbers found reach it)
-    "loss": ("loss, 8,192 tokens: at most 1.6x its floor, under 2 GB beyond the gradients", lambda ratio, gb: ratio <= 1.6 and gb < 2),
-    "generate": ("compiled generation, 96 sequences: at most 2.5x its floor", lambda ratio: ratio <= 2.5),
-    "step": ("whole step, 4,000 prompt and 200 response tokens, G = 8: 3x faster than the plain way", lambda ratio: ratio >= 3),
+    "loss": (
+        "loss, 8,192 tokens: at most 1.6x its floor, under 2 GB beyond the gradients",
+        lambda ratio, gb: ratio <= 1.6 and gb < 2,
+    ),
+    "generate": (
+        "compiled generation, 96 sequences: at most 2.5x its floor",
+        lambda ratio: ratio <= 2.5,
+    ),
+    "step": (
+        "whole step, 4,000 prompt and 200 response tokens, G = 8: 3x faster than the plain way",
+        lambda ratio: ratio >= 3,
+    ),
 }
-COLUMNS = {"ms": ",.0f", "tokens/s": ",.0f", "GB": ".2f", "of step": ".0%", "x floor": ".2f", "speed-up": ".2f"}
+COLUMNS = {
+    "ms": ",.0f",
+    "tokens/s": ",.0f",
+    "GB": ".2f",
+    "of step": ".0%",
+    "x floor": ".2f",
+    "speed-up": ".2f",
+}
 HEADER = " " * 50 + "".join(f"{name:>10}" for name in COLUMNS)
 VISION_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def build(size: str, vocab: int, device, dtype):
     """A Qwen3.5 of real shape with random weights, and the tiny model's processor at patch 16."""
-    hidden, mlp, layers, heads, kv, dim, key_heads, value_heads, depth, vision, vision_mlp = SIZES[size]
+    hidden, mlp, layers, heads, kv, dim, key_heads, value_heads, depth, vision, vision_mlp = SIZES[
+        size
+    ]
     _, processor = tiny_model.tiny()
     processor.image_processor.patch_size = 16
     processor.image_processor.size = {"shortest_edge": 1024, "longest_edge": 16_777_216}
     donor = tiny_model.tiny()[0].config
     config = transformers.Qwen3_5Config(
-        text_config=dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-                         num_attention_heads=heads, num_key_value_heads=kv, head_dim=dim, linear_num_key_heads=key_heads,
-                         linear_num_value_heads=value_heads, tie_word_embeddings=True, eos_token_id=processor.tokenizer.eos_token_id,
-                         rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25,
-                                              mrope_section=[dim // 8 - 2 * (dim // 24), dim // 24, dim // 24], mrope_interleaved=True)),
-        vision_config=dict(depth=depth, hidden_size=vision, intermediate_size=vision_mlp, num_heads=vision // 64, patch_size=16,
-                           out_hidden_size=hidden, num_position_embeddings=2304),
-        tie_word_embeddings=True, **{key: getattr(donor, key) for key in VISION_IDS})
+        text_config=dict(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            head_dim=dim,
+            linear_num_key_heads=key_heads,
+            linear_num_value_heads=value_heads,
+            tie_word_embeddings=True,
+            eos_token_id=processor.tokenizer.eos_token_id,
+            rope_parameters=dict(
+                rope_type="default",
+                rope_theta=1e7,
+                partial_rotary_factor=0.25,
+                mrope_section=[dim // 8 - 2 * (dim // 24), dim // 24, dim // 24],
+                mrope_interleaved=True,
+            ),
+        ),
+        vision_config=dict(
+            depth=depth,
+            hidden_size=vision,
+            intermediate_size=vision_mlp,
+            num_heads=vision // 64,
+            patch_size=16,
+            out_hidden_size=hidden,
+            num_position_embeddings=2304,
+        ),
+        tie_word_embeddings=True,
+        **{key: getattr(donor, key) for key in VISION_IDS},
+    )
     torch.manual_seed(0)
     with torch.device(device):
         torch.set_default_dtype(dtype)
         model = transformers.Qwen3_5ForConditionalGeneration(config)
         torch.set_default_dtype(torch.float32)
     M.prepare(model.to(device), processor)
-    model.generation_config.eos_token_id = [config.vision_start_token_id]             # suppressed: no response ends early
+    model.generation_config.eos_token_id = [
+        config.vision_start_token_id
+    ]  # suppressed: no response ends early
     return model, processor
 
 
@@ -91,32 +150,60 @@ def photo(processor, args, share: float = 1.0) -> M.Prompt:
     """One prompt of `share` of --prompt-tokens: image tokens, then a question that fills the rest."""
     images = int((args.prompt_tokens - 60) * share)
     columns = int(math.sqrt(images))
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (images // columns * 32, columns * 32, 3), dtype=np.uint8))
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(
+            0, 256, (images // columns * 32, columns * 32, 3), dtype=np.uint8
+        )
+    )
     empty = M.encode(processor, [image], ["what"])["input_ids"].shape[1]
-    prompt = M.encode(processor, [image], ["what" + " is" * max(0, int(args.prompt_tokens * share) - empty)])
-    return M.to_device(prompt | {"pixel_values": prompt["pixel_values"].to(getattr(torch, args.dtype))}, args.device)
+    prompt = M.encode(
+        processor, [image], ["what" + " is" * max(0, int(args.prompt_tokens * share) - empty)]
+    )
+    return M.to_device(
+        prompt | {"pixel_values": prompt["pixel_values"].to(getattr(torch, args.dtype))},
+        args.device,
+    )
 
 
 def copies(prompt: M.Prompt, group: int) -> dict:
     """The plain way's input: the prompts, images included, once per response."""
-    return {key: value.repeat(group, *[1] * (value.ndim - 1)) for key, value in prompt.items() if key != "shrunk"}
+    return {
+        key: value.repeat(group, *[1] * (value.ndim - 1))
+        for key, value in prompt.items()
+        if key != "shrunk"
+    }
 
 
 def plain_generate(model, prompt: M.Prompt, group: int, tokens: int) -> Tensor:
     """`generate` on G copies of the prompts, as with num_return_sequences = G: (N, T) sampled ids."""
     model.model.rope_deltas = None
-    return model.generate(**copies(prompt, group), generation_config=transformers.GenerationConfig(
-        max_new_tokens=tokens, do_sample=True, top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=model.generation_config.eos_token_id,
-        suppress_tokens=[getattr(model.config, key) for key in VISION_IDS]))[:, prompt["input_ids"].shape[1]:]
+    return model.generate(
+        **copies(prompt, group),
+        generation_config=transformers.GenerationConfig(
+            max_new_tokens=tokens,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=0,
+            eos_token_id=model.generation_config.eos_token_id,
+            suppress_tokens=[getattr(model.config, key) for key in VISION_IDS],
+        ),
+    )[:, prompt["input_ids"].shape[1] :]
 
 
 def plain_hidden(model, prompt: M.Prompt, ids: Tensor) -> Tensor:
     """One full sequence per response: hidden states (N, T, D) that predict the ids (N, T) after N copies of one prompt."""
     inputs, extra = copies(prompt, len(ids)), torch.zeros_like(ids)
-    inputs |= {key: torch.cat([inputs[key], more], 1) for key, more in
-               (("input_ids", ids), ("attention_mask", extra + 1), ("mm_token_type_ids", extra))}
+    inputs |= {
+        key: torch.cat([inputs[key], more], 1)
+        for key, more in (
+            ("input_ids", ids),
+            ("attention_mask", extra + 1),
+            ("mm_token_type_ids", extra),
+        )
+    }
     model.model.rope_deltas = None
-    return model.model(**inputs, use_cache=False).last_hidden_state[:, -ids.shape[1] - 1:-1]
+    return model.model(**inputs, use_cache=False).last_hidden_state[:, -ids.shape[1] - 1 : -1]
 
 
 def forward_flops(model, prompt: M.Prompt, N: int = 0, T: int = 0) -> tuple[float, float]:
@@ -127,14 +214,26 @@ def forward_flops(model, prompt: M.Prompt, N: int = 0, T: int = 0) -> tuple[floa
 
     Left out: the recurrence of linear attention, a few percent of a 4B's. A backward pass counts as two forwards.
     """
-    size = lambda module: sum(m.weight.numel() for m in module.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv3d)))
+    size = lambda module: sum(
+        m.weight.numel()
+        for m in module.modules()
+        if isinstance(m, (torch.nn.Linear, torch.nn.Conv3d))
+    )
     (B, L), text, tower = prompt["input_ids"].shape, model.model.language_model, model.model.visual
-    patches = prompt["image_grid_thw"].prod(1).tolist()                               # of each image; its merger sees them merged
+    patches = (
+        prompt["image_grid_thw"].prod(1).tolist()
+    )  # of each image; its merger sees them merged
     weights = size(text) * (B * (L - 1) + N * T)
-    weights += (size(tower) - size(tower.merger) * (1 - 1 / tower.spatial_merge_size ** 2)) * sum(patches)
-    between = sum(layer.self_attn.o_proj.in_features for layer in text.layers if hasattr(layer, "self_attn"))
+    weights += (size(tower) - size(tower.merger) * (1 - 1 / tower.spatial_merge_size**2)) * sum(
+        patches
+    )
+    between = sum(
+        layer.self_attn.o_proj.in_features for layer in text.layers if hasattr(layer, "self_attn")
+    )
     between *= B * (L - 1) * L / 2 + N * T * (L - 1 + (T + 1) / 2)
-    between += sum(block.attn.proj.in_features for block in tower.blocks) * sum(n * n for n in patches)
+    between += sum(block.attn.proj.in_features for block in tower.blocks) * sum(
+        n * n for n in patches
+    )
     return 2 * weights, 4 * between
 
 
@@ -143,22 +242,42 @@ def read_bytes(model, N: int, length: float) -> float:
     weights, its head included and its embeddings not; keys and values; states of linear attention (convolution; recurrence, fp32,
     read and written)."""
     text, head = model.model.language_model, model.lm_head.weight
-    weights = sum(p.numel() for p in text.parameters()) - text.embed_tokens.weight.numel() + head.numel()
+    weights = (
+        sum(p.numel() for p in text.parameters()) - text.embed_tokens.weight.numel() + head.numel()
+    )
     full = [layer.self_attn for layer in text.layers if hasattr(layer, "self_attn")]
     linear = [layer.linear_attn for layer in text.layers if hasattr(layer, "linear_attn")]
-    cached = sum(a.k_proj.out_features + a.v_proj.out_features for a in full) * length + sum(a.conv1d.weight.numel() for a in linear)
-    return (weights + N * cached) * head.element_size() + N * sum(2 * 4 * a.num_v_heads * a.head_k_dim * a.head_v_dim for a in linear)
+    cached = sum(a.k_proj.out_features + a.v_proj.out_features for a in full) * length + sum(
+        a.conv1d.weight.numel() for a in linear
+    )
+    return (weights + N * cached) * head.element_size() + N * sum(
+        2 * 4 * a.num_v_heads * a.head_k_dim * a.head_v_dim for a in linear
+    )
 
 
 def speeds(model, args) -> tuple[float, float]:
     """(flops a second of the MLP's matmuls, the faster one, on the tokens of a pass; bytes a second that a copy reads and writes)."""
-    mlp, tokens, flops = model.model.language_model.layers[0].mlp, args.prompt_tokens + args.group * args.response_tokens, []
+    mlp, tokens, flops = (
+        model.model.language_model.layers[0].mlp,
+        args.prompt_tokens + args.group * args.response_tokens,
+        [],
+    )
     for weight in (mlp.up_proj.weight.detach(), mlp.down_proj.weight.detach()):
         x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=args.device)
-        flops.append(10 * 2 * tokens * weight.numel() / measure(lambda: [x @ weight.t() for _ in range(10)], args)[0])
-    source, target = torch.ones(2, 2 ** 28, dtype=torch.uint8, device=args.device)
-    copied = 10 * 2 * len(source) / measure(lambda: [target.copy_(source) for _ in range(10)], args)[0]
-    print(f"floors at {max(flops) / 1e12:,.3g} TFLOP/s (the MLP's matmuls, {tokens:,} tokens) and {copied / 1e9:,.3g} GB/s (a copy)")
+        flops.append(
+            10
+            * 2
+            * tokens
+            * weight.numel()
+            / measure(lambda: [x @ weight.t() for _ in range(10)], args)[0]
+        )
+    source, target = torch.ones(2, 2**28, dtype=torch.uint8, device=args.device)
+    copied = (
+        10 * 2 * len(source) / measure(lambda: [target.copy_(source) for _ in range(10)], args)[0]
+    )
+    print(
+        f"floors at {max(flops) / 1e12:,.3g} TFLOP/s (the MLP's matmuls, {tokens:,} tokens) and {copied / 1e9:,.3g} GB/s (a copy)"
+    )
     return max(flops), copied
 
 
@@ -169,8 +288,8 @@ def measure(run, args) -> tuple[float, float]:
     wait = torch.cuda.synchronize if cuda else lambda: None
     gc.collect()
     if cuda:
-        torch.cuda.empty_cache()                                                      # of a row before that ran out of memory
-    before = torch.cuda.memory_allocated()                                            # 0 on a CPU; the first run may leave a cache
+        torch.cuda.empty_cache()  # of a row before that ran out of memory
+    before = torch.cuda.memory_allocated()  # 0 on a CPU; the first run may leave a cache
     try:
         run()
         if cuda:
@@ -183,18 +302,34 @@ def measure(run, args) -> tuple[float, float]:
             seconds.append(time.perf_counter() - start)
     except torch.OutOfMemoryError:
         return math.nan, math.nan
-    return statistics.median(seconds), (torch.cuda.max_memory_allocated() - before) / 2 ** 30 if cuda else math.nan
+    return statistics.median(seconds), (
+        torch.cuda.max_memory_allocated() - before
+    ) / 2**30 if cuda else math.nan
 
 
-def row(name: str, found: tuple[float, float], tokens: int, floor: float, plain: float = math.nan, step: float = math.nan) -> None:
+def row(
+    name: str,
+    found: tuple[float, float],
+    tokens: int,
+    floor: float,
+    plain: float = math.nan,
+    step: float = math.nan,
+) -> None:
     """found: (seconds, GB) measured; floor, plain way and whole step in seconds. NaN prints as a dash."""
     seconds, gb = found
-    cells = zip((seconds * 1e3, tokens / seconds, gb, seconds / step, seconds / floor, plain / seconds), COLUMNS.values())
-    line = "".join(f"{'-' if math.isnan(value) else format(value, form):>10}" for value, form in cells)
+    cells = zip(
+        (seconds * 1e3, tokens / seconds, gb, seconds / step, seconds / floor, plain / seconds),
+        COLUMNS.values(),
+    )
+    line = "".join(
+        f"{'-' if math.isnan(value) else format(value, form):>10}" for value, form in cells
+    )
     print(f"  {name:48}{'  out of memory' if math.isnan(seconds) else line}", flush=True)
 
 
-def compare(name: str, ours, plain, tokens: int, floor: float, args, step: float = math.nan) -> tuple[float, float]:
+def compare(
+    name: str, ours, plain, tokens: int, floor: float, args, step: float = math.nan
+) -> tuple[float, float]:
     """Measures ours and the plain way and prints a row of each. Returns their seconds."""
     slow, fast = measure(plain, args), measure(ours, args)
     row(name, fast, tokens, floor, slow[0], step)
@@ -214,28 +349,68 @@ class Share(train.Flat):
 
 def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[float]:
     """One optimizer step on one prompt and its phases: train.learn's, and the plain way's. Returns (the step's speed-up,)."""
-    G, T, n, head = args.group, args.response_tokens, args.group * args.response_tokens, model.lm_head.weight
-    options = train.parse(["--prompts", "1", "--gen-prompts", "1", "--steps", "9", "--group", str(G), "--max-new-tokens", str(T),
-                           "--chunk", str(args.chunk), "--device", args.device])
+    G, T, n, head = (
+        args.group,
+        args.response_tokens,
+        args.group * args.response_tokens,
+        model.lm_head.weight,
+    )
+    options = train.parse(
+        [
+            "--prompts",
+            "1",
+            "--gen-prompts",
+            "1",
+            "--steps",
+            "9",
+            "--group",
+            str(G),
+            "--max-new-tokens",
+            str(T),
+            "--chunk",
+            str(args.chunk),
+            "--device",
+            args.device,
+        ]
+    )
     teacher = copy.deepcopy(model).requires_grad_(False)
     flat, teacher_flat = Share(model, 0, args.ranks), Share(teacher, 0, args.ranks)
-    state, rows = train.State(flat, options), [{"id": "0", "question": "", "image": "", "crop": "", "answer": None}]
+    state, rows = (
+        train.State(flat, options),
+        [{"id": "0", "question": "", "image": "", "crop": "", "answer": None}],
+    )
     flat.track_gradients(state.master.grad)
-    full, crop, ids = photo(processor, args), photo(processor, args, 0.4), torch.randint(256, (G, T), device=args.device)
+    full, crop, ids = (
+        photo(processor, args),
+        photo(processor, args, 0.4),
+        torch.randint(256, (G, T), device=args.device),
+    )
     hidden, target = torch.randn(2, n, head.shape[1], dtype=head.dtype, device=args.device)
     sides = hidden.requires_grad_(), head.detach().requires_grad_(), target, teacher.lm_head.weight
-    teacher_pass = torch.no_grad()(lambda hidden, ids: hidden(teacher, crop, ids))      # (G, T, D)
+    teacher_pass = torch.no_grad()(lambda hidden, ids: hidden(teacher, crop, ids))  # (G, T, D)
 
     def backward(loss):
         try:
             loss.backward()
-        finally:                                                                      # memory may have run out halfway
+        finally:  # memory may have run out halfway
             flat.reduce()
             flat.settle()
 
     def step():
         try:
-            train.learn(options, 1, [([0], full, crop)], model, teacher, processor, flat, teacher_flat, state, rows, None)
+            train.learn(
+                options,
+                1,
+                [([0], full, crop)],
+                model,
+                teacher,
+                processor,
+                flat,
+                teacher_flat,
+                state,
+                rows,
+                None,
+            )
         except torch.OutOfMemoryError:
             flat.reduce()
             flat.settle()
@@ -244,8 +419,10 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
     def student_pass(checkpoint=True):
         backward(M.response_hidden(model, full, ids, checkpoint=checkpoint).square().sum())
 
-    def plain_student_pass(ids=ids, loss=lambda hidden, rows: hidden.square().sum(), checkpoint=True):
-        model.model.language_model.activation_checkpointing_enable()                  # in training mode; the vision tower's is on
+    def plain_student_pass(
+        ids=ids, loss=lambda hidden, rows: hidden.square().sum(), checkpoint=True
+    ):
+        model.model.language_model.activation_checkpointing_enable()  # in training mode; the vision tower's is on
         model.train(checkpoint)
         try:
             for rows in torch.arange(G).split(args.plain_rows):
@@ -256,7 +433,12 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
     def plain_step():
         ids = plain_generate(model, full, G, T)
         target = teacher_pass(plain_hidden, ids)
-        plain_student_pass(ids, lambda hidden, rows: divergence(hidden @ head.t(), target[rows] @ teacher.lm_head.weight.t()).sum() / n)
+        plain_student_pass(
+            ids,
+            lambda hidden, rows: (
+                divergence(hidden @ head.t(), target[rows] @ teacher.lm_head.weight.t()).sum() / n
+            ),
+        )
         update()
 
     def update():
@@ -265,23 +447,48 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
         teacher_flat.publish(state.ema)
 
     L, crop_L = full["input_ids"].shape[1], crop["input_ids"].shape[1]
-    forward, teacher_forward = (sum(forward_flops(model, prompt, G, T)) / rate for prompt in (full, crop))         # seconds
+    forward, teacher_forward = (
+        sum(forward_flops(model, prompt, G, T)) / rate for prompt in (full, crop)
+    )  # seconds
     with torch.no_grad():
         matmuls, _ = measure(bench_loss.matmuls(args, *(side.detach() for side in sides)), args)
     phases = {  # name: (ours, the plain way, floor in seconds)
-        "generation": (lambda: sample(model, processor, full, G, max_new_tokens=T, seeds=[0]),
-                       lambda: plain_generate(model, full, G, T), T * read_bytes(model, G, L + T / 2) / bandwidth),
-        "teacher pass": (lambda: teacher_pass(M.response_hidden, ids), lambda: teacher_pass(plain_hidden, ids), teacher_forward),
+        "generation": (
+            lambda: sample(model, processor, full, G, max_new_tokens=T, seeds=[0]),
+            lambda: plain_generate(model, full, G, T),
+            T * read_bytes(model, G, L + T / 2) / bandwidth,
+        ),
+        "teacher pass": (
+            lambda: teacher_pass(M.response_hidden, ids),
+            lambda: teacher_pass(plain_hidden, ids),
+            teacher_forward,
+        ),
         "student pass, gradients added up": (student_pass, plain_student_pass, 4 * forward),
-        "loss": (bench_loss.ours(args, *sides), bench_loss.plain(args, *sides), matmuls)}
-    print(f"\none step: {L:,} prompt tokens (teacher {crop_L:,}), {T} response tokens, G = {G}, one of {args.ranks} ranks\n{HEADER}")
-    ours, plain = compare("whole step, train.learn", step, plain_step, n, sum(floor for *_, floor in phases.values()), args)
+        "loss": (bench_loss.ours(args, *sides), bench_loss.plain(args, *sides), matmuls),
+    }
+    print(
+        f"\none step: {L:,} prompt tokens (teacher {crop_L:,}), {T} response tokens, G = {G}, one of {args.ranks} ranks\n{HEADER}"
+    )
+    ours, plain = compare(
+        "whole step, train.learn",
+        step,
+        plain_step,
+        n,
+        sum(floor for *_, floor in phases.values()),
+        args,
+    )
     for name, (run, plain_run, floor) in phases.items():
         compare(name, run, plain_run, n, floor, args, ours)
     row("update: AdamW, EMA, new weights", measure(update, args), n, math.nan, step=ours)
-    compare("student pass without checkpointing", lambda: student_pass(False), lambda: plain_student_pass(checkpoint=False), n,
-            3 * forward, args)
-    return plain / ours,
+    compare(
+        "student pass without checkpointing",
+        lambda: student_pass(False),
+        lambda: plain_student_pass(checkpoint=False),
+        n,
+        3 * forward,
+        args,
+    )
+    return (plain / ours,)
 
 
 def bench_generate(model, processor, args, rate: float, bandwidth: float) -> tuple[float]:
@@ -289,22 +496,42 @@ def bench_generate(model, processor, args, rate: float, bandwidth: float) -> tup
     B, G, T = args.gen_prompts, args.group, args.response_tokens
     prompt = M.join([photo(processor, args)] * B, 0)
     L = prompt["input_ids"].shape[1]
-    generate = lambda T, static=0: sample(model, processor, prompt, G, max_new_tokens=T, seeds=[0] * B, static=static)
+    generate = lambda T, static=0: sample(
+        model, processor, prompt, G, max_new_tokens=T, seeds=[0] * B, static=static
+    )
     floor = T * read_bytes(model, B * G, L + T / 2) / bandwidth
-    print(f"\ngeneration of {B * G} sequences: {B} prompts of {L:,} tokens, {T} response tokens, G = {G}\n{HEADER}")
-    _, plain = compare("generation", lambda: generate(T), lambda: plain_generate(model, prompt, G, T), B * G * T, floor, args)
-    fixed = measure(lambda: generate(T, L + T), args)                                 # its first run compiles
+    print(
+        f"\ngeneration of {B * G} sequences: {B} prompts of {L:,} tokens, {T} response tokens, G = {G}\n{HEADER}"
+    )
+    _, plain = compare(
+        "generation",
+        lambda: generate(T),
+        lambda: plain_generate(model, prompt, G, T),
+        B * G * T,
+        floor,
+        args,
+    )
+    fixed = measure(lambda: generate(T, L + T), args)  # its first run compiles
     row("static cache (on a GPU: train.py --compile)", fixed, B * G * T, floor, plain)
     CACHES.clear()
-    row("of which prompts and one token", measure(lambda: generate(1), args), B * G, sum(forward_flops(model, prompt)) / rate)
-    return fixed[0] / floor,
+    row(
+        "of which prompts and one token",
+        measure(lambda: generate(1), args),
+        B * G,
+        sum(forward_flops(model, prompt)) / rate,
+    )
+    return (fixed[0] / floor,)
 
 
 def bench_synth(args) -> None:
     """What synth.py does with a photograph besides asking models: one image of the released set's median size, one triplet."""
     spent, rng, box = {}, np.random.default_rng(0), [1000, 700, 1200, 860]
-    smooth = Image.fromarray(rng.integers(0, 256, (94, 141, 3), dtype=np.uint8)).resize((2250, 1500), Image.Resampling.BICUBIC)
-    grain = np.asarray(smooth, int) + rng.normal(0, 6, (1500, 2250, 1))               # a JPEG of about 2 MB, as a camera's
+    smooth = Image.fromarray(rng.integers(0, 256, (94, 141, 3), dtype=np.uint8)).resize(
+        (2250, 1500), Image.Resampling.BICUBIC
+    )
+    grain = np.asarray(smooth, int) + rng.normal(
+        0, 6, (1500, 2250, 1)
+    )  # a JPEG of about 2 MB, as a camera's
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         images.save(Image.fromarray(grain.clip(0, 255).astype(np.uint8)), folder / "photo.jpg")
@@ -313,28 +540,68 @@ def bench_synth(args) -> None:
         window = synth.geometry(photo.size, box)[2]
         framed = synth.draw_frame(photo, box)
         crop, _ = synth.cut(framed, window)
-        for name, job in (("decode", lambda: synth.photograph(folder, "photo.jpg")), ("draw the frame", lambda: synth.draw_frame(photo, box)),
-                          ("crop and enlarge", lambda: synth.cut(framed, window)), ("write the image, JPEG", lambda: images.save(framed, folder / "a.jpg")),
-                          ("write the crop, PNG", lambda: images.save(crop, folder / "a.png"))):
+        for name, job in (
+            ("decode", lambda: synth.photograph(folder, "photo.jpg")),
+            ("draw the frame", lambda: synth.draw_frame(photo, box)),
+            ("crop and enlarge", lambda: synth.cut(framed, window)),
+            ("write the image, JPEG", lambda: images.save(framed, folder / "a.jpg")),
+            ("write the crop, PNG", lambda: images.save(crop, folder / "a.png")),
+        ):
             spent[name] = measure(job, args)[0]
-    print(f"photographs of 2250 x 1500 px, {size:.1f} MB, one box each, one core: {1 / sum(spent.values()):.1f} a second")
+    print(
+        f"photographs of 2250 x 1500 px, {size:.1f} MB, one box each, one core: {1 / sum(spent.values()):.1f} a second"
+    )
     for name, seconds in spent.items():
         print(f"  {name:56} {seconds * 1e3:9,.1f} ms {seconds / sum(spent.values()):7.0%}")
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("what", nargs="*", default=["loss", "generate", "step"], help="loss, generate, step (default: these), synth")
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "what",
+        nargs="*",
+        default=["loss", "generate", "step"],
+        help="loss, generate, step (default: these), synth",
+    )
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    p.add_argument("--size", default="small", choices=list(SIZES), help="shape of the model for generate and step")
-    p.add_argument("--model-vocab", type=int, default=4096, help="its vocabulary (the loss alone has its own, --vocab)")
-    p.add_argument("--prompt-tokens", type=int, default=612, help="of the student; the teacher's prompt has 40%% of them")
+    p.add_argument(
+        "--size",
+        default="small",
+        choices=list(SIZES),
+        help="shape of the model for generate and step",
+    )
+    p.add_argument(
+        "--model-vocab",
+        type=int,
+        default=4096,
+        help="its vocabulary (the loss alone has its own, --vocab)",
+    )
+    p.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=612,
+        help="of the student; the teacher's prompt has 40%% of them",
+    )
     p.add_argument("--response-tokens", type=int, default=50)
     p.add_argument("--group", type=int, default=8)
     p.add_argument("--gen-prompts", type=int, default=3, help="generate: prompts decoded at once")
-    p.add_argument("--ranks", type=int, default=1, help="step: share the optimizer's state as so many ranks do; nothing is sent")
-    p.add_argument("--plain-rows", type=int, default=8, help="step: sequences at once in the plain way's forward and backward")
+    p.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        help="step: share the optimizer's state as so many ranks do; nothing is sent",
+    )
+    p.add_argument(
+        "--plain-rows",
+        type=int,
+        default=8,
+        help="step: sequences at once in the plain way's forward and backward",
+    )
     p.add_argument("--repeats", type=int, default=3)
     bench_loss.add_arguments(p)
     if p.parse_known_args()[0].device == "cuda":
@@ -345,17 +612,27 @@ def main() -> None:
     if unknown := set(args.what) - {*GOALS, "synth"}:
         p.error(f"unknown benchmark {sorted(unknown)}: choose from {', '.join(GOALS)}, synth")
     if args.device == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA build of torch.")
+        p.error(
+            "--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA build of torch."
+        )
     transformers.utils.logging.set_verbosity_error()
-    machine = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    print(f"{args.size} Qwen3.5, {args.dtype}, {machine}, torch {torch.__version__}, transformers {transformers.__version__}")
-    found = {}                                                                        # the numbers that the goals are about
+    machine = (
+        f"{torch.get_num_threads()} threads"
+        if args.device == "cpu"
+        else torch.cuda.get_device_name()
+    )
+    print(
+        f"{args.size} Qwen3.5, {args.dtype}, {machine}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    found = {}  # the numbers that the goals are about
     if "synth" in args.what:
         bench_synth(args)
-    if "loss" in args.what:                                                           # first: its processes need the GPU's memory
+    if "loss" in args.what:  # first: its processes need the GPU's memory
         found["loss"] = bench_loss.run(args)
     if {"generate", "step"} & set(args.what):
-        model, processor = build(args.size, args.model_vocab, args.device, getattr(torch, args.dtype))
+        model, processor = build(
+            args.size, args.model_vocab, args.device, getattr(torch, args.dtype)
+        )
         measured = speeds(model, args)
         for name, bench in (("generate", bench_generate), ("step", bench_step)):
             if name in args.what:
@@ -365,9 +642,20 @@ def main() -> None:
     print("\ngoals, in the shapes of --device cuda")
     elsewhere = any(getattr(args, key) != value for key, value in GPU.items())
     for name, (goal, reached) in GOALS.items():
-        verdict = ("not run on a GPU" if args.device == "cpu" else "not run in full" if elsewhere or not found.get(name) else
-                   "out of memory" if math.isnan(sum(found[name])) else "reached" if reached(*found[name]) else "missed")
-        print(f"  {goal:90} {verdict:18} {', '.join(f'{number:.2f}' for number in found.get(name) or ())}")
+        verdict = (
+            "not run on a GPU"
+            if args.device == "cpu"
+            else "not run in full"
+            if elsewhere or not found.get(name)
+            else "out of memory"
+            if math.isnan(sum(found[name]))
+            else "reached"
+            if reached(*found[name])
+            else "missed"
+        )
+        print(
+            f"  {goal:90} {verdict:18} {', '.join(f'{number:.2f}' for number in found.get(name) or ())}"
+        )
 
 
 if __name__ == "__main__":

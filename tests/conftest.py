@@ -1,4 +1,5 @@
 """Shared by the tests: everything runs offline, on the CPU (but for test_gpu.py, with --device cuda), on one thread per process."""
+
 import os
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ DEVICE = "cuda" if "--device cuda" in " ".join(sys.argv).replace("=", " ") else 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", USE_HUB_KERNELS="NO")
 if DEVICE == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["TRITON_F32_DEFAULT"] = "ieee"                  # kernels would compute fp32 in TF32
+os.environ["TRITON_F32_DEFAULT"] = "ieee"  # kernels would compute fp32 in TF32
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -24,27 +25,39 @@ import toy.tiny as tiny_model
 import train  # noqa: E402
 
 torch.set_num_threads(1)
-sharding.BUCKET = 20_000                                   # the tiny model has several, as real ones do
+sharding.BUCKET = 20_000  # the tiny model has several, as real ones do
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", choices=["cpu", "cuda"], help="cuda: test_gpu.py on this machine's GPU, with the kernels installed")
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="cuda: test_gpu.py on this machine's GPU, with the kernels installed",
+    )
 
 
 def pytest_configure(config):
     if (config.getoption("--device") or "cpu") != DEVICE:
-        raise pytest.UsageError("Give --device on the command line: it is read before pytest reads its own settings.")
+        raise pytest.UsageError(
+            "Give --device on the command line: it is read before pytest reads its own settings."
+        )
     if DEVICE == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA build of torch.")
+        raise pytest.UsageError(
+            "--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA build of torch."
+        )
 
 
 def pytest_collection_modifyitems(items):
     if DEVICE == "cuda" and any(item.path.name != "test_gpu.py" for item in items):
-        raise pytest.UsageError("--device cuda is for tests/test_gpu.py alone: the other tests are made for the CPU.")
+        raise pytest.UsageError(
+            "--device cuda is for tests/test_gpu.py alone: the other tests are made for the CPU."
+        )
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def livelier(model, factor: float = 1.7):
@@ -59,16 +72,44 @@ def livelier(model, factor: float = 1.7):
 def tiny_qwen3_vl():
     """A Qwen3-VL (full attention everywhere, vision features added to the first layers) with the tiny tokenizer."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
     donor, processor = tiny_model.tiny()
-    ids = {key: getattr(donor.config, key) for key in
-           ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    ids = {
+        key: getattr(donor.config, key)
+        for key in (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+        )
+    }
     config = Qwen3VLConfig(
-        text_config=dict(vocab_size=donor.config.text_config.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=16, eos_token_id=processor.tokenizer.eos_token_id,
-                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True)),
-        vision_config=dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=8, out_hidden_size=64,
-                           num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
-        tie_word_embeddings=False, **ids)
+        text_config=dict(
+            vocab_size=donor.config.text_config.vocab_size,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            eos_token_id=processor.tokenizer.eos_token_id,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True
+            ),
+        ),
+        vision_config=dict(
+            depth=3,
+            hidden_size=32,
+            intermediate_size=64,
+            num_heads=2,
+            patch_size=8,
+            out_hidden_size=64,
+            num_position_embeddings=64,
+            deepstack_visual_indexes=[0, 1],
+        ),
+        tie_word_embeddings=False,
+        **ids,
+    )
     torch.manual_seed(1)
     model = Qwen3VLForConditionalGeneration(config)
     return vision_model.prepare(model, processor), processor
@@ -85,13 +126,21 @@ def lively(request):
 def mixed_prompt(lively):
     """Three prompts of different image sizes and lengths, so that two of them are padded."""
     images = [noise(64, 64, 1), noise(32, 48, 2), noise(96, 32, 3)]
-    return vision_model.encode(lively[1], images, ["what is in the red box ?", "a ?", "what is the green circle in the red box with ?"])
+    return vision_model.encode(
+        lively[1],
+        images,
+        ["what is in the red box ?", "a ?", "what is the green circle in the red box with ?"],
+    )
 
 
 @pytest.fixture
 def dense_mask(monkeypatch):
     """The continuation's mask written out: torch's dispatch modes, which count flops and bytes, refuse its causal bias."""
-    monkeypatch.setattr(vision_model, "causal_lower_right", lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(k - q))
+    monkeypatch.setattr(
+        vision_model,
+        "causal_lower_right",
+        lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(k - q),
+    )
 
 
 def alone(prompt, row: int) -> dict:
@@ -99,23 +148,59 @@ def alone(prompt, row: int) -> dict:
     real = prompt["attention_mask"][row].bool()
     patches = prompt["image_grid_thw"].prod(1).tolist()
     start = sum(patches[:row])
-    return {"input_ids": prompt["input_ids"][row:row + 1, real], "attention_mask": prompt["attention_mask"][row:row + 1, real],
-            "mm_token_type_ids": prompt["mm_token_type_ids"][row:row + 1, real],
-            "pixel_values": prompt["pixel_values"][start:start + patches[row]], "image_grid_thw": prompt["image_grid_thw"][row:row + 1]}
+    return {
+        "input_ids": prompt["input_ids"][row : row + 1, real],
+        "attention_mask": prompt["attention_mask"][row : row + 1, real],
+        "mm_token_type_ids": prompt["mm_token_type_ids"][row : row + 1, real],
+        "pixel_values": prompt["pixel_values"][start : start + patches[row]],
+        "image_grid_thw": prompt["image_grid_thw"][row : row + 1],
+    }
 
 
 def plain_logits(model, prompt, ids):
     """(T, V) logits that predict the tokens `ids` (T,) after a prompt of one row: a plain forward of the whole sequence."""
     length, extra = prompt["input_ids"].shape[1], ids[None]
     model.model.rope_deltas = None
-    out = model(**{key: value for key, value in prompt.items() if key != "shrunk"} | {
-        "input_ids": torch.cat([prompt["input_ids"], extra], 1), "attention_mask": None,
-        "mm_token_type_ids": torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(extra)], 1)}).logits
-    return out[0, length - 1:-1]
+    out = model(
+        **{key: value for key, value in prompt.items() if key != "shrunk"}
+        | {
+            "input_ids": torch.cat([prompt["input_ids"], extra], 1),
+            "attention_mask": None,
+            "mm_token_type_ids": torch.cat(
+                [prompt["mm_token_type_ids"], torch.zeros_like(extra)], 1
+            ),
+        }
+    ).logits
+    return out[0, length - 1 : -1]
 
 
-SMALL = ["--toy", "--prompts", "4", "--group", "2", "--max-new-tokens", "6", "--schedule", "constant", "--warmup", "2", "--lr", "1e-3",
-         "--micro-prompts", "2", "--workers", "0", "--save-every", "100", "--show-every", "1", "--steps", "3", "--device", "cpu"]
+SMALL = [
+    "--toy",
+    "--prompts",
+    "4",
+    "--group",
+    "2",
+    "--max-new-tokens",
+    "6",
+    "--schedule",
+    "constant",
+    "--warmup",
+    "2",
+    "--lr",
+    "1e-3",
+    "--micro-prompts",
+    "2",
+    "--workers",
+    "0",
+    "--save-every",
+    "100",
+    "--show-every",
+    "1",
+    "--steps",
+    "3",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="session")
@@ -131,8 +216,21 @@ def world(tmp_path_factory):
 @pytest.fixture
 def run(world, tmp_path):
     """run(name, *flags) trains in tmp_path/name and returns the final weights; without the toy's own drawing and judging."""
+
     def go(name, *flags):
-        args = train.parse([*SMALL, "--model", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / name), *flags])
+        args = train.parse(
+            [
+                *SMALL,
+                "--model",
+                str(world / "base"),
+                "--data",
+                str(world / "data"),
+                "--out",
+                str(tmp_path / name),
+                *flags,
+            ]
+        )
         rank, size, device = train.setup(args.device)
         return load_file(train.train(args, rank, size, device) / "model.safetensors")
+
     return go

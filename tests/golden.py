@@ -3,6 +3,7 @@ the final weights, bit for bit, with those that the code before the rebuild gave
 
 WRITE makes the golden weights (a folder of .safetensors). The bits depend on the processor: make them on the machine that compares.
 """
+
 import os
 import sys
 import tempfile
@@ -20,12 +21,41 @@ import toy.tiny as tiny_model
 import train
 
 RUNS = {
-    "vision-opd": [], "clip": ["--clip", "0.02", "--ema-rate", "0.25"], "reverse-kl": ["--divergence", "reverse_kl"],
-    "trust-region": ["--teacher", "trust-region", "--trust", "0.3"], "current": ["--teacher", "current"],
-    "sampled-token": ["--objective", "sampled-token"], "opsd": ["--method", "opsd"], "sft": ["--method", "sft"],
-    "grpo": ["--method", "grpo"], "dapo": ["--method", "dapo", "--resample", "2"]}
-FLAGS = ["--prompts", "4", "--group", "2", "--max-new-tokens", "6", "--warmup", "2", "--lr", "1e-3", "--micro-prompts", "2",
-         "--workers", "0", "--save-every", "100", "--show-every", "1", "--steps", "3", "--device", "cpu"]
+    "vision-opd": [],
+    "clip": ["--clip", "0.02", "--ema-rate", "0.25"],
+    "reverse-kl": ["--divergence", "reverse_kl"],
+    "trust-region": ["--teacher", "trust-region", "--trust", "0.3"],
+    "current": ["--teacher", "current"],
+    "sampled-token": ["--objective", "sampled-token"],
+    "opsd": ["--method", "opsd"],
+    "sft": ["--method", "sft"],
+    "grpo": ["--method", "grpo"],
+    "dapo": ["--method", "dapo", "--resample", "2"],
+}
+FLAGS = [
+    "--prompts",
+    "4",
+    "--group",
+    "2",
+    "--max-new-tokens",
+    "6",
+    "--warmup",
+    "2",
+    "--lr",
+    "1e-3",
+    "--micro-prompts",
+    "2",
+    "--workers",
+    "0",
+    "--save-every",
+    "100",
+    "--show-every",
+    "1",
+    "--steps",
+    "3",
+    "--device",
+    "cpu",
+]
 
 
 def parity(row):
@@ -36,6 +66,7 @@ def parity(row):
 def main(golden: Path, write: bool) -> None:
     torch.set_num_threads(1)
     import baselines
+
     baselines.score = parity
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -47,7 +78,18 @@ def main(golden: Path, write: bool) -> None:
                     weight.mul_(3.0)
         vision_model.save(model, processor, folder / "base")
         for name, flags in RUNS.items():
-            args = train.parse([*FLAGS, "--model", str(folder / "base"), "--data", str(folder / "data"), "--out", str(folder / name), *flags])
+            args = train.parse(
+                [
+                    *FLAGS,
+                    "--model",
+                    str(folder / "base"),
+                    "--data",
+                    str(folder / "data"),
+                    "--out",
+                    str(folder / name),
+                    *flags,
+                ]
+            )
             final = train.train(args, *train.setup("cpu"))
             weights, path = load_file(final / "model.safetensors"), golden / f"{name}.safetensors"
             if write:
@@ -55,7 +97,10 @@ def main(golden: Path, write: bool) -> None:
                 continue
             want = load_file(path)
             off = max((weights[key] - want[key]).abs().max().item() for key in want)
-            print(f"{name}: {'the same bits' if off == 0 else f'off by at most {off:.2g}'}", flush=True)
+            print(
+                f"{name}: {'the same bits' if off == 0 else f'off by at most {off:.2g}'}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Without that both sides are the CPU: then only the tests themselves are tested. Errors are shares of the reference's norm.
 """
+
 import contextlib
 import copy
 import inspect
@@ -21,9 +22,17 @@ import train
 from loss import divergence, topk_divergence
 from rollout import sample
 
-torch.backends.cudnn.allow_tf32 = False                    # in convolutions; in kernels: see conftest.py
-KERNELS = [name for name in vars(modeling_qwen3_5) if "gated_delta_rule" in name or name.startswith("causal_conv1d")]
-FAMILIES = {"qwen3_5": tiny_model.tiny, "qwen3_vl": tiny_qwen3_vl, "real heads": lambda: bench.build("small", 512, "cpu", torch.float32)}
+torch.backends.cudnn.allow_tf32 = False  # in convolutions; in kernels: see conftest.py
+KERNELS = [
+    name
+    for name in vars(modeling_qwen3_5)
+    if "gated_delta_rule" in name or name.startswith("causal_conv1d")
+]
+FAMILIES = {
+    "qwen3_5": tiny_model.tiny,
+    "qwen3_vl": tiny_qwen3_vl,
+    "real heads": lambda: bench.build("small", 512, "cpu", torch.float32),
+}
 
 
 @contextlib.contextmanager
@@ -40,7 +49,9 @@ def transformers_own():
 def subject(request):
     """(model, processor, prompts of different lengths), in fp32 on the CPU."""
     model, processor = FAMILIES[request.param]()
-    prompt = M.encode(processor, [noise(64, 64, 1), noise(32, 48, 2)], ["what is in the red box ?", "a ?"])
+    prompt = M.encode(
+        processor, [noise(64, 64, 1), noise(32, 48, 2)], ["what is in the red box ?", "a ?"]
+    )
     return livelier(model, 1.0 if request.param == "real heads" else 1.7), processor, prompt
 
 
@@ -49,7 +60,9 @@ def moved(model, dtype=torch.float32):
 
 
 def error(got, want, least=0.0) -> float:
-    return float((got.detach().cpu().double() - want.double()).norm() / (want.double().norm() + least))
+    return float(
+        (got.detach().cpu().double() - want.double()).norm() / (want.double().norm() + least)
+    )
 
 
 def backward(model, hidden, target) -> dict:
@@ -57,7 +70,9 @@ def backward(model, hidden, target) -> dict:
 
 
 def plain(model, prompt, ids):
-    return torch.cat([plain_hidden(model, prompt, row // 2, response)[None] for row, response in enumerate(ids)])
+    return torch.cat(
+        [plain_hidden(model, prompt, row // 2, response)[None] for row, response in enumerate(ids)]
+    )
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -66,20 +81,36 @@ def test_kernels_give_the_hidden_states_and_gradients_of_transformers_own(subjec
     those of small weights are noise, all together, by how far a plain forward in bf16 on this device is from it."""
     model, _, prompt = subject
     prompt = prompt if padded else alone(prompt, 0)
-    ids = torch.randint(0, 300, (2 * len(prompt["input_ids"]), 70), generator=torch.Generator().manual_seed(0))    # over a block of 64
-    target = torch.randn(*ids.shape, model.lm_head.in_features, generator=torch.Generator().manual_seed(1))
-    here, at, whole, half = M.to_device(prompt, DEVICE), ids.to(DEVICE), moved(model), moved(model, torch.bfloat16)
-    found = [backward(each, M.response_hidden(each, here, at, checkpoint=checkpoint), target)
-             for each in (whole, half) for checkpoint in (True, False)]
+    ids = torch.randint(
+        0, 300, (2 * len(prompt["input_ids"]), 70), generator=torch.Generator().manual_seed(0)
+    )  # over a block of 64
+    target = torch.randn(
+        *ids.shape, model.lm_head.in_features, generator=torch.Generator().manual_seed(1)
+    )
+    here, at, whole, half = (
+        M.to_device(prompt, DEVICE),
+        ids.to(DEVICE),
+        moved(model),
+        moved(model, torch.bfloat16),
+    )
+    found = [
+        backward(each, M.response_hidden(each, here, at, checkpoint=checkpoint), target)
+        for each in (whole, half)
+        for checkpoint in (True, False)
+    ]
     usual = backward(half, plain(half, here, at), target)
     with transformers_own():
         want = backward(model, plain(model, prompt, ids), target)
-    least = 1e-3 * max(float(gradient.norm()) for name, gradient in want.items() if name != "hidden")     # a small one may be noise
+    least = 1e-3 * max(
+        float(gradient.norm()) for name, gradient in want.items() if name != "hidden"
+    )  # a small one may be noise
     assert all(got.keys() == want.keys() for got in found)
     for got in found[:2]:
         errors = {name: error(got[name], want[name], least) for name in want}
         assert max(errors.values()) < 2e-3, errors
-    together = lambda each: torch.cat([gradient.cpu().flatten() for name, gradient in each.items() if name != "hidden"])
+    together = lambda each: torch.cat(
+        [gradient.cpu().flatten() for name, gradient in each.items() if name != "hidden"]
+    )
     for part in (together, lambda each: each["hidden"].cpu()):
         for got in found[2:]:
             assert error(part(got), part(want)) <= 1.5 * error(part(usual), part(want)) + 2e-3
@@ -90,14 +121,22 @@ def test_decoding_in_a_static_cache_gives_the_tokens_of_the_cpu(subject):
     model, processor, prompt = subject
     there, room = moved(model), prompt["input_ids"].shape[1] + 12
     for part in (prompt, alone(prompt, 0), prompt):
-        seeds = [3, 4][:len(part["input_ids"])]
+        seeds = [3, 4][: len(part["input_ids"])]
         with transformers_own():
             want = sample(model, processor, part, 3, max_new_tokens=12, seeds=seeds)
         for static in (0, room):
-            got = sample(there, processor, M.to_device(part, DEVICE), 3, max_new_tokens=12, seeds=seeds, static=static)
+            got = sample(
+                there,
+                processor,
+                M.to_device(part, DEVICE),
+                3,
+                max_new_tokens=12,
+                seeds=seeds,
+                static=static,
+            )
             assert torch.equal(got.ids.cpu(), want.ids) and torch.equal(got.mask.cpu(), want.mask)
             assert error(got.log_probs[got.mask], want.log_probs[want.mask]) < 5e-3
-    assert DEVICE == "cpu" or hasattr(there, "_compiled_call")                        # else it was not compiled at all
+    assert DEVICE == "cpu" or hasattr(there, "_compiled_call")  # else it was not compiled at all
     rollout.CACHES.clear()
 
 
@@ -105,15 +144,25 @@ def test_the_loss_in_bf16_is_the_equation_of_the_rounded_logits():
     generator = torch.Generator().manual_seed(0)
     hidden, target = (torch.randn(300, 64, generator=generator).bfloat16() for _ in range(2))
     head, other = (0.1 * torch.randn(5000, 64, generator=generator).bfloat16() for _ in range(2))
-    weights, rounded = torch.rand(300, generator=generator), lambda logits: logits + (logits.bfloat16() - logits).detach()
+    weights, rounded = (
+        torch.rand(300, generator=generator),
+        lambda logits: logits + (logits.bfloat16() - logits).detach(),
+    )
     exact = [tensor.double().requires_grad_() for tensor in (hidden, head)]
-    want = (weights * divergence(rounded(exact[0] @ exact[1].t()), rounded(target.double() @ other.double().t()))).sum()
+    want = (
+        weights
+        * divergence(
+            rounded(exact[0] @ exact[1].t()), rounded(target.double() @ other.double().t())
+        )
+    ).sum()
     want.backward()
     here = [tensor.to(DEVICE).requires_grad_() for tensor in (hidden, head)]
-    got, _ = topk_divergence(*here, [(target.to(DEVICE), other.to(DEVICE), 1.0)], weights.to(DEVICE), chunk=128)
+    got, _ = topk_divergence(
+        *here, [(target.to(DEVICE), other.to(DEVICE), 1.0)], weights.to(DEVICE), chunk=128
+    )
     got.backward()
     assert got.item() == pytest.approx(want.item(), rel=1e-3)
-    limit = 0.05 if DEVICE == "cuda" else 5e-3                                        # of equal logits another may be the 100th
+    limit = 0.05 if DEVICE == "cuda" else 5e-3  # of equal logits another may be the 100th
     assert all(error(mine.grad, its.grad) < limit for mine, its in zip(here, exact))
 
 
@@ -121,10 +170,40 @@ def test_a_step_is_that_of_the_cpu(subject, monkeypatch):
     """Streams and publishing included: the gradient, what is logged, and the weights that are live afterwards. On a GPU every
     stream is kept waiting where another one must wait for it."""
     model, processor, _ = subject
-    args = train.parse(["--device", "cpu", "--prompts", "3", "--group", "2", "--max-new-tokens", "9", "--steps", "5", "--lr", "1e-3"])
-    micros = [([i], *(M.encode(processor, [noise(side, 64, i)], ["what is in the red box ?"]) for side in (96, 48))) for i in range(3)]
-    rows, found, rollouts, real, summed = [{"id": str(i)} for i in range(3)], [], [], train.token_loss, sharding.Flat.summed
-    wait = (lambda: torch.cuda._sleep(10 ** 8)) if DEVICE == "cuda" else lambda: None
+    args = train.parse(
+        [
+            "--device",
+            "cpu",
+            "--prompts",
+            "3",
+            "--group",
+            "2",
+            "--max-new-tokens",
+            "9",
+            "--steps",
+            "5",
+            "--lr",
+            "1e-3",
+        ]
+    )
+    micros = [
+        (
+            [i],
+            *(
+                M.encode(processor, [noise(side, 64, i)], ["what is in the red box ?"])
+                for side in (96, 48)
+            ),
+        )
+        for i in range(3)
+    ]
+    rows, found, rollouts, real, summed = (
+        [{"id": str(i)} for i in range(3)],
+        [],
+        [],
+        train.token_loss,
+        sharding.Flat.summed,
+    )
+    wait = (lambda: torch.cuda._sleep(10**8)) if DEVICE == "cuda" else lambda: None
     monkeypatch.setattr(train, "show", lambda *_: [])
 
     def late(function, *args):
@@ -132,7 +211,7 @@ def test_a_step_is_that_of_the_cpu(subject, monkeypatch):
         wait()
         return out
 
-    def sampled(*args, **kwargs):                                                     # the same responses on both
+    def sampled(*args, **kwargs):  # the same responses on both
         if not found:
             rollouts.append(sample(*args, **kwargs))
         calls.append(rollouts[len(calls)])
@@ -146,12 +225,31 @@ def test_a_step_is_that_of_the_cpu(subject, monkeypatch):
         state = sharding.State(flat, args)
         flat.track_gradients(state.master.grad)
         with contextlib.nullcontext() if found else transformers_own():
-            entries = [train.learn(args, step, micros, student, teacher, processor, flat, teacher_flat, state, rows, None)[0] for step in range(2)]
+            entries = [
+                train.learn(
+                    args,
+                    step,
+                    micros,
+                    student,
+                    teacher,
+                    processor,
+                    flat,
+                    teacher_flat,
+                    state,
+                    rows,
+                    None,
+                )[0]
+                for step in range(2)
+            ]
         found.append((entries, state, flat))
-        monkeypatch.setattr(train, "token_loss", lambda *args: late(real, *args))     # before backward
-        monkeypatch.setattr(sharding.Flat, "summed", lambda *args: late(summed, *args))              # before it is added
+        monkeypatch.setattr(train, "token_loss", lambda *args: late(real, *args))  # before backward
+        monkeypatch.setattr(
+            sharding.Flat, "summed", lambda *args: late(summed, *args)
+        )  # before it is added
     (want, its, _), (got, mine, flat) = found
     for key in ("loss", "grad_norm"):
-        assert [entry[key] for entry in got] == pytest.approx([entry[key] for entry in want], rel=1e-2)
+        assert [entry[key] for entry in got] == pytest.approx(
+            [entry[key] for entry in want], rel=1e-2
+        )
     assert error(mine.moments["exp_avg"], its.moments["exp_avg"]) < 1e-2 and not flat.grads.any()
     assert torch.equal(flat.owned(), mine.master) and not torch.equal(mine.master, mine.ema)

@@ -1,4 +1,5 @@
 """The report page: what it shows, what it survives, and that nothing a model wrote can act in it."""
+
 import base64
 import io
 import json
@@ -21,12 +22,15 @@ import evaluate
 import toy.scenes as toy_scenes
 import triplets.format as triplet_format
 
-ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{data}} \u2028 \ud800 &amp;"
+ATTACK = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{data}} \u2028 \ud800 &amp;"
+)
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 chromium = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 
 
 # -------------------------------------------------------------------------------------------------------------- fake folders
+
 
 def write(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,23 +43,49 @@ def read(path: Path) -> list[dict]:
 
 def misread(text: str, rng: random.Random) -> str:
     words = text.split()
-    for n, choices in rng.sample([(1, list(toy_scenes.COLOURS)), (2, toy_scenes.SHAPES), (4, "0123456789")], rng.choice([1, 1, 2])):
+    for n, choices in rng.sample(
+        [(1, list(toy_scenes.COLOURS)), (2, toy_scenes.SHAPES), (4, "0123456789")],
+        rng.choice([1, 1, 2]),
+    ):
         words[n] = rng.choice([c for c in choices if c != words[n]])
     return " ".join(words)
 
 
 def reply(row: dict, bench: str, view: str, output: str) -> dict:
     """A line of answers-BENCH-0.jsonl."""
-    return {"id": row["id"], "bench": bench, "view": view, "prompt": row["question"], "answer": row["answer"], "kind": "exact", "options": {},
-            "group": row.get("extra", {}).get("toy"), "pair": None, "image": str(row["image"]), "crop": row["crop"] and str(row["crop"]),
-            "output": output, "tokens": 7, "truncated": False, "seconds": 0.01}
+    return {
+        "id": row["id"],
+        "bench": bench,
+        "view": view,
+        "prompt": row["question"],
+        "answer": row["answer"],
+        "kind": "exact",
+        "options": {},
+        "group": row.get("extra", {}).get("toy"),
+        "pair": None,
+        "image": str(row["image"]),
+        "crop": row["crop"] and str(row["crop"]),
+        "output": output,
+        "tokens": 7,
+        "truncated": False,
+        "seconds": 0.01,
+    }
 
 
 def results(folder: Path, answers: list[dict]) -> Path:
     """A results folder as evaluate.py leaves it."""
     for bench in dict.fromkeys(a["bench"] for a in answers):
         write(folder / f"answers-{bench}-0.jsonl", [a for a in answers if a["bench"] == bench])
-    (folder / "args.json").write_text(json.dumps({"model": "runs/toy/base", "weights": "0123456789abcdef", "max_new_tokens": 10, "zoom": 0}))
+    (folder / "args.json").write_text(
+        json.dumps(
+            {
+                "model": "runs/toy/base",
+                "weights": "0123456789abcdef",
+                "max_new_tokens": 10,
+                "zoom": 0,
+            }
+        )
+    )
     figures.summarise(folder)
     return folder
 
@@ -63,33 +93,97 @@ def results(folder: Path, answers: list[dict]) -> Path:
 def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed: int = 0) -> Path:
     """A run folder as train.py --toy leaves it, with plausible numbers: full 52% -> 95%, crop and large kept."""
     rng = random.Random(seed)
-    scenes = (toy_scenes.scene(seed, i, "small" if i < small else "large", "eval") for i in range(small + large))
+    scenes = (
+        toy_scenes.scene(seed, i, "small" if i < small else "large", "eval")
+        for i in range(small + large)
+    )
     triplet_format.write_triplets(out / "eval", scenes)
     rows, log, saved = triplet_format.read_triplets(out / "eval"), [], []
-    for when, hit in (("before", {"full": .52, "crop": .99, "large": 1}), ("after", {"full": .95, "crop": .98, "large": .99})):
-        asked = [(row, "toy" if row["extra"]["toy"] == "small" else "toy-large", view) for row in rows
-                 for view in ("full", "crop")[:1 + (row["extra"]["toy"] == "small")]]
-        results(out / f"eval-{when}", [reply(row, bench, view, row["answer"] if rng.random() < hit["large" if bench != "toy" else view] else
-                                             misread(row["answer"], rng)) for row, bench, view in asked])
+    for when, hit in (
+        ("before", {"full": 0.52, "crop": 0.99, "large": 1}),
+        ("after", {"full": 0.95, "crop": 0.98, "large": 0.99}),
+    ):
+        asked = [
+            (row, "toy" if row["extra"]["toy"] == "small" else "toy-large", view)
+            for row in rows
+            for view in ("full", "crop")[: 1 + (row["extra"]["toy"] == "small")]
+        ]
+        results(
+            out / f"eval-{when}",
+            [
+                reply(
+                    row,
+                    bench,
+                    view,
+                    row["answer"]
+                    if rng.random() < hit["large" if bench != "toy" else view]
+                    else misread(row["answer"], rng),
+                )
+                for row, bench, view in asked
+            ],
+        )
     (out / "seconds.json").write_text(json.dumps({"base": 144.2, "distillation": 85.2}))
-    (out / "args.json").write_text(json.dumps({
-        "toy": True, "model": "runs/toy/base", "data": "runs/toy/data", "steps": steps, "prompts": 16, "group": 2, "lr": 5e-4,
-        "divergence": "jsd", "beta": 0.5, "top_k": 16, "ema_rate": 0.005, "seed": seed, "max_new_tokens": 10,
-        "commit": "0123456789abcdef", "versions": {"python": "3.12.4", "torch": "2.13.0", "transformers": "5.23.0"}}))
+    (out / "args.json").write_text(
+        json.dumps(
+            {
+                "toy": True,
+                "model": "runs/toy/base",
+                "data": "runs/toy/data",
+                "steps": steps,
+                "prompts": 16,
+                "group": 2,
+                "lr": 5e-4,
+                "divergence": "jsd",
+                "beta": 0.5,
+                "top_k": 16,
+                "ema_rate": 0.005,
+                "seed": seed,
+                "max_new_tokens": 10,
+                "commit": "0123456789abcdef",
+                "versions": {"python": "3.12.4", "torch": "2.13.0", "transformers": "5.23.0"},
+            }
+        )
+    )
     for step in range(1, steps + 1):
         fall, noise = math.exp(-5 * step / steps), lambda scale: rng.gauss(1, scale)
-        log.append({"step": step, "steps": steps, "loss": (.012 + .09 * fall) * noise(.12), "grad_norm": (.35 + 1.3 * fall) * noise(.2),
-                    "lr": 5e-4 * min(1, step / 10) * (.55 + .45 * math.cos(math.pi * step / steps)), "length": 7 + .15 * fall * noise(.6),
-                    "eos": 1 - .01 * fall, "truncated": .01 * fall, "agreement": .985 - .16 * fall * noise(.1), "tokens": 224,
-                    "gen_s": .09 * noise(.08), "teach_s": .02 * noise(.1), "learn_s": .08 * noise(.06), "other_s": .012 * noise(.2),
-                    "mem_gb": .71 + .002 * math.sin(step)})
+        log.append(
+            {
+                "step": step,
+                "steps": steps,
+                "loss": (0.012 + 0.09 * fall) * noise(0.12),
+                "grad_norm": (0.35 + 1.3 * fall) * noise(0.2),
+                "lr": 5e-4 * min(1, step / 10) * (0.55 + 0.45 * math.cos(math.pi * step / steps)),
+                "length": 7 + 0.15 * fall * noise(0.6),
+                "eos": 1 - 0.01 * fall,
+                "truncated": 0.01 * fall,
+                "agreement": 0.985 - 0.16 * fall * noise(0.1),
+                "tokens": 224,
+                "gen_s": 0.09 * noise(0.08),
+                "teach_s": 0.02 * noise(0.1),
+                "learn_s": 0.08 * noise(0.06),
+                "other_s": 0.012 * noise(0.2),
+                "mem_gb": 0.71 + 0.002 * math.sin(step),
+            }
+        )
         for row in rng.sample(rows, 5) if step in (1, steps // 2, steps) else []:
             gold = row["answer"].split()
             words = gold if rng.random() > fall else misread(row["answer"], rng).split()
-            off = [rng.uniform(.4, .95) if w != g else rng.random() ** 4 * (.06 + .4 * fall) for w, g in zip(words, gold)]
-            saved.append({"step": step, "id": row["id"], "question": row["question"], "image": str(row["image"].relative_to(out)),
-                          "crop": str(row["crop"].relative_to(out)), "answer": row["answer"], "tokens": [words[0], *(" " + word for word in words[1:]), "<|im_end|>"],
-                          "divergence": [math.log(2) * d for d in off] + [.0001]})
+            off = [
+                rng.uniform(0.4, 0.95) if w != g else rng.random() ** 4 * (0.06 + 0.4 * fall)
+                for w, g in zip(words, gold)
+            ]
+            saved.append(
+                {
+                    "step": step,
+                    "id": row["id"],
+                    "question": row["question"],
+                    "image": str(row["image"].relative_to(out)),
+                    "crop": str(row["crop"].relative_to(out)),
+                    "answer": row["answer"],
+                    "tokens": [words[0], *(" " + word for word in words[1:]), "<|im_end|>"],
+                    "divergence": [math.log(2) * d for d in off] + [0.0001],
+                }
+            )
     write(out / "log.jsonl", log)
     write(out / "rollouts.jsonl", saved)
     return out
@@ -122,30 +216,62 @@ def only_a_log(folder: Path, rows: list[dict]) -> Path:
 
 
 def row(name: str, image: Path) -> dict:
-    return {"id": name, "question": f"what is on {name} ?", "answer": "a red cross", "image": image, "crop": None}
+    return {
+        "id": name,
+        "question": f"what is on {name} ?",
+        "answer": "a red cross",
+        "image": image,
+        "crop": None,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- what it shows
 
+
 def test_a_run_s_page_holds_its_log_its_results_and_its_settings(run):
     _, data = build(run)
-    assert data["training"] and list(data["results"]) == ["before", "after"] and data["args"]["ema_rate"] == 0.005
+    assert (
+        data["training"]
+        and list(data["results"]) == ["before", "after"]
+        and data["args"]["ema_rate"] == 0.005
+    )
     assert data["results"]["after"] == json.loads((run / "eval-after/result.json").read_text())
-    assert data["log"] == read(run / "log.jsonl") and data["seconds"] == {"base": 144.2, "distillation": 85.2} and data["notes"] == []
+    assert (
+        data["log"] == read(run / "log.jsonl")
+        and data["seconds"] == {"base": 144.2, "distillation": 85.2}
+        and data["notes"] == []
+    )
     saved = [r for r in read(run / "rollouts.jsonl") if r["step"] != 100]
-    assert [r["step"] for r in saved] == [1] * 5 + [200] * 5                      # the first and the last saved step
-    assert [(r["tokens"], r["divergence"]) for r in data["rollouts"]] == [(r["tokens"], r["divergence"]) for r in saved]
-    shown = {r[view] for r in data["rollouts"] + data["gallery"]["samples"] for view in ("image", "crop") if r[view]}
+    assert [r["step"] for r in saved] == [1] * 5 + [200] * 5  # the first and the last saved step
+    assert [(r["tokens"], r["divergence"]) for r in data["rollouts"]] == [
+        (r["tokens"], r["divergence"]) for r in saved
+    ]
+    shown = {
+        r[view]
+        for r in data["rollouts"] + data["gallery"]["samples"]
+        for view in ("image", "crop")
+        if r[view]
+    }
     assert shown == set(data["images"]) and len(shown) == 60
 
 
 def test_a_sample_has_its_images_its_question_and_the_answers_of_both_views(run):
     sample = build(run)[1]["gallery"]["samples"][0]
-    said = {(when, a["view"]): [a["output"], "right" if a["output"] == a["answer"] else "wrong"] for when in ("before", "after")
-            for a in read(run / f"eval-{when}/answers-toy-0.jsonl") if a["id"] == sample["id"]}
+    said = {
+        (when, a["view"]): [a["output"], "right" if a["output"] == a["answer"] else "wrong"]
+        for when in ("before", "after")
+        for a in read(run / f"eval-{when}/answers-toy-0.jsonl")
+        if a["id"] == sample["id"]
+    }
     triplet = next(r for r in triplet_format.read_triplets(run / "eval") if r["id"] == sample["id"])
-    assert (sample["question"], sample["gold"], sample["bench"]) == (triplet["question"], triplet["answer"], "toy")
-    assert len(said) == 4 and {(label, view): rest for label, view, *rest in sample["answers"]} == said
+    assert (sample["question"], sample["gold"], sample["bench"]) == (
+        triplet["question"],
+        triplet["answer"],
+        "toy",
+    )
+    assert (
+        len(said) == 4 and {(label, view): rest for label, view, *rest in sample["answers"]} == said
+    )
 
 
 def test_small_images_stay_exact_and_large_ones_become_a_jpeg_of_at_most_640_px(tmp_path):
@@ -166,57 +292,122 @@ def test_images_that_do_not_fit_are_counted_not_shown(tmp_path):
         Image.effect_noise((100, 100), 10 + n).save(tmp_path / path)
     notes, whole = [], pages.pictures(tmp_path, paths, [])
     uris = pages.pictures(tmp_path, paths, notes, budget=sum(map(len, whole.values())) - 1)
-    assert uris == dict(list(whole.items())[:4]) and len(notes) == 1 and notes[0].startswith("1 image")
+    assert (
+        uris == dict(list(whole.items())[:4]) and len(notes) == 1 and notes[0].startswith("1 image")
+    )
 
 
 def test_the_gallery_takes_flipped_and_wrong_samples_first_when_there_are_too_many(tmp_path):
-    before, after = [0] * 3 + [1] * 9, [0] * 2 + [1] * 9 + [0]                      # 0, 1 wrong twice; 2 gained; 11 lost
-    folders = {name: results(tmp_path / name, [reply(row(f"{n:02}", tmp_path / "x.png"), "b", "full", "a red cross" if mark else "a cat")
-                                               for n, mark in enumerate(marks)]) for name, marks in (("a", before), ("b", after))}
-    picked = {most: [s["id"] for s in pages.gallery(tmp_path, folders, most)["samples"]] for most in (2, 4, 6)}
-    assert picked == {2: ["02", "11"], 4: ["02", "11", "00", "01"], 6: ["02", "11", "00", "01", "03", "04"]}
+    before, after = (
+        [0] * 3 + [1] * 9,
+        [0] * 2 + [1] * 9 + [0],
+    )  # 0, 1 wrong twice; 2 gained; 11 lost
+    folders = {
+        name: results(
+            tmp_path / name,
+            [
+                reply(
+                    row(f"{n:02}", tmp_path / "x.png"),
+                    "b",
+                    "full",
+                    "a red cross" if mark else "a cat",
+                )
+                for n, mark in enumerate(marks)
+            ],
+        )
+        for name, marks in (("a", before), ("b", after))
+    }
+    picked = {
+        most: [s["id"] for s in pages.gallery(tmp_path, folders, most)["samples"]]
+        for most in (2, 4, 6)
+    }
+    assert picked == {
+        2: ["02", "11"],
+        4: ["02", "11", "00", "01"],
+        6: ["02", "11", "00", "01", "03", "04"],
+    }
     assert pages.gallery(tmp_path, folders, 2)["total"] == 12
 
 
 def test_an_evaluation_alone_has_a_page_with_its_one_result(run):
     page, data = build(run / "eval-after")
-    assert list(data["results"]) == ["eval-after"] and not data["training"] and data["log"] == data["rollouts"] == []
-    assert data["gallery"]["total"] == 30 and data["notes"] == [] and "toy-large" in page.split("<noscript>")[1].split("</noscript>")[0]
+    assert (
+        list(data["results"]) == ["eval-after"]
+        and not data["training"]
+        and data["log"] == data["rollouts"] == []
+    )
+    assert (
+        data["gallery"]["total"] == 30
+        and data["notes"] == []
+        and "toy-large" in page.split("<noscript>")[1].split("</noscript>")[0]
+    )
 
 
 def test_a_page_made_anew_shows_images_of_any_size(run, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)                           # Pillow refuses what has twice as many
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses what has twice as many
     evaluate.main(["--report", str(run)])
-    data = json.loads(re.search(r'application/json">(.*?)</script>', (run / "report.html").read_text(), re.S)[1])
+    data = json.loads(
+        re.search(r'application/json">(.*?)</script>', (run / "report.html").read_text(), re.S)[1]
+    )
     assert len(data["images"]) == 60 and data["notes"] == []
 
 
 def test_two_evaluations_stand_side_by_side(run):
-    evaluate.main(["--compare", str(run / "eval-before"), str(run / "eval-after"), "--out", str(run / "both")])
-    data = json.loads(re.search(r'application/json">(.*?)</script>', (run / "both/report.html").read_text(), re.S)[1])
-    assert ["difference", *data["results"]] == list(data["tables"]) == ["difference", str(run / "eval-before"), str(run / "eval-after")]
+    evaluate.main(
+        ["--compare", str(run / "eval-before"), str(run / "eval-after"), "--out", str(run / "both")]
+    )
+    data = json.loads(
+        re.search(
+            r'application/json">(.*?)</script>', (run / "both/report.html").read_text(), re.S
+        )[1]
+    )
+    assert (
+        ["difference", *data["results"]]
+        == list(data["tables"])
+        == ["difference", str(run / "eval-before"), str(run / "eval-after")]
+    )
     assert "McNemar p" in data["tables"]["difference"]
-    (run / "both" / "compare.json").write_text(json.dumps({"folders": list(data["results"])}))     # as it was kept before
+    (run / "both" / "compare.json").write_text(
+        json.dumps({"folders": list(data["results"])})
+    )  # as it was kept before
     _, data = build(run / "both")
     assert list(data["tables"]) == list(data["results"])
-    assert {label for sample in data["gallery"]["samples"] for label, *_ in sample["answers"]} == set(data["results"])
+    assert {
+        label for sample in data["gallery"]["samples"] for label, *_ in sample["answers"]
+    } == set(data["results"])
 
 
 # ---------------------------------------------------------------------------------------------------------- what it survives
+
 
 def test_nothing_a_model_wrote_can_act_in_the_page(run):
     for path in run.glob("eval-*/answers-*.jsonl"):
         write(path, [a | {"output": ATTACK, "prompt": ATTACK, "group": ATTACK} for a in read(path)])
         figures.summarise(path.parent)
-    write(run / "rollouts.jsonl", [r | {"question": ATTACK, "answer": ATTACK, "tokens": [ATTACK] * 3, "divergence": [0.1] * 3}
-                                   for r in read(run / "rollouts.jsonl")])
+    write(
+        run / "rollouts.jsonl",
+        [
+            r
+            | {
+                "question": ATTACK,
+                "answer": ATTACK,
+                "tokens": [ATTACK] * 3,
+                "divergence": [0.1] * 3,
+            }
+            for r in read(run / "rollouts.jsonl")
+        ],
+    )
     (run / "args.json").write_text(json.dumps({ATTACK: ATTACK}))
     page, data = build(run)
     assert "alert(1)</" not in page and "<img" not in page
     assert page.count("<script") == page.count("</script") == 2
-    assert data["gallery"]["samples"][0]["answers"][0][2] == data["rollouts"][0]["tokens"][0] == ATTACK
-    template = pages.TEMPLATE.read_text()                                      # markup is made from strings in one place,
-    assert template.count("innerHTML") == 1 and "insertAdjacentHTML" not in template          # the curves' numbers
+    assert (
+        data["gallery"]["samples"][0]["answers"][0][2] == data["rollouts"][0]["tokens"][0] == ATTACK
+    )
+    template = pages.TEMPLATE.read_text()  # markup is made from strings in one place,
+    assert (
+        template.count("innerHTML") == 1 and "insertAdjacentHTML" not in template
+    )  # the curves' numbers
 
 
 def test_the_page_is_one_file_that_loads_nothing(run):
@@ -228,7 +419,12 @@ def test_the_page_is_one_file_that_loads_nothing(run):
 
 def test_a_run_with_only_a_log_gives_a_page_that_says_what_is_missing(tmp_path):
     _, data = build(only_a_log(tmp_path / "run", [{"step": 1, "steps": 9, "loss": 0.5}]))
-    assert data["results"] == {} and data["rollouts"] == [] and data["gallery"]["samples"] == [] and data["log"][0]["loss"] == 0.5
+    assert (
+        data["results"] == {}
+        and data["rollouts"] == []
+        and data["gallery"]["samples"] == []
+        and data["log"][0]["loss"] == 0.5
+    )
     for name in ("args.json", "result.json", "rollouts.jsonl"):
         assert any(f"{name} is not in {tmp_path / 'run'}" in note for note in data["notes"])
 
@@ -236,7 +432,11 @@ def test_a_run_with_only_a_log_gives_a_page_that_says_what_is_missing(tmp_path):
 def test_lost_images_leave_the_answers_on_the_page(run):
     shutil.rmtree(run / "eval")
     _, data = build(run)
-    assert data["images"] == {} and len(data["gallery"]["samples"]) == 30 and len(data["rollouts"]) == 10
+    assert (
+        data["images"] == {}
+        and len(data["gallery"]["samples"]) == 30
+        and len(data["rollouts"]) == 10
+    )
     assert any("eval/images" in note for note in data["notes"])
 
 
@@ -244,15 +444,26 @@ def test_a_torn_last_line_is_left_out_and_told(run):
     whole = build(run)[1]
     for name in ("log.jsonl", "eval-after/answers-toy-0.jsonl", "rollouts.jsonl"):
         with open(run / name, "ab") as file:
-            file.write('{"step": 201, "loss": 0.0, "text": "caf\u00e9'.encode()[:-1])          # cut within a character
+            file.write(
+                '{"step": 201, "loss": 0.0, "text": "caf\u00e9'.encode()[:-1]
+            )  # cut within a character
     torn = build(run)[1]
     assert {**torn, "notes": []} == {**whole, "notes": []} and whole["notes"] == []
-    assert torn["notes"] == [f"{name}: 1 unreadable line left out" for name in ("log.jsonl", "rollouts.jsonl")]
+    assert torn["notes"] == [
+        f"{name}: 1 unreadable line left out" for name in ("log.jsonl", "rollouts.jsonl")
+    ]
 
 
 def test_a_loss_that_is_not_a_number_is_a_gap_and_a_step_written_twice_counts_once(tmp_path):
-    rows = [{"step": 1, "loss": 99.0}, {"step": 3, "loss": math.inf}, {"step": 1, "loss": 1.0}, {"step": 2, "loss": math.nan}]
-    assert [(r["step"], r["loss"]) for r in build(only_a_log(tmp_path / "run", rows))[1]["log"]] == [(1, 1.0), (2, None), (3, None)]
+    rows = [
+        {"step": 1, "loss": 99.0},
+        {"step": 3, "loss": math.inf},
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": math.nan},
+    ]
+    assert [
+        (r["step"], r["loss"]) for r in build(only_a_log(tmp_path / "run", rows))[1]["log"]
+    ] == [(1, 1.0), (2, None), (3, None)]
 
 
 def test_the_old_page_stays_when_a_new_one_cannot_be_written(run, monkeypatch):
@@ -274,31 +485,71 @@ def test_a_folder_that_is_no_run_is_refused_with_what_it_holds(tmp_path, files):
 
 # --------------------------------------------------------------------------------------------------------------- in a browser
 
+
 def dom(page: Path, address: str = "", probe: str = "''") -> str:
     """The document as the page's script has made it, scripts left out; the value of `probe` stands at its end."""
     tried = page.with_name("tried.html")
-    tried.write_text(page.read_text() + f"<script>document.body.append('probed ' + JSON.stringify({probe}));</script>")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=1000", f"--user-data-dir={page.parent / 'profile'}"]
-    text = subprocess.run([BROWSER, *flags, "--dump-dom", tried.as_uri() + address], capture_output=True, text=True, timeout=60).stdout
+    tried.write_text(
+        page.read_text()
+        + f"<script>document.body.append('probed ' + JSON.stringify({probe}));</script>"
+    )
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=1000",
+        f"--user-data-dir={page.parent / 'profile'}",
+    ]
+    text = subprocess.run(
+        [BROWSER, *flags, "--dump-dom", tried.as_uri() + address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout
     return re.sub(r"<script.*?</script>", "", text, flags=re.S)
 
 
 def probed(page: Path, probe: str, address: str = ""):
-    return json.loads(re.search(r"probed (.*?)</body>", dom(page, address, probe), re.S)[1].replace("&amp;", "&").replace("&gt;", ">"))
+    return json.loads(
+        re.search(r"probed (.*?)</body>", dom(page, address, probe), re.S)[1]
+        .replace("&amp;", "&")
+        .replace("&gt;", ">")
+    )
 
 
 @chromium
 def test_a_browser_draws_every_section_and_shows_markup_as_text(run):
-    attack = ATTACK.replace("\ud800", "")                                         # which --dump-dom itself cannot print
-    write(run / "rollouts.jsonl", [r | {"tokens": [attack] * 3, "divergence": [0.1, None, 0.2]} for r in read(run / "rollouts.jsonl")])
+    attack = ATTACK.replace("\ud800", "")  # which --dump-dom itself cannot print
+    write(
+        run / "rollouts.jsonl",
+        [
+            r | {"tokens": [attack] * 3, "divergence": [0.1, None, 0.2]}
+            for r in read(run / "rollouts.jsonl")
+        ],
+    )
     for step in (0, 100, 200):
         shutil.copytree(run / "eval-before", run / f"step-{step:06}")
     seen = dom(pages.report(run), probe="place('javascript:alert(7)').protocol")
-    for title in ("Did it learn to see?", "The gap over the run", "What changed, image by image", "Where the teacher disagreed", "The run, step by step"):
+    for title in (
+        "Did it learn to see?",
+        "The gap over the run",
+        "What changed, image by image",
+        "Where the teacher disagreed",
+        "The run, step by step",
+    ):
         assert f"<h2>{title}</h2>" in seen
-    assert seen.count("<svg") == 10 and "NaN" not in seen and "undefined" not in seen and "No labels, no rewards" in seen
-    assert "Nothing was missing or unreadable" in seen                            # the script's last line: it ran to its end
-    assert "&lt;script&gt;alert(1)" in seen and "onerror=alert(2)>" not in seen and 'probed "file:"' in seen
+    assert (
+        seen.count("<svg") == 10
+        and "NaN" not in seen
+        and "undefined" not in seen
+        and "No labels, no rewards" in seen
+    )
+    assert "Nothing was missing or unreadable" in seen  # the script's last line: it ran to its end
+    assert (
+        "&lt;script&gt;alert(1)" in seen
+        and "onerror=alert(2)>" not in seen
+        and 'probed "file:"' in seen
+    )
 
 
 @chromium
@@ -310,36 +561,83 @@ def test_a_browser_draws_the_page_of_a_run_that_has_only_just_begun(tmp_path):
 
 @chromium
 def test_a_long_log_is_averaged_and_a_long_rollout_is_cut(tmp_path):
-    run = only_a_log(tmp_path / "run", [{"step": step, "loss": float(step % 2)} for step in range(1, 2001)])
-    write(run / "rollouts.jsonl", [{"step": step, "id": "a", "question": "what ?", "answer": None, "image": "x.png", "crop": "x.png",
-                                    "tokens": [" word"] * 1024, "divergence": [math.log(2) / 4] * 1024} for step in (1, 9) for _ in range(8)])
-    steps, losses, spans, sides = probed(pages.report(run), "[binned(data.log).map(r => r.step), binned(data.log).map(r => r.loss), "
-                                         "document.querySelectorAll('.tokens span').length, [...document.querySelectorAll('.when')].map(e => e.textContent)]")
+    run = only_a_log(
+        tmp_path / "run", [{"step": step, "loss": float(step % 2)} for step in range(1, 2001)]
+    )
+    write(
+        run / "rollouts.jsonl",
+        [
+            {
+                "step": step,
+                "id": "a",
+                "question": "what ?",
+                "answer": None,
+                "image": "x.png",
+                "crop": "x.png",
+                "tokens": [" word"] * 1024,
+                "divergence": [math.log(2) / 4] * 1024,
+            }
+            for step in (1, 9)
+            for _ in range(8)
+        ],
+    )
+    steps, losses, spans, sides = probed(
+        pages.report(run),
+        "[binned(data.log).map(r => r.step), binned(data.log).map(r => r.loss), "
+        "document.querySelectorAll('.tokens span').length, [...document.querySelectorAll('.when')].map(e => e.textContent)]",
+    )
     assert steps == list(range(5, 2001, 5)) and losses == pytest.approx([0.6, 0.4] * 200)
-    assert spans == 2 * 4 * 400 and sides == ["Early: step 1mean disagreement 25.0%", "Late: step 9mean disagreement 25.0%"]
+    assert spans == 2 * 4 * 400 and sides == [
+        "Early: step 1mean disagreement 25.0%",
+        "Late: step 9mean disagreement 25.0%",
+    ]
 
 
 @chromium
 def test_the_address_chooses_what_the_gallery_shows(run):
-    page, shown = pages.report(run), "[...document.querySelectorAll('.sample small')].map(e => e.textContent)"
-    said = [{(a["view"], a["id"]): a["output"] == a["answer"] for a in read(run / f"eval-{when}/answers-toy-0.jsonl")} for when in ("before", "after")]
+    page, shown = (
+        pages.report(run),
+        "[...document.querySelectorAll('.sample small')].map(e => e.textContent)",
+    )
+    said = [
+        {
+            (a["view"], a["id"]): a["output"] == a["answer"]
+            for a in read(run / f"eval-{when}/answers-toy-0.jsonl")
+        }
+        for when in ("before", "after")
+    ]
     flipped = {i for view, i in said[0] if said[0][view, i] != said[1][view, i]}
-    assert {text.split(" · ")[-1] for text in probed(page, shown, "#bench=toy&group=small&state=flipped")} == flipped
+    assert {
+        text.split(" · ")[-1]
+        for text in probed(page, shown, "#bench=toy&group=small&state=flipped")
+    } == flipped
     controls = "[...document.querySelectorAll('[aria-pressed=true], select, input')].map(e => e.tagName === 'BUTTON' ? e.textContent : e.value)"
     large = [s["id"] for s in build(run)[1]["gallery"]["samples"] if s["bench"] == "toy-large"]
-    assert probed(page, f"[{shown}, {controls}]", f"#bench=toy-large&state=%3Cb%3E&q={large[1]}") == [
-        [f"toy-large · large · {large[1]}"], ["all1", "toy-large", "", large[1]]]
+    assert probed(
+        page, f"[{shown}, {controls}]", f"#bench=toy-large&state=%3Cb%3E&q={large[1]}"
+    ) == [[f"toy-large · large · {large[1]}"], ["all1", "toy-large", "", large[1]]]
 
 
 @chromium
 def test_two_thousand_photographs_open_at_once_in_less_than_20_mb(tmp_path):
-    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)).resize((2400, 2400), Image.Resampling.BICUBIC)
-    scene, rows = Image.blend(colours, Image.effect_noise(colours.size, 60).convert("RGB"), .2), []
+    colours = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    ).resize((2400, 2400), Image.Resampling.BICUBIC)
+    scene, rows = Image.blend(colours, Image.effect_noise(colours.size, 60).convert("RGB"), 0.2), []
     for n in range(2000):
         scene.crop((n, n % 999, n + 240, n % 999 + 180)).save(tmp_path / f"{n}.jpg", quality=90)
         rows.append(reply(row(f"{n:04}", tmp_path / f"{n}.jpg"), "photos", "full", "a blue cross"))
     page, start = pages.report(results(tmp_path / "run", rows)), time.time()
-    cards, images, opened, lead = probed(page, "[document.querySelectorAll('.sample').length, Object.keys(data.images).length, performance.now(), "
-                                         "document.querySelector('header').textContent]")
-    assert page.stat().st_size < 20_000_000 and images == 2000 and cards == 60 and "2,000 answers, greedy" in lead and "No labels" not in lead
+    cards, images, opened, lead = probed(
+        page,
+        "[document.querySelectorAll('.sample').length, Object.keys(data.images).length, performance.now(), "
+        "document.querySelector('header').textContent]",
+    )
+    assert (
+        page.stat().st_size < 20_000_000
+        and images == 2000
+        and cards == 60
+        and "2,000 answers, greedy" in lead
+        and "No labels" not in lead
+    )
     assert opened < 5000 and time.time() - start < 15

@@ -3,6 +3,7 @@
 scoring_cases.json holds everyday cases; the tables below add the treacherous ones. A wrong letter is the worst outcome,
 so where a reader could argue, the expected result is None.
 """
+
 import json
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ CASES = json.loads(Path(__file__).with_name("scoring_cases.json").read_text(enco
 NUMBERS = {"A": "10", "B": "25", "C": "15", "D": "5"}
 COLORS = {"A": "red", "B": "dark red", "C": "blue", "D": "green"}
 DOOR = {"A": "Open", "B": "Closed"}
-LETTERS = {"A": "B", "B": "C", "C": "D", "D": "A"}                  # what the sign reads
+LETTERS = {"A": "B", "B": "C", "C": "D", "D": "A"}  # what the sign reads
 UNKNOWN = {letter: "" for letter in "ABCDE"}
 ABOVE = {"A": "a dog", "B": "a cat", "C": "Both A and B", "D": "None of the above"}
 ANY = {"A": "Dogs", "B": "No dogs"}
@@ -312,7 +313,11 @@ CHOICES = [
     (UNKNOWN, "B（卡车）", "B"),
     (COLORS, "So the image shows a green van, and behind it the car is blue.", None),
     (COLORS, "I think there is a green van in front, but the car asked about is blue.", None),
-    (COLORS, "(A) Red\n(B) Dark red\n(C) Blue\n(D) Green\n\nThe umbrella is blue. The answer is (C).", "C"),
+    (
+        COLORS,
+        "(A) Red\n(B) Dark red\n(C) Blue\n(D) Green\n\nThe umbrella is blue. The answer is (C).",
+        "C",
+    ),
     (COLORS, "Options: (A) Red, (B) Dark red, (C) Blue.\n\n**Answer: (C)**", "C"),
 ]
 
@@ -324,7 +329,7 @@ YES_NO = [
     ("**Answer: Yes**", "yes"),
     ("Answer - yes", "yes"),
     ("<answer>Yes</answer>", "yes"),
-    ("{\"answer\": \"yes\"}", "yes"),
+    ('{"answer": "yes"}', "yes"),
     ("Yes<|im_end|>", "yes"),
     ("The answer is yes.", "yes"),
     ("I believe the answer is: Yes", "yes"),
@@ -405,7 +410,7 @@ FREE = [
     ("1", "There is one dog.", True),
     ("7:15", "7:15", True),
     ("7:15", "It is 7:15.", True),
-    ("STOP", "The sign says \"STOP\".", True),
+    ("STOP", 'The sign says "STOP".', True),
     ("dark blue", "Dark Blue", True),
     ("dark blue", "It's dark blue.", True),
     ("a dog", "The dog.", True),
@@ -477,17 +482,25 @@ FREE = [
 
 
 def ids(cases):
-    return [f"{n:03d} {' '.join(case[-2].split())[:40]!a} is {case[-1]}" for n, case in enumerate(cases, 1)]
+    return [
+        f"{n:03d} {' '.join(case[-2].split())[:40]!a} is {case[-1]}"
+        for n, case in enumerate(cases, 1)
+    ]
 
 
 def parsed(case: dict):
     if case["kind"] == "mc":
         return scoring.parse_choice(case["output"], case["options"])
-    return (scoring.parse_yes_no(case["output"]) if case["kind"] == "yn" else
-            scoring.match_free_form(case["output"], case["answer"]))
+    return (
+        scoring.parse_yes_no(case["output"])
+        if case["kind"] == "yn"
+        else scoring.match_free_form(case["output"], case["answer"])
+    )
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids([(c["kind"], c["output"], c["expect"]) for c in CASES]))
+@pytest.mark.parametrize(
+    "case", CASES, ids=ids([(c["kind"], c["output"], c["expect"]) for c in CASES])
+)
 def test_an_everyday_answer_is_scored_as_a_reader_would(case):
     assert parsed(case) == case["expect"]
 
@@ -518,20 +531,20 @@ OFFICIAL = [
     ("mc", "C", "<answer>C</answer> or <answer>D</answer>", True),
     ("mc", "C", "\\boxed{C}", True),
     ("mc", "C", "The hull shows it (C)", True),
-    ("mc", "C", "c", True),                                            # equal once stripped and lower-cased
+    ("mc", "C", "c", True),  # equal once stripped and lower-cased
     ("mc", "C", "", False),
     ("yn", "yes", "Yes, there is.", True),
     ("yn", "Yes", "**Yes**", True),
     ("yn", "yes", "answer: yes", True),
-    ("yn", "yes", "Answer: Yes", False),                               # crashes in the original
+    ("yn", "yes", "Answer: Yes", False),  # crashes in the original
     ("yn", "yes", "**Answer: Yes**", False),
-    ("yn", "no", "Note that there is a dog, so yes", True),            # it starts with "no"
-    ("yn", "yes", "I see it: yes.", True),                             # the last word
+    ("yn", "no", "Note that there is a dog, so yes", True),  # it starts with "no"
+    ("yn", "yes", "I see it: yes.", True),  # the last word
     ("yn", "no", "There is none", False),
     ("free", "15", " 15 ", True),
     ("free", "Red", "red", True),
     ("free", "red", "Red.", False),
-    ("free", "red", "Answer: red", False),                             # the word Answer stays in
+    ("free", "red", "Answer: red", False),  # the word Answer stays in
     ("free", "red", "It is <answer>red</answer>", True),
 ]
 
@@ -541,14 +554,27 @@ def test_the_official_rule_is_reproduced_with_its_mistakes(kind, answer, output,
     assert scoring.official_right(output, kind, answer) is right
 
 
-@pytest.mark.parametrize("answer, output, right", [
-    ("A", "Open is wrong; the answer is (a).", True), ("B", "A closed door: b", False), ("B", "(b) Closed", True), ("B", "It is (B).", True)])
+@pytest.mark.parametrize(
+    "answer, output, right",
+    [
+        ("A", "Open is wrong; the answer is (a).", True),
+        ("B", "A closed door: b", False),
+        ("B", "(b) Closed", True),
+        ("B", "It is (B).", True),
+    ],
+)
 def test_mmvp_has_an_official_rule_of_its_own(answer, output, right):
     assert scoring.official_right(output, "mc", answer, "mmvp") is right
 
 
-@pytest.mark.parametrize("piece", ["The answer is ", "A or B, ", "not ", "\\boxed{", "<|", "3, ", "\n", "x"])
+@pytest.mark.parametrize(
+    "piece", ["The answer is ", "A or B, ", "not ", "\\boxed{", "<|", "3, ", "\n", "x"]
+)
 def test_an_output_that_repeats_itself_is_scored_in_no_time(piece):
     start, output = time.perf_counter(), piece * (32_000 // len(piece))
-    scoring.parse_choice(output, NUMBERS), scoring.parse_yes_no(output), scoring.match_free_form(output, "3")
+    (
+        scoring.parse_choice(output, NUMBERS),
+        scoring.parse_yes_no(output),
+        scoring.match_free_form(output, "3"),
+    )
     assert time.perf_counter() - start < 10

@@ -1,4 +1,5 @@
 """triplets.py: the released format in and out, archives, and pictures of every kind."""
+
 import errno
 import io
 import json
@@ -25,12 +26,23 @@ HINT = "\n\nOnly focus on the objects inside the red bounding box in the image t
 def sample(name="a", **changes):
     noise = np.random.default_rng(sum(map(ord, name)))
     picture = lambda side: Image.fromarray(noise.integers(0, 256, (side, side, 3), dtype=np.uint8))
-    return {"id": name, "question": f"What colour is the sign?{HINT}\n\nA. grün\nB. red", "answer": "A",
-            "image": picture(40), "crop": picture(16), "bbox": [1, 2, 9, 10], "extra": {"source": "x"}} | changes
+    return {
+        "id": name,
+        "question": f"What colour is the sign?{HINT}\n\nA. grün\nB. red",
+        "answer": "A",
+        "image": picture(40),
+        "crop": picture(16),
+        "bbox": [1, 2, 9, 10],
+        "extra": {"source": "x"},
+    } | changes
 
 
 def row(**changes):
-    return {"problem": "<image>\nWhat?", "images": ["images/a.png"], "teacher_images": ["teacher_images/a.png"]} | changes
+    return {
+        "problem": "<image>\nWhat?",
+        "images": ["images/a.png"],
+        "teacher_images": ["teacher_images/a.png"],
+    } | changes
 
 
 def data_set(folder, *rows):
@@ -49,16 +61,34 @@ def pixels(image):
 
 # ---------------------------------------------------------------------------------------------------- the format on disk
 
+
 def test_a_written_data_set_has_the_released_keys_and_layout(tmp_path):
-    assert triplet_format.write_triplets(tmp_path, [sample("a"), sample("b", answer=None, bbox=None)]) == 2
-    first, second = map(json.loads, (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines())
+    assert (
+        triplet_format.write_triplets(tmp_path, [sample("a"), sample("b", answer=None, bbox=None)])
+        == 2
+    )
+    first, second = map(
+        json.loads, (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     question = sample()["question"]
-    assert first == {"problem": "<image>\n" + question, "answer": "A", "images": ["images/a.png"],
-                     "teacher_images": ["teacher_images/a.png"], "bbox": [1, 2, 9, 10],
-                     "extra_info": {"source": "x", "id": "a", "question": question, "answer": "A"}}
+    assert first == {
+        "problem": "<image>\n" + question,
+        "answer": "A",
+        "images": ["images/a.png"],
+        "teacher_images": ["teacher_images/a.png"],
+        "bbox": [1, 2, 9, 10],
+        "extra_info": {"source": "x", "id": "a", "question": question, "answer": "A"},
+    }
     assert second["answer"] == second["extra_info"]["answer"] == "" and second["bbox"] is None
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
-        "images/a.png", "images/b.png", "teacher_images/a.png", "teacher_images/b.png", "train.jsonl"]
+    assert sorted(
+        p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()
+    ) == [
+        "images/a.png",
+        "images/b.png",
+        "teacher_images/a.png",
+        "teacher_images/b.png",
+        "train.jsonl",
+    ]
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -75,7 +105,9 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_full_images_can_be_jpeg_in_full_colour_resolution(tmp_path):
     for folder in triplet_format.FOLDERS:
         (tmp_path / folder).mkdir()
-    line = triplet_format.write_sample(tmp_path, sample(image=Image.new("RGB", (8, 8), "red")), ".jpg")
+    line = triplet_format.write_sample(
+        tmp_path, sample(image=Image.new("RGB", (8, 8), "red")), ".jpg"
+    )
     (tmp_path / "train.jsonl").write_text(json.dumps(line))
     [read] = triplet_format.read_triplets(tmp_path)
     with Image.open(read["image"]) as image:
@@ -85,8 +117,12 @@ def test_full_images_can_be_jpeg_in_full_colour_resolution(tmp_path):
 
 
 def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
-    other = row(problem=f"<image>\nWhat?{HINT}", answer="D", original_images=["x"],
-                extra_info={"answer": "D", "question": "What?"})
+    other = row(
+        problem=f"<image>\nWhat?{HINT}",
+        answer="D",
+        original_images=["x"],
+        extra_info={"answer": "D", "question": "What?"},
+    )
     first, second = triplet_format.read_triplets(data_set(tmp_path, row(), other, ""))
     assert (first["id"], second["id"]) == ("000000", "000001")
     assert first["answer"] is None and first["bbox"] is None and first["extra"] == {}
@@ -94,30 +130,33 @@ def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
     assert second["crop"] == tmp_path / "teacher_images" / "a.png"
 
 
-@pytest.mark.parametrize("line, found", [
-    ('{"problem": "<im', "no JSON"),
-    ("version https://git-lfs.github.com/spec/v1", "git-lfs"),
-    ("[]", "found list"),
-    ('{"problem": "<image>\\nWhat?"}', "found ['problem']"),
-    (row(problem="What?"), "image tags []"),
-    (row(problem="<image>\nWhat is <image>?"), "['<image>', '<image>']"),
-    (row(problem="What? <image>"), "Expected one <image>, at the start"),
-    (row(problem="<image>\n "), "Expected one <image>"),
-    (row(problem="<image>\n<|image_pad|>?"), "<|image_pad|>"),
-    (row(problem=7), "Expected one <image>"),
-    (row(images=[]), "images is []"),
-    (row(images="images/a.png"), "Expected a list of one file name"),
-    (row(images=["images/a.png"] * 2), "Expected a list of one file name"),
-    (row(images=[""]), "Expected a list of one file name"),
-    (row(images=["images"]), "Expected a list of one file name"),
-    ('{"problem": ' + "[" * 100_000, "no JSON"),
-    (row(teacher_images=[None]), "teacher_images is [None]"),
-    (row(bbox=[1, 2, 3]), "bbox is [1, 2, 3]"),
-    (row(images=["images/b.png"]), "images[0] is 'images/b.png', and no such file"),
-    (row(teacher_images=["crops/a.png"]), "teacher_images[0] is 'crops/a.png'"),
-    (row(extra_info={"id": "000000"}), "is that of line 1 too"),
-    (row(extra_info="x"), "extra_info is 'x'"),
-])
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ('{"problem": "<im', "no JSON"),
+        ("version https://git-lfs.github.com/spec/v1", "git-lfs"),
+        ("[]", "found list"),
+        ('{"problem": "<image>\\nWhat?"}', "found ['problem']"),
+        (row(problem="What?"), "image tags []"),
+        (row(problem="<image>\nWhat is <image>?"), "['<image>', '<image>']"),
+        (row(problem="What? <image>"), "Expected one <image>, at the start"),
+        (row(problem="<image>\n "), "Expected one <image>"),
+        (row(problem="<image>\n<|image_pad|>?"), "<|image_pad|>"),
+        (row(problem=7), "Expected one <image>"),
+        (row(images=[]), "images is []"),
+        (row(images="images/a.png"), "Expected a list of one file name"),
+        (row(images=["images/a.png"] * 2), "Expected a list of one file name"),
+        (row(images=[""]), "Expected a list of one file name"),
+        (row(images=["images"]), "Expected a list of one file name"),
+        ('{"problem": ' + "[" * 100_000, "no JSON"),
+        (row(teacher_images=[None]), "teacher_images is [None]"),
+        (row(bbox=[1, 2, 3]), "bbox is [1, 2, 3]"),
+        (row(images=["images/b.png"]), "images[0] is 'images/b.png', and no such file"),
+        (row(teacher_images=["crops/a.png"]), "teacher_images[0] is 'crops/a.png'"),
+        (row(extra_info={"id": "000000"}), "is that of line 1 too"),
+        (row(extra_info="x"), "extra_info is 'x'"),
+    ],
+)
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, found):
     data_set(tmp_path, row(), line)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
@@ -138,9 +177,17 @@ def test_reading_lists_directories_instead_of_asking_for_every_file(tmp_path, mo
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("samples, found", [
-    ([sample(), sample()], "repeated"), ([sample("../a")], "no plain file name"), ([sample("")], "no plain file name"),
-    ([sample(question="<image> what?")], "image tag"), ([sample(question=" ")], "is empty"), ([], "no samples")])
+@pytest.mark.parametrize(
+    "samples, found",
+    [
+        ([sample(), sample()], "repeated"),
+        ([sample("../a")], "no plain file name"),
+        ([sample("")], "no plain file name"),
+        ([sample(question="<image> what?")], "image tag"),
+        ([sample(question=" ")], "is empty"),
+        ([], "no samples"),
+    ],
+)
 def test_what_could_not_be_read_is_not_written(tmp_path, samples, found):
     with pytest.raises(ValueError, match=found):
         triplet_format.write_triplets(tmp_path, samples)
@@ -167,7 +214,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, full_at)
         triplet_format.write_triplets(tmp_path, [sample("a"), sample("b")])
     assert error.value.errno == errno.ENOSPC
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.name for path in files} <= {"a.png", "b.png"}                  # no train.jsonl, nothing temporary
+    assert {path.name for path in files} <= {"a.png", "b.png"}  # no train.jsonl, nothing temporary
     for path in files:
         images.load_image(path)
     monkeypatch.undo()
@@ -175,6 +222,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, full_at)
 
 
 # -------------------------------------------------------------------------------------------------------------- fetching
+
 
 def tar_gz(members):
     buffer = io.BytesIO()
@@ -189,7 +237,12 @@ def tar_gz(members):
     return buffer.getvalue()
 
 
-def hub_layout(folder, prefixes=("", ""), names=("images.tar.gz00", "images.tar.gz01", "images.tar.gz02"), extra=None):
+def hub_layout(
+    folder,
+    prefixes=("", ""),
+    names=("images.tar.gz00", "images.tar.gz01", "images.tar.gz02"),
+    extra=None,
+):
     """The released layout of three samples, images split over several parts. Returns the samples."""
     source = folder.with_name(folder.name + "-source")
     triplet_format.write_triplets(source, samples := [sample(name) for name in "abc"])
@@ -197,17 +250,28 @@ def hub_layout(folder, prefixes=("", ""), names=("images.tar.gz00", "images.tar.
     (folder / "train.jsonl").write_bytes((source / "train.jsonl").read_bytes())
     for key, prefix in zip(triplet_format.FOLDERS, prefixes):
         (folder / key).mkdir()
-        data = tar_gz({prefix + p.name: p.read_bytes() for p in sorted((source / key).iterdir())} | (extra or {}))
+        data = tar_gz(
+            {prefix + p.name: p.read_bytes() for p in sorted((source / key).iterdir())}
+            | (extra or {})
+        )
         files = names if key == "images" else ["teacher_images.tar.gz"]
         step = -(-len(data) // len(files))
         for k, name in reversed(list(enumerate(files))):
-            (folder / key / name).write_bytes(data[k * step:(k + 1) * step])
+            (folder / key / name).write_bytes(data[k * step : (k + 1) * step])
     return samples
 
 
-@pytest.mark.parametrize("prefixes", [("", ""), ("images/", "teacher_images/"), ("./images/", "./")])
-@pytest.mark.parametrize("names", [("images.tar.gz",), ("images.tar.gz00", "images.tar.gz01", "images.tar.gz02"),
-                                   ("images.tar.gz.part-aa", "images.tar.gz.part-ab")])
+@pytest.mark.parametrize(
+    "prefixes", [("", ""), ("images/", "teacher_images/"), ("./images/", "./")]
+)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("images.tar.gz",),
+        ("images.tar.gz00", "images.tar.gz01", "images.tar.gz02"),
+        ("images.tar.gz.part-aa", "images.tar.gz.part-ab"),
+    ],
+)
 def test_split_archives_of_either_layout_are_unpacked(tmp_path, prefixes, names):
     samples = hub_layout(tmp_path / "set", prefixes, names)
     assert fetching.fetch(str(tmp_path / "set")) == tmp_path / "set"
@@ -225,7 +289,9 @@ def test_unpacked_images_need_no_archives_any_more(tmp_path, monkeypatch):
     assert fetching.fetch(tmp_path / "set") == tmp_path / "set"
 
 
-@pytest.mark.parametrize("member", ["../../evil.png", "a/../../../evil.png", "link", "hard", "device"])
+@pytest.mark.parametrize(
+    "member", ["../../evil.png", "a/../../../evil.png", "link", "hard", "device"]
+)
 def test_archives_that_reach_out_of_their_folder_are_refused(tmp_path, member):
     kinds = {"link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}
     evil = b"evil"
@@ -245,7 +311,10 @@ def test_absolute_member_names_stay_inside(tmp_path):
     assert not (tmp_path / "evil.png").exists()
 
 
-@pytest.mark.parametrize("damage", ["first part missing", "middle part missing", "last part missing", "checksum", "pointer"])
+@pytest.mark.parametrize(
+    "damage",
+    ["first part missing", "middle part missing", "last part missing", "checksum", "pointer"],
+)
 def test_a_damaged_archive_is_noticed_and_nothing_of_it_kept(tmp_path, damage):
     hub_layout(tmp_path / "set")
     parts = sorted((tmp_path / "set" / "images").iterdir())
@@ -275,8 +344,12 @@ def test_an_interrupted_unpacking_starts_over(tmp_path, monkeypatch, when):
             raise KeyboardInterrupt
         replace(*args)
 
-    monkeypatch.setattr(*((tarfile.TarFile, "extractall") if when == "while unpacking" else (os, "replace")), killed)
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)   # a killed process tidies nothing up
+    monkeypatch.setattr(
+        *((tarfile.TarFile, "extractall") if when == "while unpacking" else (os, "replace")), killed
+    )
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda *args, **kwargs: None
+    )  # a killed process tidies nothing up
     with pytest.raises(KeyboardInterrupt):
         fetching.fetch(tmp_path / "set")
     monkeypatch.undo()
@@ -286,7 +359,9 @@ def test_an_interrupted_unpacking_starts_over(tmp_path, monkeypatch, when):
     read = triplet_format.read_triplets(tmp_path / "set")
     for after, before in zip(read, samples, strict=True):
         assert (pixels(images.load_image(after["image"])) == pixels(before["image"])).all()
-    assert not list((tmp_path / "set").rglob("torn.png")) and not list((tmp_path / "set").glob(".*"))
+    assert not list((tmp_path / "set").rglob("torn.png")) and not list(
+        (tmp_path / "set").glob(".*")
+    )
 
 
 def test_a_disk_that_fills_up_while_unpacking_says_so_and_is_tidied(tmp_path, monkeypatch):
@@ -312,6 +387,7 @@ def test_fetching_what_is_not_there_says_what_is(tmp_path):
 
 def test_a_hub_data_set_is_downloaded_once_into_the_working_directory(tmp_path, monkeypatch):
     import huggingface_hub
+
     monkeypatch.chdir(tmp_path)
     asked = []
 
@@ -329,6 +405,7 @@ def test_a_hub_data_set_is_downloaded_once_into_the_working_directory(tmp_path, 
 
 def test_a_failed_download_names_the_id_and_the_ways_out(tmp_path, monkeypatch):
     import huggingface_hub
+
     monkeypatch.chdir(tmp_path)
 
     def snapshot_download(*args, **kwargs):
@@ -336,31 +413,47 @@ def test_a_failed_download_names_the_id_and_the_ways_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     (tmp_path / "data" / "mine").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"^\.\./mine has no train.jsonl \(no such folder\)"):
-        fetching.fetch("../mine")                                               # a path, and not data/../mine
-    with pytest.raises(FileNotFoundError, match=r"'data/mien' is neither a folder.*no route.*hf auth login"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^\.\./mine has no train.jsonl \(no such folder\)"
+    ):
+        fetching.fetch("../mine")  # a path, and not data/../mine
+    with pytest.raises(
+        FileNotFoundError, match=r"'data/mien' is neither a folder.*no route.*hf auth login"
+    ):
         fetching.fetch("data/mien")
 
 
 # -------------------------------------------------------------------------------------------------------------- pictures
+
 
 def test_sixteen_bit_pictures_are_shifted_not_saturated(tmp_path):
     values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
     for name in ("deep.png", "deep.tiff"):
         Image.fromarray(values).save(tmp_path / name)
         read = images.load_image(tmp_path / name)
-        assert read.mode == "RGB" and pixels(read)[0].tolist() == [[v, v, v] for v in (0, 0, 1, 128, 255)]
+        assert read.mode == "RGB" and pixels(read)[0].tolist() == [
+            [v, v, v] for v in (0, 0, 1, 128, 255)
+        ]
 
 
-@pytest.mark.parametrize("mode, colour, expected", [
-    ("RGBA", (0, 0, 0, 0), (255, 255, 255)), ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
-    ("RGBA", (0, 0, 0, 51), (204, 204, 204)), ("LA", (0, 0), (255, 255, 255)), ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("1", 1, (255, 255, 255)), ("L", 7, (7, 7, 7)),
-    ("P", 3, None)])
+@pytest.mark.parametrize(
+    "mode, colour, expected",
+    [
+        ("RGBA", (0, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
+        ("LA", (0, 0), (255, 255, 255)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("1", 1, (255, 255, 255)),
+        ("L", 7, (7, 7, 7)),
+        ("P", 3, None),
+    ],
+)
 def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, expected):
     image = Image.new(mode, (3, 2), colour)
     if mode == "P":
         image.putpalette(list(range(30)))
-        image.save(tmp_path / "x.png", transparency=3)                           # a see-through palette entry
+        image.save(tmp_path / "x.png", transparency=3)  # a see-through palette entry
     else:
         image.save(tmp_path / ("x.tiff" if mode == "CMYK" else "x.png"))
     read = images.load_image(next(tmp_path.iterdir()))
@@ -370,19 +463,29 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, expected):
 
 def test_exif_rotation_is_applied(tmp_path):
     image, exif = Image.new("RGB", (20, 10), "white"), Image.Exif()
-    exif[0x0112] = 6                                                            # shown turned by 90 degrees, clockwise
+    exif[0x0112] = 6  # shown turned by 90 degrees, clockwise
     image.paste("black", (0, 0, 10, 10))
     image.save(tmp_path / "x.png", exif=exif)
     read = images.load_image(tmp_path / "x.png")
-    assert read.size == (10, 20) and read.getpixel((5, 2)) == (0, 0, 0) and read.getpixel((5, 17)) == (255, 255, 255)
+    assert (
+        read.size == (10, 20)
+        and read.getpixel((5, 2)) == (0, 0, 0)
+        and read.getpixel((5, 17)) == (255, 255, 255)
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
 def test_rotated_uncompressed_tiffs_are_upright_and_whole(mode, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 8
-    image = Image.fromarray(np.arange(64, dtype=np.uint8).repeat(16).reshape(64, 16) * 3)       # a ramp, from the top
-    image = Image.fromarray(np.asarray(image).astype(np.uint16) << 8) if mode == "I;16" else image.convert(mode)
+    image = Image.fromarray(
+        np.arange(64, dtype=np.uint8).repeat(16).reshape(64, 16) * 3
+    )  # a ramp, from the top
+    image = (
+        Image.fromarray(np.asarray(image).astype(np.uint16) << 8)
+        if mode == "I;16"
+        else image.convert(mode)
+    )
     image.save(tmp_path / "x.tiff", exif=exif)
     read = np.asarray(images.load_image(tmp_path / "x.tiff").convert("L")).astype(int)
     assert read.shape == (16, 64) and (np.diff(read, axis=1) > 0).all()
@@ -390,6 +493,7 @@ def test_rotated_uncompressed_tiffs_are_upright_and_whole(mode, tmp_path):
 
 def test_what_is_written_has_no_colour_profile_of_its_source(tmp_path):
     from PIL import ImageCms
+
     image = Image.new("RGB", (9, 9))
     image.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for name in ("x.png", "x.jpg"):
@@ -398,7 +502,9 @@ def test_what_is_written_has_no_colour_profile_of_its_source(tmp_path):
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
-    Image.new("RGB", (4, 4), "red").save(tmp_path / "x.gif", save_all=True, append_images=[Image.new("RGB", (4, 4), "blue")])
+    Image.new("RGB", (4, 4), "red").save(
+        tmp_path / "x.gif", save_all=True, append_images=[Image.new("RGB", (4, 4), "blue")]
+    )
     assert images.load_image(tmp_path / "x.gif").getpixel((0, 0)) == (255, 0, 0)
 
 
@@ -407,9 +513,12 @@ def test_pictures_that_are_not_whole_are_errors_that_name_the_file(tmp_path):
     for suffix in (".jpg", ".png"):
         noise.save(tmp_path / f"x{suffix}")
         data = (tmp_path / f"x{suffix}").read_bytes()
-        for content in (data[:len(data) // 2], b"", b"<html>not found</html>"):
+        for content in (data[: len(data) // 2], b"", b"<html>not found</html>"):
             (tmp_path / f"x{suffix}").write_bytes(content)
-            with pytest.raises(ValueError, match=rf"x\{suffix} \({len(content):,} bytes\) cannot be read whole.*again"):
+            with pytest.raises(
+                ValueError,
+                match=rf"x\{suffix} \({len(content):,} bytes\) cannot be read whole.*again",
+            ):
                 images.load_image(tmp_path / f"x{suffix}")
     with pytest.raises(FileNotFoundError, match="not there"):
         images.load_image(tmp_path / "none.png")
@@ -422,21 +531,35 @@ def test_pictures_that_are_not_whole_are_errors_that_name_the_file(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- command line
 
+
 def run(*args):
-    return subprocess.run([sys.executable, ROOT / "synth.py", *map(str, args)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "synth.py", *map(str, args)], capture_output=True, text=True
+    )
 
 
 def test_the_contact_sheet_takes_any_data_set(tmp_path):
     wide, tall = Image.new("RGB", (3000, 500), "blue"), Image.new("RGB", (7, 900), "green")
     words = "word " * 200
-    triplet_format.write_triplets(tmp_path, [sample("a", image=wide, crop=tall, question=words, bbox=None, answer=None),
-                                    sample("b", question="x" * 500, answer="y" * 500)])
+    triplet_format.write_triplets(
+        tmp_path,
+        [
+            sample("a", image=wide, crop=tall, question=words, bbox=None, answer=None),
+            sample("b", question="x" * 500, answer="y" * 500),
+        ],
+    )
     assert previews.preview(tmp_path) == tmp_path / "preview.png"
     sheet = images.load_image(tmp_path / "preview.png")
-    assert sheet.width < 1500 and (pixels(sheet) == (255, 255, 0)).all(-1).sum() > 4 * 50    # one box is noted, and marked
+    assert (
+        sheet.width < 1500 and (pixels(sheet) == (255, 255, 0)).all(-1).sum() > 4 * 50
+    )  # one box is noted, and marked
 
 
 def test_a_command_line_that_asks_for_nothing_or_too_little_says_so(tmp_path):
-    for args in ([], ["--images", tmp_path], ["--images", tmp_path, "--out", tmp_path / "x", "--batch", 0]):
+    for args in (
+        [],
+        ["--images", tmp_path],
+        ["--images", tmp_path, "--out", tmp_path / "x", "--batch", 0],
+    ):
         assert run(*args).returncode == 2
-    assert "--pre" in run("--pre", tmp_path).stderr                             # no abbreviations
+    assert "--pre" in run("--pre", tmp_path).stderr  # no abbreviations

@@ -1,4 +1,5 @@
 """What `train.py --toy` changes, draws and trains before the run."""
+
 from pathlib import Path
 
 import torch
@@ -8,9 +9,25 @@ from toy.scenes import ROWS, draw
 from triplets.preview import preview
 
 # What it changes (ours: a tiny model trained from scratch in minutes).
-RUN = dict(prompts=16, group=2, steps=600, max_new_tokens=18, lr=5e-4, weight_decay=0.0, schedule="cosine", top_k=16,
-           ema_rate=0.001, adam_eps=5e-5, micro_prompts=16, gen_prompts=16, workers=1, threads=1, save_every=50, show_every=25,
-           out="runs/toy")
+RUN = dict(
+    prompts=16,
+    group=2,
+    steps=600,
+    max_new_tokens=18,
+    lr=5e-4,
+    weight_decay=0.0,
+    schedule="cosine",
+    top_k=16,
+    ema_rate=0.001,
+    adam_eps=5e-5,
+    micro_prompts=16,
+    gen_prompts=16,
+    workers=1,
+    threads=1,
+    save_every=50,
+    show_every=25,
+    out="runs/toy",
+)
 
 
 def prepare(args, device: torch.device) -> str:

@@ -1,4 +1,5 @@
 """A data set of triplets, from a folder or the hub."""
+
 import re
 from pathlib import Path
 
@@ -23,7 +24,9 @@ def fetch(data: str | Path) -> Path:
         if folder != here:
             download(str(data), folder)
         for key in FOLDERS:
-            if (folder / "train.jsonl").is_file() and (parts := sorted((folder / key).glob(f"{key}.tar.gz*"))):
+            if (folder / "train.jsonl").is_file() and (
+                parts := sorted((folder / key).glob(f"{key}.tar.gz*"))
+            ):
                 unpack(parts, folder / key)
         read_triplets(folder)
     return folder
@@ -31,10 +34,16 @@ def fetch(data: str | Path) -> Path:
 
 def download(hub_id: str, folder: Path) -> None:
     from huggingface_hub import snapshot_download
+
     try:
-        snapshot_download(hub_id, repo_type="dataset", local_dir=folder,
-                          allow_patterns=["train.jsonl", *(f"{key}/*" for key in FOLDERS)])
-    except Exception as error:                                                  # network, name, gate, disk
+        snapshot_download(
+            hub_id,
+            repo_type="dataset",
+            local_dir=folder,
+            allow_patterns=["train.jsonl", *(f"{key}/*" for key in FOLDERS)],
+        )
+    except Exception as error:  # network, name, gate, disk
         raise FileNotFoundError(
             f"{hub_id!r} is neither a folder here nor a data set the hub gave us ({type(error).__name__}: {error}). Expected one "
-            "with train.jsonl: check the name, the network and `hf auth login`, or copy it here.") from error
+            "with train.jsonl: check the name, the network and `hf auth login`, or copy it here."
+        ) from error
