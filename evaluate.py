@@ -95,9 +95,10 @@ def answer(
             try:
                 paths = [out / a["image" if a["view"] == "full" else "crop"] for a in part]
                 images = [load_image(os.path.normpath(path)) for path in paths]
-                reply = lambda images, texts: rollout.answers(
-                    model, processor, images, texts, max_new_tokens
-                )
+                reply = lambda images, texts: [
+                    vars(r)
+                    for r in rollout.answers(model, processor, images, texts, max_new_tokens)
+                ]
                 prompts = [a["prompt"] for a in part]
                 replies = (
                     zoomed(reply, images, prompts, rounds) if rounds else reply(images, prompts)

@@ -1,7 +1,7 @@
 """Rollouts: G sampled responses per prompt, the prompt computed once (paper, Eq. 3: y ~ student(. | x, q)).
 
     rollout = sample(student, processor, prompt, group=8, max_new_tokens=1024, seeds=[0, 1, 2])     # a seed for each prompt
-    texts = [reply["output"] for reply in answers(model, processor, images, questions, max_new_tokens=1024)]
+    texts = [reply.output for reply in answers(model, processor, images, questions, max_new_tokens=1024)]
 
 Sampling is at temperature 1 over all tokens but the vision ones (no top-p, no top-k), by inverse CDF: token = first v with
 CDF(v) > u, one uniform u per row and token drawn from that prompt's own generator. So the random numbers of a response
@@ -9,11 +9,13 @@ depend on its seed alone, never on which prompts share its batch, on the number 
 still differ by rounding from batch to batch).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -199,32 +201,55 @@ def static_cache(model, cache: DynamicCache, rows: Tensor, tokens: int, needed: 
     return static
 
 
+@dataclass
+class Reply:
+    """What a model answered to one prompt."""
+
+    output: str  # its text, without special tokens
+    tokens: int  # sampled ones, the EOS included
+    truncated: bool  # whether max_new_tokens cut it off
+
+
 def answers(
-    model,
-    processor,
-    images: list,
-    texts: list,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0,
-    seeds: list[int] | None = None,
-    group: int = 1,
-) -> list[dict]:
-    """Answers, greedy unless there is a temperature: {"output": text, "tokens": sampled, "truncated": bool}, `group` of them a row
-    (those of a row together; seeds: one a row). A row is an image and a question, or a list of images and a chat (model.encode)."""
+    model, processor, images: list, texts: list, max_new_tokens: int, *, group: int = 1, **how
+) -> list[Reply]:
+    """`group` answers to each row, those of a row together; greedy unless `how` (see `Sampling`)
+    gives a temperature, with a seed a row. A row is an image and a question, or a list of images
+    and a chat (model.encode)."""
     prompt = to_device(encode(processor, images, texts), next(model.parameters()).device)
-    rollout = sample(
-        model,
-        processor,
-        prompt,
-        group,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seeds=seeds,
-    )
-    return [
-        {"output": text, "tokens": int(mask.sum()), "truncated": not ended}
-        for text, mask, ended in zip(
-            rollout.decode(processor.tokenizer), rollout.mask, rollout.ended
-        )
-    ]
+    how = {"temperature": 0.0, **how}
+    rollout = sample(model, processor, prompt, group, max_new_tokens=max_new_tokens, **how)
+    texts = rollout.decode(processor.tokenizer)
+    lengths = rollout.mask.sum(1).tolist()
+    ended = rollout.ended.tolist()
+    return [Reply(text, n, not end) for text, n, end in zip(texts, lengths, ended)]
+
+
+@dataclass
+class Batches:
+    """Work in batches that fit into memory: `most` items at once, halved for good when it runs out."""
+
+    most: int
+
+    def run(self, items: list, work, bad_item: tuple = ()) -> Iterator[tuple[list, object]]:
+        """(batch, work(batch)) for consecutive batches of `items`.
+
+        A batch that does not fit, or raises one of the errors `bad_item`, is halved until it passes
+        or is a single item, which comes with its error instead of a result.
+        """
+        done, size = 0, self.most
+        while done < len(items):
+            batch = items[done : done + size]
+            try:
+                result = work(batch)
+            except (torch.OutOfMemoryError, *bad_item) as error:
+                if len(batch) > 1:
+                    size = len(batch) // 2
+                    if isinstance(error, torch.OutOfMemoryError):
+                        self.most = size
+                        tqdm.write(f"out of memory with {len(batch)} at once, going on with {size}")
+                    continue
+                result = error
+            yield batch, result
+            done += len(batch)
+            size = min(self.most, 2 * size)

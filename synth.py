@@ -268,7 +268,7 @@ def say(
                 **settings,
             )
             said += [
-                [reply["output"] for reply in replies[k : k + group]]
+                [reply.output for reply in replies[k : k + group]]
                 for k in range(0, len(replies), group)
             ]
         except OutOfMemoryError:
