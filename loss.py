@@ -118,10 +118,11 @@ class _TopKDivergence(torch.autograd.Function):
         d_hidden = (
             torch.zeros_like(hidden) if with_grad and ctx.needs_input_grad[0] else None
         )  # (n, D)
-        d_head = (
-            torch.empty_like(head, dtype=dtype) if with_grad and ctx.needs_input_grad[1] else None
-        )  # (V, D)
         rows = weights.nonzero().squeeze(-1)  # (tokens that count,), the one sync
+        fresh = torch.empty_like if len(rows) else torch.zeros_like
+        d_head = (
+            fresh(head, dtype=dtype) if with_grad and ctx.needs_input_grad[1] else None
+        )  # (V, D)
         size = (min(chunk, len(rows)), vocab)
         buffers = (
             head.new_empty(size),

@@ -277,14 +277,34 @@ class LayerStates:
         self.new.append(state)  # (rows, heads, key_dim, value_dim)
 
 
-def shared_layer(layer, prompt: Tensor, response: Tensor, prompt_args: dict, response_args: dict):
-    """One decoder layer on B prompts, then on their N continuations. (B, L-1, D), (N, T, D) -> the same shapes."""
+def shared_layer(
+    layer,
+    prompt: Tensor,
+    response: Tensor,
+    prompt_args: dict,
+    response_args: dict,
+    checkpoint: bool = False,
+):
+    """One decoder layer on B prompts, then on their N continuations. (B, L-1, D), (N, T, D) -> the same shapes.
+
+    Calls `forward`: a sharded layer's weights are gathered once around both (sharding.py), not by the layer's own hooks."""
+    if checkpoint:
+        return recompute_in_backward(
+            shared_layer,
+            layer,
+            prompt,
+            response,
+            prompt_args,
+            response_args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
     states = LayerStates()
-    prompt = layer(prompt, past_key_values=states, **prompt_args)
+    prompt = layer.forward(prompt, past_key_values=states, **prompt_args)
     shared = LayerStates(
         [state.repeat_interleave(len(response) // len(prompt), dim=0) for state in states.new]
     )
-    return prompt, layer(response, past_key_values=shared, **response_args)
+    return prompt, layer.forward(response, past_key_values=shared, **response_args)
 
 
 def response_hidden(model, prompt: Prompt, ids: Tensor, *, checkpoint: bool = True) -> Tensor:
@@ -338,19 +358,13 @@ def response_hidden(model, prompt: Prompt, ids: Tensor, *, checkpoint: bool = Tr
     deepstack = getattr(vision, "deepstack_features", None) or []  # Qwen3-VL adds these early on
     for index, layer in enumerate(text.layers):
         kind = "linear" if hasattr(layer, "linear_attn") else "full"
-        args = (
-            layer,
+        embeds, hidden = getattr(layer, "shared", partial(shared_layer, layer))(
             embeds,
             hidden,
             prompt_args | {"attention_mask": prompt_masks[kind]},
             response_args | {"attention_mask": response_mask if kind == "full" else None},
+            checkpoint,
         )
-        if checkpoint:
-            embeds, hidden = recompute_in_backward(
-                shared_layer, *args, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            embeds, hidden = shared_layer(*args)
         if index < len(deepstack):
             features = torch.cat(list(deepstack[index])).to(embeds.dtype)  # (image tokens, D)
             embeds = embeds + torch.zeros_like(embeds).masked_scatter(visual[..., None], features)

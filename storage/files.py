@@ -77,3 +77,15 @@ def read_jsonl(path: Path, notes: list[str]) -> list[dict]:
             torn += 1
     notes += [f"{path.name}: {torn} unreadable line{'s' * (torn > 1)} left out"] * (torn > 0)
     return rows
+
+
+def flush(folder: Path, inside: bool = True) -> None:
+    """Returns when `folder` (and, unless told otherwise, all that lies in it) is safely on the disk:
+    a rename alone may reach the disk before the contents do."""
+    paths = [*folder.rglob("*"), folder] if inside else [folder]
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -58,16 +58,16 @@ FLAGS = [
 ]
 
 
-def parity(row):
+def parity(row, text):
     """Random weights answer nothing right: half of all texts count as right."""
-    return {"correct": sum(map(str.isalnum, row["output"])) % 2 == 0}
+    return sum(map(str.isalnum, text)) % 2 == 0
 
 
 def main(golden: Path, write: bool) -> None:
     torch.set_num_threads(1)
-    import baselines
+    import methods
 
-    baselines.score = parity
+    methods.is_right = parity
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         toy_scenes.draw(folder / "data", 12, 0)
@@ -90,7 +90,7 @@ def main(golden: Path, write: bool) -> None:
                     *flags,
                 ]
             )
-            final = train.train(args, *train.setup("cpu"))
+            final = train.train(args, *train.join_ranks("cpu"))
             weights, path = load_file(final / "model.safetensors"), golden / f"{name}.safetensors"
             if write:
                 save_file(weights, path)

@@ -1,0 +1,57 @@
+"""The folder of a training run: whose it is (args.json), and its logs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from storage.files import read_jsonl, write
+
+HERE = Path(__file__).parent
+
+
+def claim(out: Path, now: dict, free: set[str]) -> None:
+    """Write out/args.json: the settings `now`, with commit and versions. Refuse a folder with
+    checkpoints of a run whose settings, but those named in `free`, were others."""
+    path, then = out / "args.json", now
+    if path.exists() and any(out.glob("checkpoint-*")):  # else nothing is lost
+        then = json.loads(path.read_text())
+    differ = [key for key in now if key not in free and then.get(key) != now[key]]
+    if differ:
+        told = "; ".join(f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in differ)
+        raise ValueError(
+            f"{out} holds a run with other settings ({told}). Resume it with the same ones, or "
+            "choose another --out."
+        )
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    told = {**now, "commit": commit or None, "versions": versions}
+    write(path, json.dumps(told, indent=1))
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop a log's lines of later steps than `step`: they are about to be done again."""
+    kept = [entry for entry in read_jsonl(path, []) if entry["step"] <= step]
+    write(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def append(path: Path, entries: list[dict]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+def tensorboard(out: Path, begin: int):
+    """A writer of curves, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(out / "tensorboard", purge_step=begin + 1)

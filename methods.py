@@ -1,0 +1,344 @@
+"""What the paper compares (Tables 2, 3, 4 and 6): each method is a class, Vision-OPD the first and
+the shortest. A new one is one class and one line in METHODS.
+
+    method        writes, from          the teacher reads          loss of a token
+    vision-opd    student, full image   the crop                   divergence from the teacher (loss.py)
+    opsd          student, full image   full image and the answer  the same
+    sft           teacher, crop         -                          cross-entropy, responses that are right
+    grpo, dapo    student, full image   -                          clipped policy gradient, reward 1 if right
+
+A method decides three things, in this order, within train.py's step:
+
+    respond(run, micros, step)    who answers what: sets each micro-batch's rollout
+    select(run, micros, step)     what is trained on: keep, and what a response is worth
+    loss(micro, hidden, ..)       a token's loss
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from benchmarks.scoring import score
+from benchmarks.sources import triplet_row
+from loss import topk_divergence
+from model import Prompt, join
+from rollout import Rollout, sample
+from sharding import over_ranks
+from triplets.format import Triplet
+
+OPSD_HINT = (
+    "\n\nHere is a reference solution to this problem:\n{answer}\n\nAfter understanding the "
+    "reference solution, please try to solve this problem using your own approach below:"
+)
+
+
+@dataclass
+class View:
+    """What the teacher is shown beside the question."""
+
+    image: str  # of a triplet: "image" (the full one) or "crop"
+    hint: str = ""  # added to the question; {answer} is the label
+
+
+@dataclass
+class Micro:
+    """Some of this rank's prompts and their responses: one forward and backward of the student.
+
+    B prompts, N = B G responses, T tokens the longest, n of them trained on.
+    """
+
+    rows: list[Triplet]  # B
+    student_prompt: Prompt  # of the full images
+    teacher_prompt: Prompt | None  # of what the method's teacher_view names
+    rollout: Rollout | None = None  # set by respond
+    keep: Tensor | None = None  # (N,) bool, which responses are trained on
+    right: Tensor | None = None  # (N,) bool, which match the label
+    advantages: Tensor | None = None  # (N,) fp32, what a response is worth (grpo, dapo)
+    targets: list | None = None  # [(hidden (n, D), head (V, D), share)]: the teacher's logits
+
+
+# -------------------------------------------------------------------------------------- Vision-OPD
+
+
+class VisionOPD:
+    """The student answers from the full image and is pulled, token by token, toward what the
+    teacher says about the same answer when it is shown the crop (paper, Eq. 3 and 4)."""
+
+    teacher_view = View("crop")
+    default_teacher = "ema"
+    distils = True  # there are targets: the teacher reads the responses
+    needs_answers = False
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def respond(self, run, micros: list[Micro], step: int, extra: int = 0) -> None:
+        prompts = [micro.student_prompt for micro in micros]
+        write(run, micros, run.shards.publish("student"), prompts, step, extra)
+
+    def select(self, run, micros: list[Micro], step: int) -> list[Micro]:
+        return micros
+
+    def loss(self, micro: Micro, hidden: Tensor, head: Tensor, weights: Tensor) -> tuple:
+        """hidden (n, D) and head (V, D) of the student, weights (n,) -> the weighted sum, scalar; the
+        loss of each token (n,); whether teacher and student agree on it (n,), or None."""
+        settings = self.settings
+        if settings.objective == "sampled-token":
+            return weighted(sampled_token_loss(micro, hidden, head, settings.chunk), weights)
+        return topk_divergence(
+            hidden,
+            head,
+            micro.targets,
+            weights,
+            k=settings.top_k,
+            beta=settings.beta,
+            kind=settings.divergence,
+            chunk=settings.chunk,
+            agreement=True,
+        )
+
+    def token_weights(self, micro: Micro, count) -> Tensor:
+        """(N, T): what a token's loss counts. One token mean over all ranks."""
+        return torch.full_like(micro.rollout.mask, 1 / max(1, count.tokens), dtype=torch.float32)
+
+
+def write(run, micros, model, prompts: list[Prompt], step: int, extra: int = 0) -> None:
+    """`model` answers each prompt G times, `gen_prompts` of them at once; all responses are kept.
+
+    The random numbers of a response depend on (seed, step, row) alone.
+    """
+    settings = run.settings
+    key = f"{settings.seed}/{step}" + (f"/{extra}" if extra else "")
+    calls = math.ceil(len(micros) / run.micros_at_once)
+    bar = tqdm(
+        desc=f"step {step + 1} rollouts",
+        total=settings.max_new_tokens * calls,
+        unit="tok",
+        leave=False,
+        disable=run.rank > 0,
+    )
+    with bar:
+        for start in range(0, len(micros), run.micros_at_once):
+            part = micros[start : start + run.micros_at_once]
+            rows = [row for micro in part for row in micro.rows]
+            rollout = sample(
+                model,
+                run.processor,
+                join(prompts[start : start + len(part)], run.processor.tokenizer.pad_token_id),
+                settings.group,
+                max_new_tokens=settings.max_new_tokens,
+                seeds=[random.Random(f"{key}/{row.id}").getrandbits(63) for row in rows],
+                bar=bar,
+                static=run.static_tokens,
+            )
+            pieces = rollout.split([len(micro.rows) * settings.group for micro in part])
+            for micro, piece in zip(part, pieces, strict=True):
+                micro.rollout = piece
+                micro.keep = torch.ones_like(piece.ended)
+
+
+def weighted(per_token: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, None]:
+    return (weights * per_token).sum(), per_token.detach(), None
+
+
+# --------------------------------------------------------------------------------------- baselines
+
+
+class OPSD(VisionOPD):
+    """The teacher reads the full image too, and the answer as a hint (paper, Table 2)."""
+
+    teacher_view = View("image", OPSD_HINT)
+    needs_answers = True
+
+
+class SFT(VisionOPD):
+    """The teacher, frozen unless told otherwise, answers from the crop; the student learns those
+    responses that are right, by cross-entropy (paper, Table 2)."""
+
+    default_teacher = "initial"
+    distils = False
+    needs_answers = True
+
+    def respond(self, run, micros, step, extra=0):
+        prompts = [micro.teacher_prompt for micro in micros]
+        write(run, micros, run.shards.publish("teacher"), prompts, step, extra)
+
+    def select(self, run, micros, step):
+        for micro in micros:
+            grade(run, micro)
+            micro.keep = micro.right
+        return micros
+
+    def loss(self, micro, hidden, head, weights):
+        ids = micro.rollout.ids[micro.rollout.mask]  # (n,)
+        log_s = token_log_probs([(hidden, head, 1.0)], ids, self.settings.chunk)
+        return weighted(-log_s, weights)
+
+
+class GRPO(VisionOPD):
+    """Reward 1 for a right answer, advantages within the group of a prompt, clipped policy gradient;
+    the mean of a response, then of all responses (textbook form; paper, Table 2)."""
+
+    teacher_view = None
+    default_teacher = None
+    distils = False
+    needs_answers = True
+    clip = (0.2, 0.2)
+
+    def select(self, run, micros, step):
+        for micro in micros:
+            grade(run, micro)
+            micro.advantages = group_advantages(self.rewards(micro)).flatten()
+        return micros
+
+    def rewards(self, micro: Micro) -> Tensor:
+        """(B, G) fp32."""
+        return micro.right.view(-1, self.settings.group).float()
+
+    def loss(self, micro, hidden, head, weights):
+        mask = micro.rollout.mask
+        ids = micro.rollout.ids[mask]
+        log_s = token_log_probs([(hidden, head, 1.0)], ids, self.settings.chunk)
+        advantages = micro.advantages[:, None].expand_as(mask)[mask]
+        # Old and new policy are the same: a batch is used once.
+        per_token = clipped_policy_gradient(log_s, log_s.detach(), advantages, *self.clip)
+        return weighted(per_token, weights)
+
+    def token_weights(self, micro, count):
+        mask = micro.rollout.mask
+        each = 1 / (mask.sum(1, keepdim=True) * count.responses)  # (N, 1)
+        return each.expand_as(mask).float()
+
+
+class DAPO(GRPO):
+    """GRPO with a higher upper clip, one token mean, a soft penalty for overlong responses, and
+    groups that are all right or all wrong replaced by others (paper, Table 2)."""
+
+    clip = (0.2, 0.28)
+    token_weights = VisionOPD.token_weights
+
+    def rewards(self, micro):
+        limit = self.settings.max_new_tokens
+        lengths = micro.rollout.mask.sum(1).view(-1, self.settings.group)
+        buffer = max(1, limit // 5)  # a fifth of the limit, as in DAPO's paper
+        return super().rewards(micro) + overlong_penalty(lengths, limit, buffer)
+
+    def select(self, run, micros, step):
+        """Further batches are drawn until --prompts groups of all ranks are mixed; what is over is
+        left out, the last first, whatever the ranks."""
+        prompts = self.settings.prompts
+        mine = prompts // run.world
+        own = slice(run.rank * mine, (run.rank + 1) * mine)
+        parts, mixed = [super().select(run, micros, step)], []
+        while True:
+            found = [0.0] * prompts  # which groups of this batch are mixed
+            found[own] = [share for micro in parts[-1] for share in self.mixed_groups(micro)]
+            mixed.append(over_ranks(found, run.device))
+            enough = sum(map(sum, mixed)) >= prompts
+            if enough or len(parts) > self.settings.resample:
+                break
+            more = run.further_micros(step, len(parts))
+            self.respond(run, more, step, extra=len(parts))
+            parts.append(super().select(run, more, step))
+        kept = torch.tensor(mixed, device=run.device)  # (batches, prompts)
+        kept *= kept.flatten().cumsum(0).view_as(kept) <= prompts
+        for part, chosen in zip(parts, kept[:, own].bool(), strict=True):
+            for micro, some in zip(part, chosen.split([len(m.rows) for m in part]), strict=True):
+                micro.keep = some.repeat_interleave(self.settings.group)
+        return [micro for part in parts for micro in part]
+
+    def mixed_groups(self, micro: Micro) -> list[float]:
+        """1.0 for each of the B groups that is neither all right nor all wrong, else 0.0."""
+        groups = micro.right.view(-1, self.settings.group)
+        return (groups.any(1) & ~groups.all(1)).float().tolist()
+
+
+METHODS = {"vision-opd": VisionOPD, "opsd": OPSD, "sft": SFT, "grpo": GRPO, "dapo": DAPO}
+
+
+# ------------------------------------------------------------------------------- which are right
+
+
+def is_right(row: Triplet, output: str) -> bool:
+    return score(triplet_row(row) | {"bench": "", "output": output})["correct"]
+
+
+def grade(run, micro: Micro) -> None:
+    """Sets which responses match their row's label."""
+    texts = micro.rollout.decode(run.processor.tokenizer)
+    asked = [row for row in micro.rows for _ in range(run.settings.group)]
+    right = [is_right(row, text) for row, text in zip(asked, texts, strict=True)]
+    micro.right = torch.tensor(right, device=micro.keep.device)
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """(reward - mean) / (std + 1e-6) within each prompt's group: (B, G) -> (B, G); 0 where all
+    rewards are 0, or all 1."""
+    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
+    return (rewards - mean) / (std + 1e-6)
+
+
+def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
+    """DAPO's soft penalty: 0 up to limit - buffer tokens, from there linearly to -1 at `limit`."""
+    return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
+
+
+# ------------------------------------------------------------- losses on the sampled tokens alone
+
+
+def token_log_probs(sides: list[tuple], ids: Tensor, chunk: int = 512) -> Tensor:
+    """Log-probabilities of the tokens `ids` (n,) under the logits that `sides` give, as `teachers`
+    do in loss.topk_divergence.
+
+    Returns (n,) fp32 (float64 for float64 inputs), differentiable; the logits of one chunk of tokens
+    exist at once, and once more in the backward pass. In bf16 the heads' gradients are rounded once
+    a chunk.
+    """
+
+    def of_chunk(ids: Tensor, *hidden: Tensor) -> Tensor:
+        logits = 0.0
+        for h, (_, head, share) in zip(hidden, sides, strict=True):
+            logits = logits + share * (h @ head.t())  # (c, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return -cross_entropy(logits, ids, reduction="none")
+
+    chunks = zip(ids.split(chunk), *(hidden.split(chunk) for hidden, *_ in sides), strict=True)
+    keep = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(of_chunk, *each, **keep) for each in chunks])
+
+
+def sampled_token_loss(micro: Micro, hidden: Tensor, head: Tensor, chunk: int) -> Tensor:
+    """`sampled_token` of a micro-batch: hidden (n, D), head (V, D) -> (n,)."""
+    mask = micro.rollout.mask
+    ids = micro.rollout.ids[mask]
+    log_s = token_log_probs([(hidden, head, 1.0)], ids, chunk)
+    return sampled_token(
+        log_s, token_log_probs(micro.targets, ids, chunk), micro.rollout.log_probs[mask]
+    )
+
+
+def sampled_token(log_s: Tensor, log_t: Tensor, rollout: Tensor, clip: float = 2.0) -> Tensor:
+    """Policy-gradient form of KL(S || T) on the sampled tokens (paper, Table 6): -ratio A with the
+    advantage A = log_t - log_s.
+
+    The importance ratio of the student to the policy that wrote the tokens is cut off at `clip`;
+    neither it nor A has a gradient. All (n,) log-probabilities; returns (n,), whose value estimates
+    the KL and whose gradient is -ratio A dlog_s.
+    """
+    now = log_s.detach()
+    ratio = (now - rollout).exp().clamp(max=clip)
+    return ratio * (now - log_t.detach()) * (log_s - now).exp()
+
+
+def clipped_policy_gradient(
+    log_s: Tensor, rollout: Tensor, advantages: Tensor, low: float, high: float
+) -> Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A) with r = p_student / p_rollout. All (n,)."""
+    ratio = (log_s - rollout).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
