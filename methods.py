@@ -1,11 +1,11 @@
 """What the paper compares (Tables 2, 3, 4 and 6): each method is a class, Vision-OPD the first and
 the shortest. A new one is one class and one line in METHODS.
 
-    method        writes, from          the teacher reads          loss of a token
-    vision-opd    student, full image   the crop                   divergence from the teacher (loss.py)
-    opsd          student, full image   full image and the answer  the same
-    sft           teacher, crop         -                          cross-entropy, responses that are right
-    grpo, dapo    student, full image   -                          clipped policy gradient, reward 1 if right
+    method       who answers          what the teacher reads      loss of a token
+    vision-opd   student, full image  the crop                    divergence (loss.py)
+    opsd         student, full image  full image, and the answer  the same
+    sft          teacher, crop        -                           cross-entropy, if right
+    grpo, dapo   student, full image  -                           policy gradient, reward 1 if right
 
 A method decides three things, in this order, within train.py's step:
 
@@ -27,9 +27,10 @@ from tqdm import tqdm
 from benchmarks.scoring import score
 from benchmarks.sources import triplet_row
 from loss import topk_divergence
-from model import Prompt, join
+from model import Prompt, encode, join, to_device
 from rollout import Rollout, sample
 from sharding import over_ranks
+from storage.images import load_image
 from triplets.format import Triplet
 
 OPSD_HINT = (
@@ -86,8 +87,8 @@ class VisionOPD:
         return micros
 
     def loss(self, micro: Micro, hidden: Tensor, head: Tensor, weights: Tensor) -> tuple:
-        """hidden (n, D) and head (V, D) of the student, weights (n,) -> the weighted sum, scalar; the
-        loss of each token (n,); whether teacher and student agree on it (n,), or None."""
+        """hidden (n, D) and head (V, D) of the student, weights (n,) -> the weighted sum, scalar;
+        each token's loss (n,); whether teacher and student agree on it (n,), or None."""
         settings = self.settings
         if settings.objective == "sampled-token":
             return weighted(sampled_token_loss(micro, hidden, head, settings.chunk), weights)
@@ -182,8 +183,8 @@ class SFT(VisionOPD):
 
 
 class GRPO(VisionOPD):
-    """Reward 1 for a right answer, advantages within the group of a prompt, clipped policy gradient;
-    the mean of a response, then of all responses (textbook form; paper, Table 2)."""
+    """Reward 1 for a right answer, advantages within the group of a prompt, clipped policy
+    gradient; the mean of a response, then of all (textbook form; paper, Table 2)."""
 
     teacher_view = None
     default_teacher = None
@@ -262,6 +263,55 @@ class DAPO(GRPO):
 METHODS = {"vision-opd": VisionOPD, "opsd": OPSD, "sft": SFT, "grpo": GRPO, "dapo": DAPO}
 
 
+# --------------------------------------------------------------- what student and teacher are shown
+
+
+class EncodedMicros(torch.utils.data.Dataset):
+    """A rank's micro-batches in order: (rows, the student's prompts, the teacher's or None), or the
+    error that a row of them makes: raised in a worker it would come with the worker's traceback."""
+
+    def __init__(self, run, micros: list[list[int]]):
+        self.micros = [[run.rows[j] for j in numbers] for numbers in micros]
+        self.processor, self.dtype = run.processor, run.shards.plain.dtype
+        self.views = views(run.settings)
+
+    def __len__(self) -> int:
+        return len(self.micros)
+
+    def __getitem__(self, i: int):
+        rows, prompts = self.micros[i], []
+        try:
+            for view, most in self.views:
+                images = [load_image(getattr(row, view.image)) for row in rows]
+                texts = [row.question + view.hint.format(answer=row.answer) for row in rows]
+                prompt = encode(self.processor, images, texts, max_tokens=most)
+                prompts.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
+        except (ValueError, OSError) as error:
+            return ValueError(f"samples {[row.id for row in rows]}: {error}")
+        return rows, prompts[0], prompts[1] if len(prompts) > 1 else None
+
+
+def views(settings) -> list[tuple[View, int]]:
+    """What the student and, if there is one, the teacher are shown, in how many tokens at most."""
+    shown = [(View("image"), settings.max_prompt)]
+    teacher_view = METHODS[settings.method].teacher_view
+    if teacher_view:
+        shown.append((teacher_view, settings.max_crop_prompt))
+    return shown
+
+
+def micros_on_device(batch: list, device) -> list[Micro]:
+    micros = []
+    for item in batch:
+        if isinstance(item, ValueError):
+            raise item
+        rows, student_prompt, teacher_prompt = item
+        if teacher_prompt is not None:
+            teacher_prompt = to_device(teacher_prompt, device)
+        micros.append(Micro(rows, to_device(student_prompt, device), teacher_prompt))
+    return micros
+
+
 # ------------------------------------------------------------------------------- which are right
 
 
@@ -296,9 +346,9 @@ def token_log_probs(sides: list[tuple], ids: Tensor, chunk: int = 512) -> Tensor
     """Log-probabilities of the tokens `ids` (n,) under the logits that `sides` give, as `teachers`
     do in loss.topk_divergence.
 
-    Returns (n,) fp32 (float64 for float64 inputs), differentiable; the logits of one chunk of tokens
-    exist at once, and once more in the backward pass. In bf16 the heads' gradients are rounded once
-    a chunk.
+    Returns (n,) fp32 (float64 for float64 inputs), differentiable; the logits of one chunk of
+    tokens exist at once, and once more in the backward pass. In bf16 the heads' gradients are
+    rounded once a chunk.
     """
 
     def of_chunk(ids: Tensor, *hidden: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class Whole(torch.nn.Module):
 
 
 def shard(model) -> Whole:
-    """Cut the weights of `model` into fp32 slices, one a rank, gathered in the model's own dtype."""
+    """Cut the weights of `model` into fp32 slices, one a rank, gathered in the model's dtype."""
     policy = MixedPrecisionPolicy(
         param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -6,10 +6,10 @@
 
 The student sees the full image, the teacher (an EMA of the student) only the crop. Each step: the
 student answers, the teacher reads those answers, and the student is pulled token by token toward
-what the teacher would have said: `learn` below. The paper's other teachers and objectives (Tables 3,
-4, 6) are flags; its baselines (Table 2) are `--method`: methods.py.
+what the teacher would have said: `learn` below. The paper's other teachers and objectives (Tables
+3, 4, 6) are flags; its baselines (Table 2) are `--method`: methods.py.
 
-Killed at any moment, the same command goes on where the last checkpoint was, on any number of ranks.
+Killed at any moment, the same command goes on from the last checkpoint, on any number of ranks.
 """
 
 import launch.environment  # noqa: F401  (first: it sets what torch and transformers read)
@@ -47,8 +47,8 @@ from launch.flags import (
 )
 from launch.run_folder import append, claim, cut_back, tensorboard
 from loss import KINDS
-from methods import METHODS, Micro, View
-from model import encode, load, missing_kernels, response_hidden, to_device
+from methods import METHODS, EncodedMicros, Micro, micros_on_device, views
+from model import load, missing_kernels, response_hidden
 from sharding import (
     Shards,
     join_ranks,
@@ -59,7 +59,7 @@ from sharding import (
     save_checkpoint,
 )
 from storage.files import write
-from storage.images import image_size, load_image
+from storage.images import image_size
 from triplets.fetch import fetch
 from triplets.format import Triplet, read_triplets
 
@@ -99,8 +99,8 @@ class Settings:
     # method and objective (paper, section 4.1; the others: Tables 2, 3, 4 and 6)
     method: str = setting(
         "vision-opd",
-        "who writes, what the teacher sees, a token's loss: see methods.py; all but vision-opd need "
-        "answers in the data",
+        "who writes, what the teacher sees, a token's loss: see methods.py; all but vision-opd "
+        "need answers in the data",
         list(METHODS),
     )
     teacher: str = setting(
@@ -420,52 +420,6 @@ def share_of_step(settings, areas, rank: int, world: int, step: int, seed: int) 
     return [batch[i : i + size] for i in range(0, mine, size)]
 
 
-class EncodedMicros(torch.utils.data.Dataset):
-    """A rank's micro-batches in order: (rows, the student's prompts, the teacher's or None), or the
-    error that a row of them makes: raised in a worker it would come with the worker's traceback."""
-
-    def __init__(self, run: Run, micros: list[list[int]]):
-        self.micros = [[run.rows[j] for j in numbers] for numbers in micros]
-        self.processor, self.dtype = run.processor, run.shards.plain.dtype
-        self.views = views(run.settings)
-
-    def __len__(self) -> int:
-        return len(self.micros)
-
-    def __getitem__(self, i: int):
-        rows, prompts = self.micros[i], []
-        try:
-            for view, most in self.views:
-                images = [load_image(getattr(row, view.image)) for row in rows]
-                texts = [row.question + view.hint.format(answer=row.answer) for row in rows]
-                prompt = encode(self.processor, images, texts, max_tokens=most)
-                prompts.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
-        except (ValueError, OSError) as error:
-            return ValueError(f"samples {[row.id for row in rows]}: {error}")
-        return rows, prompts[0], prompts[1] if len(prompts) > 1 else None
-
-
-def views(settings: Settings) -> list[tuple[View, int]]:
-    """What the student and, if there is one, the teacher are shown, in how many tokens at most."""
-    shown = [(View("image"), settings.max_prompt)]
-    teacher_view = METHODS[settings.method].teacher_view
-    if teacher_view:
-        shown.append((teacher_view, settings.max_crop_prompt))
-    return shown
-
-
-def micros_on_device(batch: list, device) -> list[Micro]:
-    micros = []
-    for item in batch:
-        if isinstance(item, ValueError):
-            raise item
-        rows, student_prompt, teacher_prompt = item
-        if teacher_prompt is not None:
-            teacher_prompt = to_device(teacher_prompt, device)
-        micros.append(Micro(rows, to_device(student_prompt, device), teacher_prompt))
-    return micros
-
-
 # ------------------------------------------------------------------------------ what people look at
 
 
@@ -557,8 +511,7 @@ def claim_folder(settings: Settings, rows: list[Triplet]) -> None:
 
 
 def prepare(settings: Settings, rank: int, world: int, device: torch.device) -> tuple[Run, int]:
-    """Load data, model and, where there is one, the checkpoint to resume from: the run, its step."""
-    out = Path(settings.out)
+    """Load data, model and, if there is one, the checkpoint to resume from: the run, its step."""
     if rank == 0:  # downloads and unpacks, onto a shared disk
         fetch(settings.data)
     dist.barrier()
@@ -578,11 +531,11 @@ def prepare(settings: Settings, rank: int, world: int, device: torch.device) -> 
     )
     method = METHODS[settings.method](settings)
     run = Run(settings, method, rows, areas, processor, shards, rank, world, device)
-    begin = resume(out, shards)
+    begin = resume(Path(settings.out), shards)
     if begin != over_ranks([begin], device, dist.ReduceOp.MIN)[0]:
         raise ValueError(
-            f"rank {rank} finds step {begin} in {out}, another an earlier one. --out must lie on a "
-            "disk that all machines share."
+            f"rank {rank} finds step {begin} in {settings.out}, another an earlier one. "
+            "--out must lie on a disk that all machines share."
         )
     if rank == 0:
         introduce(run, begin)
@@ -654,7 +607,7 @@ def load_ahead(run: Run, shares: list[list[list[int]]]):
     return iter(loader)
 
 
-# -------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------ command line
 
 
 def parse(argv: list[str] | None = None) -> Settings:
@@ -781,9 +734,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if settings.plan:
             if os.environ.get("RANK", "0") == "0":
-                from plan import plan
+                from plan import describe_run
 
-                print(plan(settings, read_rows(settings), views(settings)))
+                print(describe_run(settings, read_rows(settings), views(settings)))
             return
         rank, world, device = join_ranks(settings.device)
         if settings.toy and rank == 0:

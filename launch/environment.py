@@ -5,7 +5,7 @@ and nowhere else, each with its reason. Imported first by every script that uses
 import os
 import sys
 
-# Caches and batches change their size from step to step: without it a GPU's memory is cut to pieces.
+# Caches and batches change their size from step to step, which cuts a GPU's memory to pieces.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 # A run on the CPU must not see the GPU: transformers takes a GPU's kernels (fla, causal-conv1d)
@@ -28,7 +28,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 from transformers.integrations import sdpa_attention  # noqa: E402
 
-# Decoding a token, transformers packs the query heads that share a key (pack_gqa), but not where it
-# is compiled: there it repeats keys and values for every query head, which is what decoding waits for
-# (transformers/integrations/sdpa_attention.py, sdpa_attention_forward).
+# Decoding a token, transformers packs the query heads that share a key (pack_gqa), but not where
+# it is compiled: there it repeats keys and values for every query head, and reading these is what
+# decoding waits for (transformers/integrations/sdpa_attention.py, sdpa_attention_forward).
 sdpa_attention.is_torchdynamo_compiling = lambda: False

@@ -96,7 +96,7 @@ def given_flags(argv: list[str]) -> set[str]:
 
 
 def refuse_idle(parser: argparse.ArgumentParser, argv: list[str], has_effect: dict, why: str):
-    """An error if a flag is given that would change nothing; has_effect: {flag: whether it would}."""
+    """An error if a flag is given that would change nothing; has_effect: {flag: bool}."""
     idle = sorted(name for name in given_flags(argv) if not has_effect.get(name, True))
     if idle:
         parser.error(f"{', '.join(idle)} would change nothing {why}. Leave it out.")
