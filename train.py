@@ -46,7 +46,7 @@ from launch.flags import (
     share,
 )
 from launch.run_folder import append, claim, cut_back, tensorboard
-from loss import KINDS
+from loss import DIVERGENCES
 from methods import METHODS, EncodedMicros, Micro, micros_on_device, views
 from model import load, missing_kernels, response_hidden
 from sharding import (
@@ -115,7 +115,7 @@ class Settings:
         "sampled-token: policy gradient with the advantage log p_teacher - log p_student",
         ["topk", "sampled-token"],
     )
-    divergence: str = setting("jsd", "D(teacher || student)", list(KINDS))
+    divergence: str = setting("jsd", "D(teacher || student)", list(DIVERGENCES))
     beta: float = setting(0.5, "JSD's weight of the teacher in the mixture, in (0, 1)", inner_share)
     top_k: int = setting(
         100, "student tokens compared one by one; the rest share a tail", positive_int
