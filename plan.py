@@ -19,28 +19,62 @@ from triplets.format import Triplet
 
 @dataclass
 class Outline:
-    """What memory and time depend on, of a model that need not be loaded; weights are counted."""
+    """What memory and time depend on, of a model that need not be loaded."""
 
-    text: object  # configuration of the language model
-    vision: object  # and of the vision tower
     weights: int
-    active: int  # those that a token passes through: fewer in a mixture of experts
-    layer: int  # in the largest decoder layer or vision block: gathered together
-    root: int  # outside of these: embedding, head
+    active: int  # weights that a token passes through: fewer in a mixture of experts
+    gathered: int  # weights of the largest decoder layer or vision block
+    root: int  # weights outside of these: embedding, head
+    hidden: int
+    vocab: int
+    layers: int
+    mlp: int  # width; of all experts that a token passes through
+    heads: int
+    kv_heads: int
+    head_dim: int
+    full_layers: int  # of full attention; the others are linear
+    linear: tuple[int, int, int, int]  # heads, key width, value width, convolution kernel
+    blocks: int  # of the vision tower
+    vision_hidden: int
+    vision_mlp: int
+    patch: int  # px
 
 
 def outline(model) -> Outline:
-    config = model.config
-    text = config.get_text_config()
+    text, vision = model.config.get_text_config(), model.config.vision_config
     groups = [*model.model.language_model.layers, *model.model.visual.blocks]
     sizes = [sum(weight.numel() for weight in group.parameters()) for group in groups]
     weights = sum(weight.numel() for weight in model.parameters())
+    asleep, mlp = 0, getattr(text, "intermediate_size", 0)
     experts = sum(w.numel() for name, w in model.named_parameters() if ".experts." in name)
-    asleep = 0
     if experts:
         asleep = int(experts * (1 - text.num_experts_per_tok / text.num_experts))
-    vision = config.vision_config
-    return Outline(text, vision, weights, weights - asleep, max(sizes), weights - sum(sizes))
+        mlp = text.num_experts_per_tok * text.moe_intermediate_size
+        mlp += getattr(text, "shared_expert_intermediate_size", 0)
+    kinds = getattr(text, "layer_types", None) or []
+    linear = (0, 0, 0, 0)
+    if "linear_attention" in kinds:
+        widths = (text.linear_key_head_dim, text.linear_value_head_dim)
+        linear = (text.linear_num_value_heads, *widths, text.linear_conv_kernel_dim)
+    return Outline(
+        weights=weights,
+        active=weights - asleep,
+        gathered=max(sizes),
+        root=weights - sum(sizes),
+        hidden=text.hidden_size,
+        vocab=text.vocab_size,
+        layers=text.num_hidden_layers,
+        mlp=mlp,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        full_layers=text.num_hidden_layers - kinds.count("linear_attention"),
+        linear=linear,
+        blocks=vision.depth,
+        vision_hidden=vision.hidden_size,
+        vision_mlp=vision.intermediate_size,
+        patch=vision.patch_size,
+    )
 
 
 def read_outline(path: str) -> tuple[Outline, ImageTextProcessor]:
@@ -75,79 +109,67 @@ class Memory:
     """
 
     def __init__(self, settings, model: Outline, ranks: int, full: int, seen: int):
-        self.settings, self.model, self.ranks = settings, model, ranks
-        self.full, self.seen = full, seen
+        self.settings, self.model = settings, model
+        self.ranks, self.full, self.seen = ranks, full, seen
         self.number = 2 if settings.device == "cuda" else 4  # bytes of one
-        self.response = settings.max_new_tokens
+        self.longest = settings.max_new_tokens
         self.prompts = settings.prompts // ranks  # a rank's
-        self.rows = settings.micro_prompts * settings.group  # of a micro-batch
-        self.method = METHODS[settings.method]
+        self.distils = METHODS[settings.method].distils
 
     def phases(self) -> dict[str, float]:
         """`stays`, and what each phase of a step adds to it, one at a time."""
-        teacher = self.teaching() if self.method.distils else 0
+        settings, model = self.settings, self.model
+        stays = 16 * model.weights / self.ranks  # fp32: weights, AdamW's two moments, EMA
+        copy = self.number * model.weights  # the plain one
+        if settings.compile:
+            stays, copy = stays + copy, 0
+        batch = self.batch()
         return {
-            "stays": self.stays(),
-            "sampling": self.sampling(),
-            "teacher": teacher,
-            "student": self.student(),
+            "stays": stays,
+            "sampling": copy + batch + self.sampling(),
+            "teacher": (copy + batch + self.teaching()) if self.distils else 0,
+            "student": batch + self.student(),
         }
 
-    def stays(self) -> float:
-        """Slices in fp32: weights, AdamW's two moments, EMA; compiled, the plain copy as well."""
-        return 16 * self.model.weights / self.ranks + self.copy() * self.settings.compile
-
     def sampling(self) -> float:
-        """The plain copy, its caches, and the pass over the prompts that fills them."""
-        settings, state, token = self.settings, self.state_of_row(), self.cache_of_token()
-        decoded = decoded_at_once(settings, self.ranks)
-        rows = decoded * settings.group
-        asked, _ = answered_prompt(settings, self.full, self.seen)
-        layers = max(1, len(attention_layers(self.model.text)))
-        logits = 32 * self.model.text.vocab_size  # with their cumulative sums in float64
-        cache = rows * ((asked + self.response) * token * (1 + 1 / layers) + 2 * state + logits)
-        if settings.compile:  # the cache stays, see batch(); a layer of the prompts' is copied
-            cache = decoded * (asked * token + state)
-            cache += rows * (asked * token / layers + 2 * state + logits)
-        prefill = decoded * (asked * token + state)
-        prefill += max(self.block(decoded, asked), self.layer(decoded, asked, 0)) / 2
-        pixels = decoded * asked * self.pixels_of_token()
-        return self.new_copy() + self.batch() + pixels + max(cache, prefill)
+        """The caches, and the pass over the prompts that fills them."""
+        decoded = decoded_at_once(self.settings, self.ranks)
+        asked, _ = answered_prompt(self.settings, self.full, self.seen)
+        state, token = self.state_of_row(), key_values(self.model, self.number)
+        prompt_cache = decoded * (asked * token + state)
+        row = 2 * state + 32 * self.model.vocab  # logits, and their cumulative sum in float64
+        if self.settings.compile:  # the rows' cache stays, see batch(); a layer's is copied
+            row += asked * token / max(1, self.model.full_layers)
+            cache = prompt_cache + decoded * self.settings.group * row
+        else:
+            row += (asked + self.longest) * token * (1 + 1 / max(1, self.model.full_layers))
+            cache = decoded * self.settings.group * row
+        prefill = max(self.block(decoded, asked), self.layer(decoded, asked, 0)) / 2
+        return decoded * asked * self.pixels_of_token() + max(cache, prompt_cache + prefill)
 
     def teaching(self) -> float:
-        activations = self.layer(self.settings.micro_prompts, self.seen, self.rows) / 2
-        return self.new_copy() + self.batch() + self.targets() + activations
+        settings = self.settings
+        rows = settings.micro_prompts * settings.group
+        return self.targets() + self.layer(settings.micro_prompts, self.seen, rows) / 2
 
     def student(self) -> float:
         """Gradients, what is gathered of the weights, activations, the loss."""
-        settings, text, vision = self.settings, self.model.text, self.model.vision
-        micro, number = settings.micro_prompts, self.number
-        layer = self.layer(micro, self.full, self.rows)
-        block = self.block(micro, self.full)
+        settings, model, number = self.settings, self.model, self.number
+        micro, rows = settings.micro_prompts, settings.micro_prompts * settings.group
+        layer, block = self.layer(micro, self.full, rows), self.block(micro, self.full)
+        activations = model.layers * layer + model.blocks * block
         if settings.checkpointing:
-            tokens = micro * self.full + self.rows * self.response
-            inputs = text.num_hidden_layers * tokens * text.hidden_size
-            inputs += vision.depth * micro * self.full * 4 * vision.hidden_size
+            inputs = model.layers * (micro * self.full + rows * self.longest) * model.hidden
+            inputs += model.blocks * micro * self.full * 4 * model.vision_hidden
             activations = inputs * number + max(layer, block)
-        else:
-            activations = text.num_hidden_layers * layer + vision.depth * block
-        # A layer's weights, those of the next, and the gradients on their way to the ranks in fp32.
-        gathered = (self.model.root + 2 * self.model.layer) * number
-        reduced = self.model.layer * (number + 4)
-        chunk = min(settings.chunk, self.rows * self.response) * text.vocab_size
-        loss = text.vocab_size * text.hidden_size * 4 + chunk * (2 * number + 4)
+        # A layer's weights, those of the next, and gradients on their way to the ranks in fp32.
+        gathered = (model.root + 2 * model.gathered) * number
+        reduced = model.gathered * (number + 4)
+        chunk = min(settings.chunk, rows * self.longest) * model.vocab
+        loss = model.vocab * model.hidden * 4 + chunk * (2 * number + 4)
         # The root's gradients are the last: then there are no activations any more.
-        working = max(activations + reduced + loss, self.model.root * (number + 4))
-        gradients = 4 * self.model.weights / self.ranks
-        return gradients + gathered + working + self.batch() + self.targets()
-
-    # What phases share
-
-    def copy(self) -> float:
-        return self.number * self.model.weights
-
-    def new_copy(self) -> float:
-        return 0 if self.settings.compile else self.copy()
+        working = max(activations + reduced + loss, model.root * (number + 4))
+        return 4 * model.weights / self.ranks + gathered + working + self.targets()
 
     def batch(self) -> float:
         """The encoded images of a step, and the static caches where decoding is compiled."""
@@ -157,85 +179,49 @@ class Memory:
         if settings.compile:
             decoded = decoded_at_once(settings, self.ranks)
             rows = (decoded + self.prompts % decoded) * settings.group  # a last, smaller one
-            _, longest = answered_prompt(settings, self.full, self.seen)
-            slots = longest + self.response
-            held += rows * (slots * self.cache_of_token() + self.state_of_row())
+            slots = answered_prompt(settings, self.full, self.seen)[1] + self.longest
+            held += rows * (slots * key_values(self.model, self.number) + self.state_of_row())
         return held
 
     def targets(self) -> float:
         """The teacher's hidden states and head; a trust-region teacher has two of each."""
-        if not self.method.distils:
+        if not self.distils:
             return 0
         sides = 2 if self.settings.teacher == "trust-region" else 1
-        text = self.model.text
-        tokens = self.prompts * self.settings.group * self.response
-        return sides * (tokens + text.vocab_size) * text.hidden_size * self.number
+        tokens = self.prompts * self.settings.group * self.longest
+        return sides * (tokens + self.model.vocab) * self.model.hidden * self.number
 
     def layer(self, prompts: int, tokens: int, rows: int) -> float:
         """Of one decoder layer on prompts of `tokens` tokens and their `rows` continuations, the
         widest kind."""
-        text, number = self.model.text, self.number
-        heads, key_dim, value_dim, _ = linear_attention(text)
-        blocks = prompts * math.ceil(tokens / 64) + rows * math.ceil(self.response / 64)
+        model, number, longest = self.model, self.number, self.longest
+        heads, key_dim, value_dim, _ = model.linear
+        blocks = prompts * math.ceil(tokens / 64) + rows * math.ceil(longest / 64)
         delta = blocks * 64 * 2 * heads * (key_dim + value_dim) * (24 + 3 * number)
-        all_heads = text.num_attention_heads + text.num_key_value_heads
-        repeated = 4 * rows * (tokens + self.response) * head_dim(text) * all_heads * number
-        width = 8 * text.hidden_size + 3 * intermediate_size(text)
-        return (prompts * tokens + rows * self.response) * width * number + max(delta, repeated)
+        width = model.head_dim * (model.heads + model.kv_heads)
+        repeated = 4 * rows * (tokens + longest) * width * number
+        inner = (prompts * tokens + rows * longest) * (8 * model.hidden + 3 * model.mlp) * number
+        return inner + max(delta, repeated)
 
     def block(self, prompts: int, tokens: int) -> float:
         """Of one block of the vision tower, which has 4 patches an image token."""
-        vision = self.model.vision
-        width = 8 * vision.hidden_size + 3 * vision.intermediate_size
+        width = 8 * self.model.vision_hidden + 3 * self.model.vision_mlp
         return 4 * prompts * tokens * width * self.number
-
-    def cache_of_token(self) -> float:
-        return key_values(self.model.text, self.number)
 
     def state_of_row(self) -> float:
         """Of the linear-attention layers: recurrent states in fp32, convolution states."""
-        text = self.model.text
-        heads, key_dim, value_dim, kernel = linear_attention(text)
-        layers = text.num_hidden_layers - len(attention_layers(text))
-        recurrent = key_dim * value_dim * 4
-        convolution = (2 * key_dim + value_dim) * kernel * self.number
-        return layers * heads * (recurrent + convolution)
+        heads, key_dim, value_dim, kernel = self.model.linear
+        state = key_dim * value_dim * 4 + (2 * key_dim + value_dim) * kernel * self.number
+        return (self.model.layers - self.model.full_layers) * heads * state
 
     def pixels_of_token(self) -> float:
         """4 patches of two frames of 3 colours."""
-        return 4 * 6 * self.model.vision.patch_size**2 * self.number
+        return 4 * 6 * self.model.patch**2 * self.number
 
 
-def attention_layers(text) -> list[int]:
-    """The layers of full attention."""
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    return [i for i, kind in enumerate(kinds) if kind != "linear_attention"]
-
-
-def linear_attention(text) -> tuple[int, int, int, int]:
-    """(heads, key width, value width, convolution kernel); zeros where there is none."""
-    if len(attention_layers(text)) == text.num_hidden_layers:
-        return 0, 0, 0, 0
-    widths = (text.linear_key_head_dim, text.linear_value_head_dim, text.linear_conv_kernel_dim)
-    return text.linear_num_value_heads, *widths
-
-
-def head_dim(text) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def intermediate_size(text) -> int:
-    """Of a dense layer, or of the experts that a token passes through."""
-    if not getattr(text, "num_experts_per_tok", None):
-        return text.intermediate_size
-    shared = getattr(text, "shared_expert_intermediate_size", None) or 0
-    return text.num_experts_per_tok * text.moe_intermediate_size + shared
-
-
-def key_values(text, number: int) -> int:
+def key_values(model: Outline, number: int) -> int:
     """Bytes that a token takes in the KV cache of all layers; number: bytes of one."""
-    layers = len(attention_layers(text))
-    return 2 * layers * text.num_key_value_heads * head_dim(text) * number
+    return 2 * model.full_layers * model.kv_heads * model.head_dim * number
 
 
 def decoded_at_once(settings, ranks: int) -> int:
@@ -264,14 +250,14 @@ def seconds(settings, model: Outline, ranks: int, full: int, seen: int) -> dict[
     decoded = decoded_at_once(settings, ranks)
     asked, limit = answered_prompt(settings, full, seen)
     slots = limit + longest if settings.compile else asked + longest / 2
-    read = 2 * model.active + decoded * settings.group * slots * key_values(model.text, 2)
+    read = 2 * model.active + decoded * settings.group * slots * key_values(model, 2)
     token = max(0.0 if settings.compile else 0.035, read / 2e12)
     forward = 2 * model.active * mine / 400e12  # of a token of every prompt
     responses = settings.group * longest / 4
-    teacher = forward * (seen + responses) if METHODS[settings.method].distils else 0
+    distils = METHODS[settings.method].distils
     return {
         "sampling": forward * asked + math.ceil(mine / decoded) * longest * token,
-        "teacher": teacher,
+        "teacher": forward * (seen + responses) if distils else 0,
         "student": 4 * forward * (full + responses),  # forward twice, backward
     }
 
