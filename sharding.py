@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -30,6 +31,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 from model import save, shared_layer
 from storage.files import flush
@@ -78,14 +80,14 @@ def peak_memory(device: torch.device) -> float:
 
 class Whole(torch.nn.Module):
     """A sharded model's weights are whole only within a forward of its root module. So whatever
-    reads them is handed to one: whole(function, ..) returns function(model, ..)."""
+    reads them is handed to one: whole(function) returns function(model)."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, function, *args):
-        return function(self.model, *args)
+    def forward(self, function):
+        return function(self.model)
 
 
 def shard(model) -> Whole:
@@ -127,27 +129,28 @@ class Shards:
         self.published = None
         self.whole = shard(model)
         named = dict(model.named_parameters())  # tied weights appear once
-        self.names = list(named)
-        self.student = list(named.values())
-        self.numel = sum(weight.numel() for weight in self.student)
-        self.teacher = [weight.detach().clone() for weight in self.student]
+        self.names, self.weights = list(named), list(named.values())
+        self.numel = sum(weight.numel() for weight in self.weights)
+        self.student = [weight.to_local().detach() for weight in self.weights]  # the same memory
+        self.teacher = [slice_.clone() for slice_ in self.student]
         self.adam = torch.optim.AdamW(
             self.student, lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=weight_decay, fused=True
         )
-        for weight in self.student:
-            self.adam.state[weight] = {
-                "step": torch.zeros((), device=weight.device),
-                "exp_avg": torch.zeros_like(weight),
-                "exp_avg_sq": torch.zeros_like(weight),
+        for slice_ in self.student:
+            self.adam.state[slice_] = {
+                "step": torch.zeros((), device=slice_.device),
+                "exp_avg": torch.zeros_like(slice_),
+                "exp_avg_sq": torch.zeros_like(slice_),
             }
 
     @torch.no_grad()
     def publish(self, who: str):
         """The plain copy of the "student" or the "teacher", put together from all ranks' slices."""
         if self.published != who:
-            for whole, slices in zip(self.plain.parameters(), getattr(self, who), strict=True):
+            slices = self.sharded(getattr(self, who))
+            for whole, part in zip(self.plain.parameters(), slices, strict=True):
                 whole.untyped_storage().resize_(whole.nbytes)
-                whole.copy_(slices.to(whole.dtype).full_tensor())
+                whole.copy_(part.to(whole.dtype).full_tensor())
             self.published = who
         return self.plain
 
@@ -158,20 +161,20 @@ class Shards:
             for whole in self.plain.parameters():
                 whole.untyped_storage().resize_(0)
 
-    def student_pass(self, function, *args):
-        """function(student, ..) with the student's weights whole. All ranks make as many passes."""
+    def student_pass(self, function):
+        """function(student) with the student's weights whole. All ranks make as many passes."""
         if self.published:
             self.free()
-        return self.whole(function, *args)
+        return self.whole(function)
 
     def gradient_norm(self) -> float:
         """The global norm of the gradients, the same on all ranks."""
         squares = 0.0
-        for weight in self.student:
+        for weight in self.weights:
             if weight.grad is None:  # no pass has used it
                 weight.grad = torch.zeros_like(weight)
-            part = torch.linalg.vector_norm(weight.grad.to_local(), dtype=torch.float64)
-            squares += part.square()
+            norm = torch.linalg.vector_norm(weight.grad.to_local(), dtype=torch.float64)
+            squares += norm.square()
         dist.all_reduce(squares)
         return squares.sqrt().item()
 
@@ -179,8 +182,9 @@ class Shards:
     def update(self, lr: float, norm: float, clip: float, ema_rate: float) -> None:
         """AdamW on gradients of global norm `norm`, clipped to `clip`; then the EMA teacher."""
         scale = min(1.0, clip / (norm + 1e-6))
-        for weight in self.student:
-            weight.grad.mul_(scale)
+        for slice_, weight in zip(self.student, self.weights, strict=True):
+            slice_.grad = weight.grad.to_local().mul_(scale)
+            weight.grad = None
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         self.adam.zero_grad()
@@ -189,14 +193,27 @@ class Shards:
         )  # (1 - rate) teacher + rate student
         self.published = None
 
-    def tensors(self) -> dict:
+    def sharded(self, slices: list[Tensor]) -> list[DTensor]:
+        """This rank's slices as torch knows them: parts of whole tensors, like the weights."""
+        return [
+            DTensor.from_local(
+                slice_,
+                weight.device_mesh,
+                weight.placements,
+                shape=weight.shape,
+                stride=weight.stride(),
+            )
+            for slice_, weight in zip(slices, self.weights, strict=True)
+        ]
+
+    def tensors(self) -> dict[str, DTensor]:
         """What a run is resumed from, by name."""
         kinds = {"student": self.student, "teacher": self.teacher}
         for moment in ("exp_avg", "exp_avg_sq"):
-            kinds[moment] = [self.adam.state[weight][moment] for weight in self.student]
+            kinds[moment] = [self.adam.state[slice_][moment] for slice_ in self.student]
         named = {}
-        for kind, tensors in kinds.items():
-            for name, tensor in zip(self.names, tensors, strict=True):
+        for kind, slices in kinds.items():
+            for name, tensor in zip(self.names, self.sharded(slices), strict=True):
                 named[f"{kind}.{name}"] = tensor
         return named
 

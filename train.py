@@ -26,6 +26,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -261,7 +262,7 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
     shown = []
     for micro in micros:
         weights = method.token_weights(micro, count)  # (N, T): 1 / the tokens of all ranks
-        loss, per_token, agree = shards.student_pass(student_loss, run, micro, weights)
+        loss, per_token, agree = shards.student_pass(partial(student_loss, run, micro, weights))
         loss.backward()  # sums gradients over the ranks
         totals[0] += loss.detach()
         if agree is not None:
@@ -285,7 +286,7 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
     return entry, shown
 
 
-def student_loss(student, run: Run, micro: Micro, weights: Tensor) -> tuple:
+def student_loss(run: Run, micro: Micro, weights: Tensor, student) -> tuple:
     """The method's loss of a micro-batch: scalar, each token's (n,), agreement (n,) or None."""
     mask = micro.rollout.mask
     hidden = response_hidden(
