@@ -1,16 +1,20 @@
 """The model: load any Qwen3.5 / Qwen3-VL style checkpoint, turn images and questions into prompts,
-and compute the hidden states that predict every token of G responses to a prompt while computing the prompt only once.
+and compute the hidden states that predict every token of G responses to a prompt while computing
+the prompt only once.
 
     student, processor = load("Qwen/Qwen3.5-4B", device="cuda", dtype=torch.bfloat16)
     prompt = encode(processor, [image], ["What is written on the sign?"])
-    hidden = response_hidden(student, prompt, rollout)          # (N, T, D); logits = hidden @ student.lm_head.weight.T
+    hidden = response_hidden(student, prompt, rollout)      # (N, T, D)
+    logits = hidden @ student.lm_head.weight.T
 
-B prompts, G responses each, N = B G rows, L prompt tokens, T response tokens, D hidden size, V vocabulary.
+B prompts, G responses each, N = B G rows, L prompt tokens, T response tokens, D hidden size.
 """
 
+import launch.environment  # noqa: F401  (first: it sets what torch and transformers read)
+
+# isort: split
 import math
 import shutil
-import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,21 +26,21 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
-
-if not torch.cuda.is_available():  # transformers would call these GPU kernels on CPU tensors
-    sys.modules.update(fla=None, causal_conv1d=None)
 from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLProcessor
 
-torch.backends.cuda.enable_cudnn_sdp(
-    False
-)  # preferred on Hopper: a plan for every new length; NaN with some masks
+from storage.hub import download
+
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 MIN_CONTINUATION = 4  # tokens; fewer would take the kernels of one-token decoding
+
+# What a processor returns and a model takes: input_ids, attention_mask, mm_token_type_ids (B, L)
+# int64, pixel_values (patches, 3 t p p), image_grid_thw (images, 3) int64; and `shrunk` (B,) bool.
 Prompt = dict[str, Tensor]
 
 
 class ImageTextProcessor(Qwen3VLProcessor):
-    """Qwen's processor without its video half, which cannot be built where torchvision is missing."""
+    """Qwen's processor without its video half, which cannot be built where torchvision is
+    missing."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         super().__init__(
@@ -44,13 +48,15 @@ class ImageTextProcessor(Qwen3VLProcessor):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------- load
+# ------------------------------------------------------------------------------------------- load
 
 
 def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """A checkpoint directory or hub id -> (model, processor), strictly: every weight present, none left over.
+    """A checkpoint directory or hub id -> (model, processor), strictly: every weight present, none
+    left over.
 
-    Raises FileNotFoundError / ValueError naming what was found when `path` is no image-text checkpoint.
+    Raises FileNotFoundError / ValueError naming what was found when `path` is no image-text
+    checkpoint.
     """
     folder = find(path)
     try:
@@ -62,105 +68,109 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
         raise ValueError(
             f"{path} does not load as a Qwen3.5 / Qwen3-VL style checkpoint: {error}"
         ) from error
-    if not (
-        hasattr(model.model, "visual")
-        and hasattr(model.model, "language_model")
-        and hasattr(model.model, "get_rope_index")
-    ):
+    parts = ("visual", "language_model", "get_rope_index")
+    if not all(hasattr(model.model, part) for part in parts):
         raise ValueError(
             f"{path} is a {type(model).__name__}, expected a Qwen3.5 / Qwen3-VL style model."
         )
-    if wrong := {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}:
+    wrong = {kind: sorted(keys)[:5] for kind, keys in info.items() if keys}
+    if wrong:
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {wrong}. Loading is strict; repair the checkpoint."
+            f"{path} does not fit {type(model).__name__}: {wrong}. Loading is strict; repair the "
+            "checkpoint."
         )
     processor.source = folder
     return prepare(model.to(device), processor), processor
 
 
 def find(path: str, patterns: list[str] | None = None) -> Path:
-    """The checkpoint directory `path`, or that of a hub id, whose files (all, or those that fit the patterns) are downloaded."""
+    """The checkpoint directory `path`, or that of a hub id, whose files (all, or those that fit the
+    patterns) are downloaded."""
     folder = Path(path)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=patterns))
-        except Exception as error:  # network, name, gate, disk
-            raise FileNotFoundError(
-                f"--model {path!r} is neither a directory here nor a model the hub gave us ({type(error).__name__}: {error}). "
-                "Check the name, the network, and `hf auth login` for gated models."
-            ) from error
+        what = f"--model {path!r} is no directory here"
+        folder = download(path, what, "or give a directory.", allow_patterns=patterns)
     if not (folder / "config.json").is_file():
+        found = sorted(file.name for file in folder.iterdir())[:8]
         raise FileNotFoundError(
-            f"{folder} is no checkpoint: it has no config.json (it has {sorted(p.name for p in folder.iterdir())[:8]}). "
-            "Expected a directory written by save_pretrained, or a hub id such as Qwen/Qwen3.5-4B."
+            f"{folder} is no checkpoint: it has no config.json (it has {found}). Expected a "
+            "directory written by save_pretrained, or a hub id such as Qwen/Qwen3.5-4B."
         )
     return folder
 
 
 def prepare(model, processor):
-    """Settings all code here relies on: no dropout, per-block checkpointing of the vision tower, and a neutral generation
-    config. The one of a checkpoint may hold top_k, top_p and penalties that would silently change the rollouts, or be missing:
-    then <|im_end|>, the tokenizer's end, would not be among the ends the model's config names."""
+    """Settings all code here relies on: no dropout, per-block checkpointing of the vision tower,
+    and a neutral generation config.
+
+    A checkpoint's own one may hold top_k, top_p and penalties that would silently change the
+    rollouts, or be missing: then <|im_end|>, the tokenizer's end, would not be among the ends the
+    model's config names.
+    """
     model.eval()
     for block in model.model.visual.blocks:  # active only while block.training
         block.gradient_checkpointing = True
         block._gradient_checkpointing_func = partial(recompute_in_backward, use_reentrant=False)
     ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.eos_token_id} - {
-        None
-    }
-    model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    ends.add(processor.tokenizer.eos_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends - {None}))
     return model
 
 
+def is_linear(layer) -> bool:
+    """Whether a decoder layer has linear attention, with a state, instead of keys and values."""
+    return hasattr(layer, "linear_attn")
+
+
 def missing_kernels(model) -> list[str]:
-    """Packages that are not installed and would make this model faster here; transformers uses them when they are."""
-    if not torch.cuda.is_available() or not any(
-        hasattr(layer, "linear_attn") for layer in model.model.language_model.layers
-    ):
+    """Packages that are not installed and would make this model faster here; transformers uses them
+    when they are."""
+    if not torch.cuda.is_available() or not any(map(is_linear, model.model.language_model.layers)):
         return []
     kernels = {
-        "'flash-linear-attention>=0.6'": "fla",
+        "'flash-linear-attention>=0.6'": "fla",  # older ones are reported to be wrong on Hopper
         "causal-conv1d": "causal_conv1d",
-    }  # older: wrong gradients
+    }
     return [package for package, module in kernels.items() if find_spec(module) is None]
 
 
-def save(model, processor, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write a checkpoint that plain transformers and vLLM load; processor files are copied as the original had them."""
+def save(model, processor, folder: Path) -> None:
+    """Write a checkpoint that plain transformers and vLLM load; processor files are copied as the
+    original had them."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Named parameters: tied weights once.
+    weights = {name: weight.to("cpu", copy=True) for name, weight in model.named_parameters()}
     model.save_pretrained(folder, state_dict=weights)
     if processor.source is None:  # the tiny model has no original
         processor.image_processor.save_pretrained(folder)
         processor.tokenizer.save_pretrained(folder)
-    else:
-        for file in processor.source.iterdir():
-            if (
-                file.suffix in (".json", ".jinja", ".txt", ".model")
-                and file.name != "config.json"
-                and "index" not in file.name
-            ):
-                shutil.copyfile(file, folder / file.name)
+        return
+    for file in processor.source.iterdir():
+        about_weights = file.name == "config.json" or "index" in file.name
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and not about_weights:
+            shutil.copyfile(file, folder / file.name)
 
 
-# -------------------------------------------------------------------------------------------------------------- prompts
+# ----------------------------------------------------------------------------------------- prompts
 
 
 def encode(processor, images: list, texts: list, *, max_tokens: int | None = None) -> Prompt:
-    """Per row an image and a question, or a list of images and a chat (messages as chat templates take them) that has as many
-    -> left-padded prompts that end with the non-thinking generation prefix.
+    """Per row an image and a question, or a list of images and a chat (messages as chat templates
+    take them) that has as many -> left-padded prompts that end with the non-thinking generation
+    prefix.
 
-    Returns input_ids, attention_mask, mm_token_type_ids (B, L) int64, pixel_values (patches, 3 t p p) float32 and
-    image_grid_thw (images, 3) int64, plus `shrunk` (B,) bool: prompts over `max_tokens` have their one image scaled down to
-    fit (cutting ids would cut image tokens). Raises ValueError when the text alone is too long or holds a vision token.
+    Returns a Prompt with pixel_values in float32; `shrunk`: prompts over `max_tokens` have their
+    one image scaled down to fit (cutting ids would cut image tokens). Raises ValueError when the
+    text alone is too long or holds a vision token.
     """
     chats, fitted, shrunk = [], [], []
     for image, text in zip(images, texts, strict=True):
-        if found := [token for token in VISION_TOKENS if token in str(text)]:
+        found = [token for token in VISION_TOKENS if token in str(text)]
+        if found:
             raise ValueError(
-                f"The question {str(text)[:80]!r} holds {found}, which would change the number of images. Remove it."
+                f"The question {str(text)[:80]!r} holds {found}, which would change the number of "
+                "images. Remove it."
             )
         chats.append(chat(processor, text))
         small = image if max_tokens is None else fit(processor, image, chats[-1], max_tokens)
@@ -173,37 +183,41 @@ def encode(processor, images: list, texts: list, *, max_tokens: int | None = Non
 
 
 def chat(processor, text: str | list) -> str:
-    """A question about one image, or a chat's messages, as the model reads it, with a placeholder for each image."""
+    """A question about one image, or a chat's messages, as the model reads it, with a placeholder
+    for each image."""
     if isinstance(text, str):
-        text = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        text = [{"role": "user", "content": content}]
     return processor.apply_chat_template(text, add_generation_prompt=True, enable_thinking=False)
+
+
+def text_tokens(processor, chat: str) -> int:
+    """Tokens of a chat about one image, without those of the image (it holds one placeholder)."""
+    return len(processor.tokenizer(chat)["input_ids"]) - 1
 
 
 def prompt_tokens(processor, size: tuple[int, int], chat: str) -> int:
     """Tokens of a prompt about one image of `size` (width, height) in pixels."""
     vision = processor.image_processor
     patches = vision.get_number_of_image_patches(size[1], size[0], {})
-    return (
-        len(processor.tokenizer(chat)["input_ids"]) - 1 + patches // vision.merge_size**2
-    )  # less the placeholder
+    return text_tokens(processor, chat) + patches // vision.merge_size**2
 
 
 def fit(processor, image: Image.Image, chat: str, max_tokens: int) -> Image.Image:
-    """`image` itself when its prompt has at most `max_tokens` tokens, else a copy scaled down so that it has."""
-    vision = processor.image_processor
-    side = vision.patch_size * vision.merge_size  # px per image token along an edge
+    """`image` itself when its prompt has at most `max_tokens` tokens, else a copy scaled down so
+    that it has."""
     if prompt_tokens(processor, image.size, chat) <= max_tokens:
         return image
-    room = (
-        max_tokens - len(processor.tokenizer(chat)["input_ids"]) + 1
-    )  # the chat holds one placeholder
-    least = 2 * math.ceil(
-        vision.size["shortest_edge"] / side**2
-    )  # a grid below the minimum is enlarged again
+    vision = processor.image_processor
+    side = vision.patch_size * vision.merge_size  # px per image token along an edge
+    room = max_tokens - text_tokens(processor, chat)
+    # A grid below the processor's minimum is enlarged again.
+    least = 2 * math.ceil(vision.size["shortest_edge"] / side**2)
     if room < least:
         raise ValueError(
-            f"A question of {len(chat)} characters leaves {room} of {max_tokens} prompt tokens for its image, which needs "
-            f"at least {least}. Raise the prompt limit or shorten the question: {chat[:120]!r}"
+            f"A question of {len(chat)} characters leaves {room} of {max_tokens} prompt tokens for "
+            f"its image, which needs at least {least}. Raise the prompt limit or shorten the "
+            f"question: {chat[:120]!r}"
         )
     scale = math.sqrt(room * side**2 / (image.width * image.height))
     columns = min(max(1, int(image.width * scale / side)), room)
@@ -215,31 +229,161 @@ def join(prompts: list[Prompt], pad_id: int) -> Prompt:
     """Prompt batches -> one batch, padded on the left to the longest."""
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
     fill = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    return {
-        key: torch.cat(
-            [
-                pad(p[key], (longest - p[key].shape[1], 0), value=fill[key])
-                if key in fill
-                else p[key]
-                for p in prompts
-            ]
-        )
-        for key in prompts[0]
-    }
+    joined = {}
+    for key in prompts[0]:
+        parts = [prompt[key] for prompt in prompts]
+        if key in fill:
+            parts = [pad(p, (longest - p.shape[1], 0), value=fill[key]) for p in parts]
+        joined[key] = torch.cat(parts)
+    return joined
 
 
 def to_device(prompt: Prompt, device) -> Prompt:
     return {key: value.to(device, non_blocking=True) for key, value in prompt.items()}
 
 
-# ------------------------------------------------------------------------------------------------------- shared prefix
+# ----------------------------------------------------------------------------------- shared prefix
+
+
+def response_hidden(model, prompt: Prompt, ids: Tensor, *, checkpoint: bool = True) -> Tensor:
+    """Hidden states after the final norm that predict each response token; the prompt is computed
+    once per group.
+
+    prompt: from `encode`, B rows; ids: (N, T) response ids or a Rollout, rows of one prompt
+    together, N = B G. Returns (N, T, D) in the model's dtype: exactly what a plain forward of each
+    full sequence gives at these positions. checkpoint=True keeps one layer's activations at a time
+    and recomputes the others in the backward pass.
+
+    The last prompt token predicts the first response token, so it opens the continuation: the
+    shared prefix is the other L - 1 prompt tokens, the continuation is that token and the first
+    T - 1 of the response.
+    """
+    ids = getattr(ids, "ids", ids)
+    text = model.model.language_model
+    B, (N, T) = len(prompt["input_ids"]), ids.shape
+    if N % B:
+        raise ValueError(
+            f"{N} responses cannot be shared evenly by {B} prompts: expected rows of one prompt "
+            "together."
+        )
+    rows = torch.arange(B, device=ids.device).repeat_interleave(N // B)  # (N,) -> prompt
+    checkpoint = checkpoint and torch.is_grad_enabled()
+
+    tokens, real = prompt["input_ids"], prompt["attention_mask"].bool()  # (B, L)
+    embeds, visual, deepstack = embed_prompt(model, prompt, checkpoint)  # (B, L-1, D)
+    continuation = torch.cat([tokens[rows, -1:], ids[:, :-1]], dim=1)  # (N, T)
+    continuation = pad(continuation, (0, max(0, MIN_CONTINUATION - T)), value=0)
+    hidden = text.embed_tokens(continuation)  # (N, T, D)
+
+    before, after = rope_positions(model, prompt, rows, hidden.shape[1])
+    prompt_rope = text.rotary_emb(embeds, before)
+    response_rope = text.rotary_emb(hidden, after)
+    prompt_masks, response_mask = attention_masks(real[:, :-1], rows, hidden.shape[1])
+    for index, layer in enumerate(text.layers):
+        kind = "linear" if is_linear(layer) else "full"
+        run = getattr(layer, "shared", partial(shared_layer, layer))  # sharded: gathers its weights
+        embeds, hidden = run(
+            embeds,
+            hidden,
+            {"position_embeddings": prompt_rope, "attention_mask": prompt_masks[kind]},
+            {
+                "position_embeddings": response_rope,
+                "attention_mask": response_mask if kind == "full" else None,
+            },
+            checkpoint,
+        )
+        if index < len(deepstack):
+            features = torch.cat(list(deepstack[index])).to(embeds.dtype)  # (image tokens, D)
+            embeds = embeds + torch.zeros_like(embeds).masked_scatter(visual, features)
+    return text.norm(hidden)[:, :T]
+
+
+def embed_prompt(model, prompt: Prompt, checkpoint: bool) -> tuple[Tensor, Tensor, list]:
+    """The shared prefix before the first layer: embeddings (B, L-1, D) with the image features in
+    place, where these are (B, L-1, 1) bool, and the features that Qwen3-VL adds to early layers."""
+    inner, tokens = model.model, prompt["input_ids"][:, :-1]
+    inner.visual.train(checkpoint)  # turns on its per-block checkpointing
+    vision = inner.get_image_features(
+        prompt["pixel_values"], prompt["image_grid_thw"], return_dict=True
+    )
+    inner.visual.eval()
+    embeds = inner.language_model.embed_tokens(tokens)  # (B, L-1, D)
+    visual = (tokens == model.config.image_token_id)[..., None]  # (B, L-1, 1)
+    embeds = embeds.masked_scatter(visual, torch.cat(vision.pooler_output).to(embeds.dtype))
+    return embeds, visual, getattr(vision, "deepstack_features", None) or []
+
+
+def rope_positions(model, prompt: Prompt, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Positions of the shared prefix (3, B, L-1), and of continuations of `length` tokens
+    (3, N, length)."""
+    positions, delta = model.model.get_rope_index(
+        prompt["input_ids"],
+        mm_token_type_ids=prompt["mm_token_type_ids"],
+        image_grid_thw=prompt["image_grid_thw"],
+        attention_mask=prompt["attention_mask"],
+    )  # (3, B, L), (B, 1)
+    first = prompt["attention_mask"].sum(1, keepdim=True) - 1 + delta  # (B, 1)
+    after = first[rows] + torch.arange(length, device=rows.device)  # (N, length)
+    return positions[:, :, :-1], after.expand(3, -1, -1)
+
+
+def attention_masks(
+    real: Tensor, rows: Tensor, length: int
+) -> tuple[dict[str, Tensor | None], Tensor]:
+    """Masks of the prompt by kind of layer, and of the continuation: True = may attend.
+
+    real: (B, L-1) bool, False on left padding. Full attention: (B, 1, L-1, L-1), or None (plain
+    causal) without padding; linear attention: (B, L-1), or None. Continuation: (N, 1, T, L-1+T),
+    the real prompt tokens, then causal; without padding a causal bias that is aligned to the last
+    key, which a GPU's attention kernels know and need no mask for.
+    """
+    if real.all():
+        return {"full": None, "linear": None}, causal_lower_right(length, real.shape[1] + length)
+    square = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device)
+    itself = torch.eye(len(square), dtype=torch.bool, device=real.device)
+    full = square.tril() & real[:, None] | itself  # padding sees itself: no empty row
+    within = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
+    within = within.expand(len(rows), -1, -1)  # (N, T, T)
+    before = real[rows][:, None].expand(-1, length, -1)  # (N, T, L-1)
+    continuation = torch.cat([before, within], dim=2)[:, None]
+    return {"full": full[:, None], "linear": real}, continuation
+
+
+def shared_layer(
+    layer,
+    prompt: Tensor,
+    response: Tensor,
+    prompt_args: dict,
+    response_args: dict,
+    checkpoint: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One decoder layer on B prompts, then on their N continuations. (B, L-1, D), (N, T, D) -> the
+    same shapes.
+
+    Calls `forward`: a sharded layer's weights are gathered once around both (sharding.py), not by
+    the layer's own hooks.
+    """
+    if checkpoint:
+        return recompute_in_backward(
+            *(shared_layer, layer, prompt, response, prompt_args, response_args),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+    states = LayerStates()
+    prompt = layer.forward(prompt, past_key_values=states, **prompt_args)
+    group = len(response) // len(prompt)
+    past = [state.repeat_interleave(group, dim=0) for state in states.new]
+    response = layer.forward(response, past_key_values=LayerStates(past), **response_args)
+    return prompt, response
 
 
 class LayerStates:
-    """What a decoder layer remembers of the tokens before: keys and values, or convolution and recurrent state.
+    """What a decoder layer remembers of the tokens before: keys and values, or convolution and
+    recurrent state.
 
-    Stands in for the stock cache, which writes its states in place (`copy_`) and so breaks autograd. Here `past` is only
-    read and `new` only assigned, which makes recomputation in the backward pass safe.
+    Stands in for the stock cache, which writes its states in place (`copy_`) and so breaks
+    autograd. Here `past` is only read and `new` only assigned, which makes recomputation in the
+    backward pass safe.
     """
 
     def __init__(self, past: list[Tensor] = ()):
@@ -247,11 +391,9 @@ class LayerStates:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
         self.new = [keys, values]  # (rows, heads, tokens, head_dim)
-        return (
-            tuple(torch.cat(pair, dim=2) for pair in zip(self.past, self.new))
-            if self.past
-            else (keys, values)
-        )
+        if not self.past:
+            return keys, values
+        return torch.cat([self.past[0], keys], dim=2), torch.cat([self.past[1], values], dim=2)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0):
         return self.past[0] if self.past else None
@@ -265,134 +407,11 @@ class LayerStates:
     def update_conv_state(
         self, inputs: Tensor, layer_idx: int, conv_kernel_size: int, **kwargs
     ) -> Tensor:
-        inputs = (
-            torch.cat([self.past[0], inputs], dim=-1) if self.past else inputs
-        )  # (rows, channels, tokens)
-        self.new = [
-            pad(inputs, (max(0, conv_kernel_size - inputs.shape[-1]), 0))[..., -conv_kernel_size:]
-        ]
+        if self.past:
+            inputs = torch.cat([self.past[0], inputs], dim=-1)  # (rows, channels, tokens)
+        missing = max(0, conv_kernel_size - inputs.shape[-1])
+        self.new = [pad(inputs, (missing, 0))[..., -conv_kernel_size:]]
         return inputs
 
     def update_recurrent_state(self, state: Tensor, layer_idx: int, **kwargs) -> None:
         self.new.append(state)  # (rows, heads, key_dim, value_dim)
-
-
-def shared_layer(
-    layer,
-    prompt: Tensor,
-    response: Tensor,
-    prompt_args: dict,
-    response_args: dict,
-    checkpoint: bool = False,
-):
-    """One decoder layer on B prompts, then on their N continuations. (B, L-1, D), (N, T, D) -> the same shapes.
-
-    Calls `forward`: a sharded layer's weights are gathered once around both (sharding.py), not by the layer's own hooks."""
-    if checkpoint:
-        return recompute_in_backward(
-            shared_layer,
-            layer,
-            prompt,
-            response,
-            prompt_args,
-            response_args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-    states = LayerStates()
-    prompt = layer.forward(prompt, past_key_values=states, **prompt_args)
-    shared = LayerStates(
-        [state.repeat_interleave(len(response) // len(prompt), dim=0) for state in states.new]
-    )
-    return prompt, layer.forward(response, past_key_values=shared, **response_args)
-
-
-def response_hidden(model, prompt: Prompt, ids: Tensor, *, checkpoint: bool = True) -> Tensor:
-    """Hidden states after the final norm that predict each response token; the prompt is computed once per group.
-
-    prompt: from `encode`, B rows; ids: (N, T) response ids or a Rollout, rows of one prompt together, N = B G. Returns
-    (N, T, D) in the model's dtype. Exactly what a plain forward of each full sequence gives at these positions.
-    checkpoint=True keeps one layer's activations at a time and recomputes the others in the backward pass.
-
-    The last prompt token predicts the first response token, so it opens the continuation: the shared prefix is the other
-    L - 1 prompt tokens, the continuation is that token and the first T - 1 of the response.
-    """
-    ids = getattr(ids, "ids", ids)
-    inner, text = model.model, model.model.language_model
-    B, (N, T) = len(prompt["input_ids"]), ids.shape
-    if N % B:
-        raise ValueError(
-            f"{N} responses cannot be shared evenly by {B} prompts: expected rows of one prompt together."
-        )
-    rows = torch.arange(B, device=ids.device).repeat_interleave(N // B)  # (N,) -> prompt
-    checkpoint = checkpoint and torch.is_grad_enabled()
-
-    tokens, mask = prompt["input_ids"], prompt["attention_mask"].bool()  # (B, L)
-    visual = tokens[:, :-1] == model.config.image_token_id  # (B, L-1)
-    inner.visual.train(checkpoint)  # turns on its per-block checkpointing
-    vision = inner.get_image_features(
-        prompt["pixel_values"], prompt["image_grid_thw"], return_dict=True
-    )
-    inner.visual.eval()
-    embeds = text.embed_tokens(tokens[:, :-1])  # (B, L-1, D)
-    embeds = embeds.masked_scatter(
-        visual[..., None], torch.cat(vision.pooler_output).to(embeds.dtype)
-    )
-
-    continuation = torch.cat([tokens[rows, -1:], ids[:, :-1]], dim=1)  # (N, T)
-    continuation = pad(continuation, (0, max(0, MIN_CONTINUATION - T)), value=0)
-    hidden = text.embed_tokens(continuation)  # (N, T, D)
-
-    positions, delta = inner.get_rope_index(
-        tokens,
-        mm_token_type_ids=prompt["mm_token_type_ids"],
-        image_grid_thw=prompt["image_grid_thw"],
-        attention_mask=prompt["attention_mask"],
-    )  # (3, B, L), (B, 1)
-    after = mask.sum(1, keepdim=True) - 1 + delta  # (B, 1)
-    after = after[rows] + torch.arange(hidden.shape[1], device=ids.device)  # (N, T)
-    prompt_args = {"position_embeddings": text.rotary_emb(embeds, positions[:, :, :-1])}
-    response_args = {"position_embeddings": text.rotary_emb(hidden, after.expand(3, -1, -1))}
-    prompt_masks, response_mask = attention_masks(mask[:, :-1], rows, hidden.shape[1])
-
-    deepstack = getattr(vision, "deepstack_features", None) or []  # Qwen3-VL adds these early on
-    for index, layer in enumerate(text.layers):
-        kind = "linear" if hasattr(layer, "linear_attn") else "full"
-        embeds, hidden = getattr(layer, "shared", partial(shared_layer, layer))(
-            embeds,
-            hidden,
-            prompt_args | {"attention_mask": prompt_masks[kind]},
-            response_args | {"attention_mask": response_mask if kind == "full" else None},
-            checkpoint,
-        )
-        if index < len(deepstack):
-            features = torch.cat(list(deepstack[index])).to(embeds.dtype)  # (image tokens, D)
-            embeds = embeds + torch.zeros_like(embeds).masked_scatter(visual[..., None], features)
-    return text.norm(hidden)[:, :T]
-
-
-def attention_masks(
-    real: Tensor, rows: Tensor, length: int
-) -> tuple[dict[str, Tensor | None], Tensor]:
-    """Masks of the prompt by kind of layer, and of the continuation: True = may attend.
-
-    real: (B, L-1) bool, False on left padding. Full attention: (B, 1, L-1, L-1), or None (plain causal) without padding;
-    linear attention: (B, L-1), or None. Continuation: (N, 1, T, L-1+T), the real prompt tokens, then causal; without padding
-    a causal bias that is aligned to the last key, which a GPU's attention kernels know and need no mask for.
-    """
-    if real.all():
-        return {"full": None, "linear": None}, causal_lower_right(length, real.shape[1] + length)
-    square = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device)
-    itself = torch.eye(
-        len(square), dtype=torch.bool, device=real.device
-    )  # padding sees itself: no empty row
-    after = (
-        torch.ones(length, length, dtype=torch.bool, device=real.device)
-        .tril()
-        .expand(len(rows), -1, -1)
-    )
-    before = real[rows][:, None].expand(-1, length, -1)
-    return (
-        {"full": (square.tril() & real[:, None] | itself)[:, None], "linear": real},
-        torch.cat([before, after], dim=2)[:, None],
-    )
