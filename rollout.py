@@ -1,14 +1,18 @@
-"""Rollouts: G sampled responses per prompt, the prompt computed once (paper, Eq. 3: y ~ student(. | x, q)).
+"""Rollouts: G sampled responses per prompt, the prompt computed once (Eq. 3: y ~ student(.|x, q)).
 
-    rollout = sample(student, processor, prompt, group=8, max_new_tokens=1024, seeds=[0, 1, 2])     # a seed for each prompt
-    texts = [reply.output for reply in answers(model, processor, images, questions, max_new_tokens=1024)]
+    rollout = sample(student, processor, prompt, group=8, max_new_tokens=1024, seeds=[0, 1, 2])
+    replies = answers(model, processor, images, questions, max_new_tokens=1024)
 
-Sampling is at temperature 1 over all tokens but the vision ones (no top-p, no top-k), by inverse CDF: token = first v with
-CDF(v) > u, one uniform u per row and token drawn from that prompt's own generator. So the random numbers of a response
-depend on its seed alone, never on which prompts share its batch, on the number of ranks or on earlier draws (the logits
-still differ by rounding from batch to batch).
+Sampling is at temperature 1 over all tokens but the vision ones (no top-p, no top-k), by inverse
+CDF: token = first v with CDF(v) > u, one uniform u per row and token drawn from that prompt's own
+generator. So the random numbers of a response depend on its seed alone, never on which prompts
+share its batch, on the number of ranks or on earlier draws (the logits still differ by rounding
+from batch to batch).
 """
 
+import launch.environment  # noqa: F401  (first: it sets what torch and transformers read)
+
+# isort: split
 from collections.abc import Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -24,15 +28,11 @@ from transformers import (
     LogitsProcessorList,
     StaticCache,
 )
-from transformers.integrations import sdpa_attention
 
 from model import VISION_TOKENS, Prompt, encode, to_device
 
 COMPILE = CompileConfig(dynamic=False)  # inductor and CUDA graphs
 CACHES = WeakKeyDictionary()  # model -> {(rows, tokens): its static cache}
-sdpa_attention.is_torchdynamo_compiling = lambda: (
-    False
-)  # else compiled decoding repeats keys and values for every query head
 
 
 @dataclass
@@ -42,114 +42,61 @@ class Rollout:
     ids: Tensor  # (N, T) int64
     mask: Tensor  # (N, T) bool, True on the response's own tokens, its EOS included
     ended: Tensor  # (N,) bool, False where max_new_tokens cut the response off
-    log_probs: Tensor  # (N, T) fp32, of each token where it was sampled; NaN after a response and when greedy
+    log_probs: Tensor  # (N, T) fp32, of each token as sampled; NaN after a response and if greedy
 
     def decode(self, tokenizer) -> list[str]:
         """The responses as texts, without special tokens."""
-        return [
-            tokenizer.decode(ids[mask], skip_special_tokens=True)
-            for ids, mask in zip(self.ids, self.mask)
-        ]
+        rows = zip(self.ids, self.mask, strict=True)
+        return [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows]
 
     def split(self, sizes: list[int]) -> list["Rollout"]:
         """Consecutive parts of `sizes` rows, each as narrow as its longest response."""
-        parts = zip(
-            *(tensor.split(sizes) for tensor in (self.ids, self.mask, self.ended, self.log_probs))
-        )
-        return [
-            Rollout(
-                ids[:, : (width := int(mask.sum(1).max()))],
-                mask[:, :width],
-                ended,
-                log_probs[:, :width],
-            )
-            for ids, mask, ended, log_probs in parts
-        ]
+        parts, start = [], 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            start += size
+            mask = self.mask[rows]
+            width = int(mask.sum(1).max())
+            ids, log_probs = self.ids[rows, :width], self.log_probs[rows, :width]
+            parts.append(Rollout(ids, mask[:, :width], self.ended[rows], log_probs))
+        return parts
 
 
-class InverseCDF(LogitsProcessor):
-    """Leaves only the sampled token finite, so that greedy decoding picks it.
+@dataclass
+class Sampling:
+    """How tokens are drawn."""
 
-    uniforms: (N, max_new_tokens) in [0, 1), float32 values (24 bits, so u < 1 strictly in float64).
-    """
-
-    def __init__(self, uniforms: Tensor, prompt_tokens: int, temperature: float, bar=None):
-        self.uniforms, self.prompt_tokens, self.temperature, self.bar = (
-            uniforms,
-            prompt_tokens,
-            temperature,
-            bar,
-        )
-        self.log_probs = torch.full_like(
-            uniforms, torch.nan
-        )  # (N, max_new_tokens), of what was sampled
-
-    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:  # (N, L + t), (N, V)
-        if self.bar is not None:
-            self.bar.update()
-        p, t = (logits.float() / self.temperature).softmax(-1), ids.shape[1] - self.prompt_tokens
-        cdf = p.cumsum(-1, dtype=torch.float64)
-        u = self.uniforms[:, t].double() * cdf[:, -1]
-        token = torch.searchsorted(
-            cdf, u[:, None], right=True
-        )  # (N, 1); never one of probability 0
-        token.clamp_(max=logits.shape[1] - 1)  # NaN gives V: said at the end
-        self.log_probs[:, t] = p.gather(1, token).log().squeeze(1)
-        return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
+    temperature: float = 1.0  # 0 decodes greedily
+    seeds: list[int] | None = None  # one a prompt; None: from torch's generator
+    bar: tqdm | None = None  # moves on by one a sampled token
+    static: int = 0  # tokens a row, prompt and response, of a cache of fixed size; 0: a growing one
 
 
 @torch.no_grad()
-def sample(
-    model,
-    processor,
-    prompt: Prompt,
-    group: int,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    seeds: list[int] | None = None,
-    bar=None,
-    static: int = 0,
-) -> Rollout:
-    """G responses to each of B prompts. temperature 0 decodes greedily; seeds: one per prompt, default from torch's RNG.
+def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int, **how) -> Rollout:
+    """G responses to each of B prompts; `how`: the fields of `Sampling`.
 
-    The first L - 1 prompt tokens are prefilled once, their cache is copied to the N rows, and `generate` goes on from the
-    last prompt token. Vision tokens are never sampled: they would break every later forward. bar: a tqdm bar that moves on
-    by one a sampled token. static: tokens a row (prompt and response) of a cache of fixed size; on a GPU decoding is then
-    compiled, once for this number and N. Raises ValueError where they are too few.
+    The first L - 1 prompt tokens are prefilled once, their cache is copied to the N rows, and
+    `generate` goes on from the last prompt token. Vision tokens are never sampled: they would break
+    every later forward. With a static cache decoding is compiled on a GPU, once for its size and N;
+    ValueError where it is too small. FloatingPointError where logits are no numbers.
     """
+    how = Sampling(**how)
     ids, mask = prompt["input_ids"], prompt["attention_mask"]  # (B, L)
-    (B, L), device = ids.shape, ids.device
-    rows = torch.arange(B, device=device).repeat_interleave(group)  # (N,) -> prompt
-    model.model.rope_deltas = None  # mutable state of an earlier call
-    cache = DynamicCache(config=model.config.get_text_config())
-    model.model(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
-        mm_token_type_ids=prompt["mm_token_type_ids"][:, :-1],
-        pixel_values=prompt["pixel_values"],
-        image_grid_thw=prompt["image_grid_thw"],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    if static:
-        cache = static_cache(model, cache, rows, static, L + max_new_tokens)
+    length, device = ids.shape[1], ids.device
+    rows = torch.arange(len(ids), device=device).repeat_interleave(group)  # (N,) -> prompt
+    cache = prefill(model, prompt)
+    if how.static:
+        cache = static_cache(model, cache, rows, how.static, length + max_new_tokens)
     else:
         cache.reorder_cache(rows)
     model.model.rope_deltas = model.model.rope_deltas[rows]
 
     processors = LogitsProcessorList()
     log_probs = torch.full((len(rows), max_new_tokens), torch.nan, device=device)
-    if temperature > 0:
-        seeds = torch.randint(2**62, (B,)).tolist() if seeds is None else seeds
-        uniforms = torch.cat(
-            [
-                torch.rand(group, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-                for seed in seeds
-            ]
-        )  # (N, max_new_tokens)
-        processors.append(InverseCDF(uniforms.to(device), L, temperature, bar))
-        log_probs = processors[0].log_probs
+    if how.temperature > 0:
+        uniforms = draw_uniforms(how.seeds, len(ids), group, max_new_tokens).to(device)
+        processors.append(InverseCDF(uniforms, length, how, log_probs))
     tokenizer, stops = processor.tokenizer, model.generation_config.eos_token_id
     output = model.generate(
         input_ids=ids[rows],
@@ -161,44 +108,95 @@ def sample(
             do_sample=False,
             eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
-            compile_config=COMPILE if static else None,
+            compile_config=COMPILE if how.static else None,
             suppress_tokens=tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)),
         ),
     )
     model.model.rope_deltas = None
 
-    response = output[:, L:]  # (N, T)
+    response = output[:, length:]  # (N, T)
     is_stop = torch.isin(response, torch.tensor(stops, device=device))
     before = is_stop.long().cumsum(1) - is_stop.long()  # stop tokens strictly before
     mask = before == 0
     log_probs = log_probs[:, : response.shape[1]].where(mask, torch.nan)
-    if temperature > 0 and not log_probs[mask].isfinite().all():
+    if how.temperature > 0 and not log_probs[mask].isfinite().all():
         raise FloatingPointError(
-            "The model's logits are no numbers. Look at its weights, and at the attention kernels in use."
+            "The model's logits are no numbers. Look at its weights, and at the attention kernels "
+            "in use."
         )
     return Rollout(response, mask, is_stop.any(1), log_probs)
 
 
+def prefill(model, prompt: Prompt) -> DynamicCache:
+    """The states of all layers after the first L - 1 tokens of B prompts."""
+    model.model.rope_deltas = None  # mutable state of an earlier call
+    cache = DynamicCache(config=model.config.get_text_config())
+    before_last = ("input_ids", "attention_mask", "mm_token_type_ids")
+    model.model(
+        **{key: prompt[key][:, :-1] for key in before_last},
+        pixel_values=prompt["pixel_values"],
+        image_grid_thw=prompt["image_grid_thw"],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return cache
+
+
+def draw_uniforms(seeds: list[int] | None, prompts: int, group: int, tokens: int) -> Tensor:
+    """(N, tokens) float32 in [0, 1), those of a prompt from a generator of its own."""
+    seeds = torch.randint(2**62, (prompts,)).tolist() if seeds is None else seeds
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.cat([torch.rand(group, tokens, generator=each) for each in generators])
+
+
+class InverseCDF(LogitsProcessor):
+    """Leaves only the sampled token finite, so that greedy decoding picks it.
+
+    uniforms: (N, max_new_tokens) in [0, 1), float32 values (24 bits, so u < 1 strictly in
+    float64). log_probs: the same shape, filled with those of what is sampled.
+    """
+
+    def __init__(self, uniforms: Tensor, prompt_tokens: int, how: Sampling, log_probs: Tensor):
+        self.uniforms, self.log_probs = uniforms, log_probs
+        self.prompt_tokens, self.how = prompt_tokens, how
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:  # (N, L + t), (N, V)
+        if self.how.bar is not None:
+            self.how.bar.update()
+        t = ids.shape[1] - self.prompt_tokens
+        p = (logits.float() / self.how.temperature).softmax(-1)
+        cdf = p.cumsum(-1, dtype=torch.float64)
+        u = self.uniforms[:, t].double() * cdf[:, -1]
+        token = torch.searchsorted(cdf, u[:, None], right=True)  # (N, 1); p > 0
+        token.clamp_(max=logits.shape[1] - 1)  # NaN gives V: said at the end
+        self.log_probs[:, t] = p.gather(1, token).log().squeeze(1)
+        return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
+
+
 def static_cache(model, cache: DynamicCache, rows: Tensor, tokens: int, needed: int) -> StaticCache:
-    """The states of B prompts, `cache`, copied to N rows (N,) of a cache for `tokens` tokens a row. Its memory is kept for the
-    next call of the same shape: a CUDA graph reads and writes where it did when it was captured."""
+    """The states of B prompts, `cache`, copied to N rows (N,) of a cache for `tokens` tokens a row.
+    Its memory is kept for the next call of the same shape: a CUDA graph reads and writes where it
+    did when it was captured."""
     if tokens < needed:
         raise ValueError(
-            f"The static cache holds {tokens} tokens a row, prompt and response need {needed}. Make it larger."
+            f"The static cache holds {tokens} tokens a row, prompt and response need {needed}. "
+            "Make it larger."
         )
-    kept = CACHES.setdefault(model, {})
-    static = kept.setdefault(
-        (len(rows), tokens),
-        StaticCache(config=model.config.get_text_config(), max_cache_len=tokens),
-    )
+    kept, size = CACHES.setdefault(model, {}), (len(rows), tokens)
+    if size not in kept:
+        kept[size] = StaticCache(config=model.config.get_text_config(), max_cache_len=tokens)
+    static = kept[size]
     static.reset()
-    for layer, prefilled in zip(static.layers, cache.layers):
+    for layer, prefilled in zip(static.layers, cache.layers, strict=True):
         if hasattr(prefilled, "keys"):  # full attention
             layer.update(prefilled.keys[rows], prefilled.values[rows])
         else:
             layer.update_conv_state(prefilled.conv_states[0][rows])
             layer.update_recurrent_state(prefilled.recurrent_states[0][rows])
     return static
+
+
+# -------------------------------------------------------------------------- answers to look at
 
 
 @dataclass
@@ -220,14 +218,13 @@ def answers(
     how = {"temperature": 0.0, **how}
     rollout = sample(model, processor, prompt, group, max_new_tokens=max_new_tokens, **how)
     texts = rollout.decode(processor.tokenizer)
-    lengths = rollout.mask.sum(1).tolist()
-    ended = rollout.ended.tolist()
-    return [Reply(text, n, not end) for text, n, end in zip(texts, lengths, ended)]
+    lengths, ended = rollout.mask.sum(1).tolist(), rollout.ended.tolist()
+    return [Reply(*row) for row in zip(texts, lengths, [not end for end in ended], strict=True)]
 
 
 @dataclass
 class Batches:
-    """Work in batches that fit into memory: `most` items at once, halved for good when it runs out."""
+    """Work in batches that fit: `most` items at once, halved for good when memory runs out."""
 
     most: int
 
