@@ -1,431 +1,420 @@
-"""Evaluation: answers to the paper's benchmarks, with or without a zoom-in tool, and a page to look at. Where the rows come from:
-benchmarks.py; what an answer says: scoring.py; accuracies, intervals, gap and comparison: figures.py.
+"""Evaluation: answers to the paper's benchmarks, with or without a zoom-in tool, and a page to look
+at. Sources, scoring, figures and page are the rooms in benchmarks/.
 
-    python evaluate.py --bench vstar --model Qwen/Qwen3.5-4B --out runs/eval-4b             # or --bench fine,holdout,my.jsonl
-    torchrun --nproc-per-node 8 evaluate.py --bench all --model runs/x/checkpoint-000065 --out runs/eval-x
-    python evaluate.py --bench zoombench --view both --model DIR --out DIR                  # full, crop and the gap
-    python evaluate.py --bench toy --view both --checkpoints runs/toy --out runs/toy-gap    # the gap over a run (Figure 5)
-    python evaluate.py --bench vstar --zoom 3 --model DIR --out DIR                         # the cost of looking twice (Appendix A)
-    python evaluate.py --compare runs/eval-4b runs/eval-x                                   # paired differences, what flipped
-    python evaluate.py --rescore runs/eval-4b --judge URL_OR_MODEL                          # saved answers: no model, no images
-    python evaluate.py --report runs/toy                                                    # (re)build a folder's report.html
+    python evaluate.py --bench vstar --model Qwen/Qwen3.5-4B --out runs/eval-4b
+    torchrun --nproc-per-node 8 evaluate.py --bench all --model runs/x/checkpoint-000065 --out DIR
+    python evaluate.py --bench zoombench --view both --model DIR --out DIR      # crop, gap as well
+    python evaluate.py --bench toy --view both --checkpoints runs/toy --out DIR     # Figure 5
+    python evaluate.py --bench vstar --zoom 3 --model DIR --out DIR     # looking twice (Appendix A)
+    python evaluate.py --compare runs/eval-4b runs/eval-x               # paired differences
+    python evaluate.py --rescore runs/eval-4b --judge URL_OR_MODEL      # saved answers: no model
+    python evaluate.py --report runs/toy                                # (re)build report.html
 
---out holds args.json, answers-BENCH-RANK.jsonl, result.json, a judge's verdicts.jsonl, report.html.
-Killed at any moment, the same command goes on, on any number of ranks. Greedy, non-thinking, images at native resolution.
+--bench takes several, separated by commas: fine,holdout,my.jsonl. --out holds args.json,
+answers-BENCH-RANK.jsonl, result.json, a judge's verdicts.jsonl, report.html. Killed at any moment,
+the same command goes on, on any number of ranks. Greedy, non-thinking, images at native resolution.
 """
 
-import argparse
 import hashlib
 import json
 import os
+import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.figures import compare, percent, saved, summarise, table
-from benchmarks.page import report, trajectory
+from benchmarks.figures import Scorer, compare, percent, saved_answers, summarise, table
+from benchmarks.page import trajectory, write_page
+from benchmarks.rows import Answer, Question
 from benchmarks.scoring import score
-from benchmarks.sources import BENCHES, GROUPS, benchmark
-from benchmarks.zoom import zoomed
-from launch.flags import Help
+from benchmarks.sources import BENCHES, GROUPS, read_benchmark
+from benchmarks.zoom import answer_with_zoom
+from launch.flags import natural, positive_int, setting, settings_parser
 from storage.files import appending, read_json, write
 from storage.images import load_image
 from toy.scenes import held_out
 
-# ---------------------------------------------------------------------------------------------------------------- answers
 
+@dataclass
+class Settings:
+    """The flags."""
 
-def answer(
-    model,
-    processor,
-    name: str,
-    rows: list[dict],
-    out: Path,
-    *,
-    views: list[str],
-    max_new_tokens: int,
-    batch: int,
-    rounds: int = 0,
-    rank: int = 0,
-    world: int = 1,
-) -> None:
-    """Append this rank's answers to benchmark `name` that `out` does not hold yet to out/answers-NAME-RANK.jsonl, a line each.
-
-    A line is the row with bench, view, seconds, and output, tokens, truncated; or with error when its image cannot be read, or
-    it cannot be encoded or does not fit in memory alone: counted, never scored, and tried again by the next run.
-    """
-    from torch import OutOfMemoryError
-
-    import rollout
-
-    near = lambda row: (
-        row | {key: row[key] and os.path.relpath(row[key], out) for key in ("image", "crop")}
+    # instead of answering
+    report: Path = setting(
+        None, "only (re)build the page of a training run or an evaluation", Path, metavar="DIR"
     )
-    asked = [
-        near(row) | {"bench": name, "view": view}
-        for row in rows[rank::world]
-        for view in views
-        if view == "full" or row["crop"]
-    ]
-    done = {(a["id"], a["view"]): a for a in saved(out) if a["bench"] == name and "error" not in a}
-    same = lambda a: all(
-        done.get((a["id"], a["view"]), a)[key] == a[key] for key in ("prompt", "answer")
+    rescore: Path = setting(None, "only score the answers in DIR again", Path, metavar="DIR")
+    compare: list[Path] = setting(
+        None,
+        "only compare two results; with --out also a page",
+        Path,
+        nargs=2,
+        metavar=("A", "B"),
     )
-    if other := sorted({a["id"] for a in asked if not same(a)}):
-        raise ValueError(
-            f"{out} holds {name} with other questions or answers under the ids {other[:3]}. Choose another --out."
-        )
-    todo, states, size = [a for a in asked if (a["id"], a["view"]) not in done], Counter(), batch
-    with (
-        appending(out / f"answers-{name}-{rank}.jsonl") as file,
-        tqdm(
-            total=len(asked),
-            initial=len(asked) - len(todo),
-            desc=name,
-            unit="row",
-            disable=rank > 0,
-        ) as bar,
-    ):
-        while todo:
-            start, part = time.perf_counter(), todo[:size]
-            try:
-                paths = [out / a["image" if a["view"] == "full" else "crop"] for a in part]
-                images = [load_image(os.path.normpath(path)) for path in paths]
-                reply = lambda images, texts: [
-                    vars(r)
-                    for r in rollout.answers(model, processor, images, texts, max_new_tokens)
-                ]
-                prompts = [a["prompt"] for a in part]
-                replies = (
-                    zoomed(reply, images, prompts, rounds) if rounds else reply(images, prompts)
-                )
-            except (OutOfMemoryError, OSError, ValueError) as error:
-                if len(part) > 1:  # too many, or a bad one among them: halve
-                    size = len(part) // 2
-                    if isinstance(error, OutOfMemoryError):
-                        batch = size
-                        tqdm.write(
-                            f"{name}: out of memory with {len(part)} rows at once, going on with {batch}"
-                        )
-                    continue
-                replies = [{"error": f"{type(error).__name__} with this row alone: {error}"}]
-            seconds = (time.perf_counter() - start) / len(part)
-            part = [a | reply | {"seconds": seconds} for a, reply in zip(part, replies)]
-            file.writelines(json.dumps(a) + "\n" for a in part)
-            file.flush()
-            todo, size = todo[len(part) :], min(batch, 2 * size)
-            states.update(score(a)["state"] for a in part)
-            bar.update(len(part))
-            share = states["right"] / max(1, states.total() - states["error"])
-            bar.set_postfix_str(f"{share:.1%} right, {states['error']} errors")
+    # what to answer
+    bench: str = setting(
+        "",
+        f"separated by commas: {', '.join(BENCHES)}, toy; fine, holdout, all; a .jsonl in the "
+        "neutral form (docs/evaluation.md), a folder of triplets with answers",
+    )
+    data_root: Path = setting(
+        Path("data/benchmarks"), "where benchmarks lie, or are downloaded to", Path
+    )
+    model: str = setting(None, "checkpoint directory or hub id")
+    checkpoints: Path = setting(
+        None, "instead: a run's base and checkpoints, into OUT/step-N", Path, metavar="RUN"
+    )
+    out: Path = setting(None, "results folder", Path)
+    view: str = setting("full", "both: the gap, where there are crops", ["full", "crop", "both"])
+    limit: int = setting(None, "only so many rows of each benchmark, evenly spread", positive_int)
+    max_new_tokens: int = setting(
+        4096, "longer ones are cut off and counted (ours: theirs 32,768)", positive_int
+    )
+    zoom: int = setting(0, "a zoom-in tool may be called N times a question", natural, metavar="N")
+    batch: int = setting(
+        16, "rows at once, halved when memory runs out; changes no result", positive_int
+    )
+    device: str = setting(
+        None, "such as cpu or cuda:1 (default: cuda where there is one, a GPU a rank)"
+    )
+    # how to score
+    scorer: str = setting(
+        "ours", "official: first capital letter, as published", ["ours", "official"]
+    )
+    judge: str = setting(
+        None,
+        "for what stays unparsed: a HF model, or an OpenAI-like API's URL (key: OPENAI_API_KEY)",
+    )
+    judge_model: str = setting(None, "the model's name at the judge's URL")
+
+    def names(self) -> list[str]:
+        """The benchmarks asked for, groups taken apart."""
+        given = filter(None, map(str.strip, self.bench.split(",")))
+        return list(dict.fromkeys(name for each in given for name in GROUPS.get(each, [each])))
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+@dataclass
+class Asking:
+    """How questions are put to a model, and which of them this rank puts."""
+
+    views: list[str] = field(default_factory=lambda: ["full"])
+    max_new_tokens: int = 4096
+    batch: int = 16
+    zoom: int = 0  # calls of the zoom-in tool; 0: there is none
+    rank: int = 0
+    world: int = 1
+
+
+# ----------------------------------------------------------------------------------------- answers
 
 
 def evaluate(
-    path: str,
-    benches: dict[str, list[dict]],
-    out: Path,
-    *,
-    device: str,
-    max_new_tokens: int,
-    rounds: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    **how,
+    path: str, benches: dict[str, list[Question]], out: Path, how: Asking, device: str
 ) -> None:
-    """Load the model at `path` and append its answers to `out`, this rank's share of them; returns when all ranks are done.
-    how: views and batch, as in `answer`. Raises ValueError when `out` holds answers of other weights or under other settings."""
+    """Load the model at `path` and append its answers to `out`, this rank's share of them; returns
+    when all ranks are done. Raises ValueError when `out` holds answers of other weights or under
+    other settings."""
     import torch
 
     from model import load
 
-    model, processor = load(
-        path, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16
-    )
-    some = b"".join(
-        weight.detach().flatten()[:64].float().cpu().numpy().tobytes()
-        for weight in model.parameters()
-    )
-    now = {
-        "weights": hashlib.sha256(some).hexdigest()[:16],
-        "max_new_tokens": max_new_tokens,
-        "zoom": rounds,
-    }
-    then = read_json(out / "args.json", []) or now
-    if differ := [
-        f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in now if then.get(key) != now[key]
-    ]:
-        raise ValueError(
-            f"{out} holds answers of {then['model']}; {path} differs in {', '.join(differ)}. Choose another --out."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        write(out / "args.json", json.dumps({"model": path} | now, indent=1) + "\n")
-    for name, rows in benches.items():
-        answer(
-            model,
-            processor,
-            name,
-            rows,
-            out,
-            max_new_tokens=max_new_tokens,
-            rounds=rounds,
-            rank=rank,
-            world=world,
-            **how,
-        )
-    if world > 1:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model, processor = load(path, device=device, dtype=dtype)
+    claim_results(out, path, model, how)
+    for name, questions in benches.items():
+        answer_all(model, processor, name, questions, out, how)
+    if how.world > 1:
         torch.distributed.barrier()
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    # instead of answering
-    only = p.add_mutually_exclusive_group()
-    only.add_argument(
-        "--report",
-        type=Path,
-        metavar="DIR",
-        help="only (re)build the page of a training run or an evaluation",
-    )
-    only.add_argument(
-        "--rescore", type=Path, metavar="DIR", help="only score the answers in DIR again"
-    )
-    only.add_argument(
-        "--compare",
-        type=Path,
-        nargs=2,
-        metavar=("A", "B"),
-        help="only compare two results; with --out also a page",
-    )
-    # what to answer
-    p.add_argument(
-        "--bench",
-        default="",
-        help=f"separated by commas: {', '.join(BENCHES)}, toy; fine, holdout, all; "
-        "a .jsonl in the neutral form (see README), a folder of triplets with answers",
-    )
-    p.add_argument(
-        "--data-root",
-        type=Path,
-        default=Path("data/benchmarks"),
-        help="where benchmarks lie, or are downloaded to",
-    )
-    p.add_argument("--model", help="checkpoint directory or hub id")
-    p.add_argument(
-        "--checkpoints",
-        type=Path,
-        metavar="RUN",
-        help="instead: a run's base and checkpoints, into OUT/step-N",
-    )
-    p.add_argument("--out", type=Path, help="results folder")
-    p.add_argument(
-        "--view",
-        choices=["full", "crop", "both"],
-        default="full",
-        help="both: the gap, where there are crops",
-    )
-    p.add_argument("--limit", type=int, help="only so many rows of each benchmark, evenly spread")
-    p.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=4096,
-        help="longer ones are cut off and counted (ours: theirs 32,768)",
-    )
-    p.add_argument(
-        "--zoom",
-        type=int,
-        default=0,
-        metavar="N",
-        help="a zoom-in tool may be called N times a question",
-    )
-    p.add_argument(
-        "--batch",
-        type=int,
-        default=16,
-        help="rows at once, halved when memory runs out; changes no result",
-    )
-    p.add_argument(
-        "--device", help="such as cpu or cuda:1 (default: cuda where there is one, a GPU a rank)"
-    )
-    # how to score
-    p.add_argument(
-        "--scorer",
-        choices=["ours", "official"],
-        default="ours",
-        help="official: first capital letter, as published",
-    )
-    p.add_argument(
-        "--judge",
-        help="for what stays unparsed: a HF model, or an OpenAI-like API's URL (key: OPENAI_API_KEY)",
-    )
-    p.add_argument("--judge-model", help="the model's name at the judge's URL")
-    args = p.parse_args(argv)
-    given = filter(None, map(str.strip, args.bench.split(",")))
-    args.names = list(dict.fromkeys(name for each in given for name in GROUPS.get(each, [each])))
-    if unknown := [
-        name
-        for name in args.names
-        if name not in BENCHES and name not in GROUPS["toy"] and not Path(name).exists()
-    ]:
-        p.error(
-            f"--bench {', '.join(unknown)} is unknown. Benchmarks: {', '.join(BENCHES)}, toy; groups: fine, holdout, all; or "
-            "the path of a .jsonl or of a folder of triplets."
+def claim_results(out: Path, path: str, model, how: Asking) -> None:
+    """Write out/args.json, or say whose answers `out` holds."""
+    some = [weight.detach().flatten()[:64].float().cpu() for weight in model.parameters()]
+    digest = hashlib.sha256(b"".join(each.numpy().tobytes() for each in some))
+    now = {
+        "weights": digest.hexdigest()[:16],
+        "max_new_tokens": how.max_new_tokens,
+        "zoom": how.zoom,
+    }
+    then = read_json(out / "args.json", []) or now
+    differ = [
+        f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in now if then.get(key) != now[key]
+    ]
+    if differ:
+        raise ValueError(
+            f"{out} holds answers of {then['model']}; {path} differs in {', '.join(differ)}. "
+            "Choose another --out."
         )
-    shows = args.report or args.rescore or args.compare
-    if not (shows or args.names and args.out and bool(args.model) != bool(args.checkpoints)):
-        p.error(
-            "expected --bench, --out, and --model or --checkpoints; or one of --report, --rescore, --compare."
-        )
-    if shows and (args.bench or args.model or args.checkpoints):
-        p.error(
-            "--report, --rescore and --compare are about saved answers. Leave --bench, --model and --checkpoints out."
-        )
-    if args.judge_model and not args.judge:
-        p.error(
-            "--judge-model names a model at the URL of --judge. Give that too, or leave it out."
-        )
-    if (args.report or args.compare) and (args.judge or args.scorer == "official"):
-        p.error(
-            "--report and --compare show answers as they were scored. Give --scorer and --judge to --rescore, before."
-        )
-    if args.compare and args.out in args.compare:
-        p.error(
-            f"--out {args.out} is one of the two that are compared. Choose another folder for their comparison."
-        )
-    if (
-        min(args.batch, args.max_new_tokens, args.zoom + 1, 1 if args.limit is None else args.limit)
-        < 1
-    ):
-        p.error("--batch, --max-new-tokens and --limit must be at least 1, and --zoom at least 0.")
-    return args
+    out.mkdir(parents=True, exist_ok=True)
+    if how.rank == 0:
+        write(out / "args.json", json.dumps({"model": path} | now, indent=1) + "\n")
 
 
-def run(args: argparse.Namespace, scoring: dict, rank: int, world: int) -> None:
-    """Answer and score every benchmark with the model, or with every checkpoint of a run; print tables, write the page."""
-    os.environ |= (
-        {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
-    )  # else kernels of a GPU are taken
+def answer_all(
+    model, processor, name: str, questions: list[Question], out: Path, how: Asking
+) -> None:
+    """Append this rank's answers to benchmark `name` that `out` does not hold yet to
+    out/answers-NAME-RANK.jsonl, a line each.
+
+    A line has an error instead when its image cannot be read, or it cannot be encoded or does not
+    fit in memory alone: counted, never scored, and tried again by the next run.
+    """
+    from rollout import Batches
+
+    asked = to_ask(name, questions[how.rank :: how.world], out, how.views)
+    done = {a.place(): a for a in saved_answers(out) if a.bench == name and a.error is None}
+    stop_if_changed(out, name, asked, done)
+    todo = [answer for answer in asked if answer.place() not in done]
+    states, bar = Counter(), tqdm(total=len(asked), desc=name, unit="row", disable=how.rank > 0)
+    work = partial(replies_to, model, processor, out, how)
+    with appending(out / f"answers-{name}-{how.rank}.jsonl") as file, bar:
+        bar.update(len(asked) - len(todo))
+        start = time.perf_counter()
+        for batch, replies in Batches(how.batch).run(todo, work, bad_item=(OSError, ValueError)):
+            if isinstance(replies, Exception):
+                kind = type(replies).__name__
+                replies = [{"error": f"{kind} with this row alone: {replies}"}]
+            seconds = (time.perf_counter() - start) / len(batch)
+            start = time.perf_counter()
+            for answer, reply in zip(batch, replies, strict=True):
+                vars(answer).update(reply, seconds=seconds)
+                file.write(json.dumps(answer.line()) + "\n")
+                states[score(answer).state] += 1
+            file.flush()
+            bar.update(len(batch))
+            share = states["right"] / max(1, states.total() - states["error"])
+            bar.set_postfix_str(f"{share:.1%} right, {states['error']} errors")
+
+
+def to_ask(name: str, questions: list[Question], out: Path, views: list[str]) -> list[Answer]:
+    """Each question in each view, still without an answer."""
+    asked = []
+    for question in questions:
+        row = dict(vars(question))
+        for view in ("image", "crop"):
+            if row[view]:
+                row[view] = os.path.relpath(row[view], out)
+        for view in views:
+            if view == "full" or question.crop:
+                asked.append(Answer(**row, bench=name, view=view))
+    return asked
+
+
+def stop_if_changed(out: Path, name: str, asked: list[Answer], done: dict) -> None:
+    other = set()
+    for answer in asked:
+        before = done.get(answer.place(), answer)
+        if (before.prompt, before.answer) != (answer.prompt, answer.answer):
+            other.add(answer.id)
+    if other:
+        raise ValueError(
+            f"{out} holds {name} with other questions or answers under the ids "
+            f"{sorted(other)[:3]}. Choose another --out."
+        )
+
+
+def replies_to(model, processor, out: Path, how: Asking, batch: list[Answer]) -> list[dict]:
+    """What the model says to a batch: the fields of an Answer that it fills in."""
+    from rollout import answers
+
+    paths = [out / (a.image if a.view == "full" else a.crop) for a in batch]
+    images = [load_image(os.path.normpath(path)) for path in paths]
+    prompts = [answer.prompt for answer in batch]
+    ask = partial(answers, model, processor, max_new_tokens=how.max_new_tokens)
+    if how.zoom:
+        return answer_with_zoom(ask, images, prompts, how.zoom)
+    return list(map(vars, ask(images, prompts)))
+
+
+# ---------------------------------------------------------------------------------------- command
+
+
+def read_questions(settings: Settings) -> dict[str, list[Question]]:
+    """{benchmark: its questions}, as many of them as asked for. Raises ValueError."""
+    benches = {}
+    for name in settings.names():
+        own = Path(name).name.removesuffix(".jsonl")
+        if own in benches or (own != name and own in (*BENCHES, *GROUPS["toy"])):
+            raise ValueError(
+                f"--bench {name}: another benchmark is called {own!r} too. Rename the file or "
+                "folder."
+            )
+        if name in GROUPS["toy"]:
+            rows = held_out(settings.data_root)[name]
+        else:
+            rows = read_benchmark(name, settings.data_root)
+        n = min(settings.limit or len(rows), len(rows))
+        benches[own] = [rows[i * len(rows) // n] for i in range(n)]
+    return benches
+
+
+def without_crops(view: str, benches: dict[str, list[Question]]) -> list[str]:
+    """The benchmarks that have no crops where these are asked for. ValueError if none has."""
+    if view == "full":
+        return []
+    without = [name for name, rows in benches.items() if not any(row.crop for row in rows)]
+    if without and len(without) == len(benches):
+        raise ValueError(
+            f"--view {view}: {', '.join(without)} has no crops. zoombench, toy and folders of "
+            "triplets have."
+        )
+    return without
+
+
+def models_of_run(run: Path, out: Path) -> dict[Path, str]:
+    """{folder of results: model} of a training run's base and checkpoints."""
+    base = read_json(run / "args.json", []).get("model")
+    kept = sorted(run.glob("checkpoint-??????"))
+    if not base or not kept:
+        raise FileNotFoundError(
+            f"--checkpoints {run}: no args.json with a model, or no checkpoints. Expected the "
+            "--out folder of a train.py run."
+        )
+    models = {out / "step-000000": base}
+    for path in kept:
+        models[out / path.name.replace("checkpoint", "step")] = str(path)
+    return models
+
+
+def answer_and_score(settings: Settings, scorer: Scorer, rank: int, world: int) -> None:
+    """Answer and score every benchmark with the model, or with every checkpoint of a run; print
+    tables, write the page."""
+    import launch.environment  # noqa: F401  (first: it sets what torch and transformers read)
+
+    # isort: split
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    device = args.device or (
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    )
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = settings.device or device
     if device == "cpu":  # on a GPU its warning of slow kernels matters
         transformers.utils.logging.set_verbosity_error()
     if rank > 0:
         torch.distributed.barrier()  # rank 0 downloads and converts first
-    benches = {}
-    for name in args.names:
-        own = Path(name).name.removesuffix(".jsonl")
-        if own in benches or own != name and own in (*BENCHES, *GROUPS["toy"]):
-            raise ValueError(
-                f"--bench {name}: another benchmark is called {own!r} too. Rename the file or folder."
-            )
-        rows = (
-            held_out(args.data_root)[name]
-            if name in GROUPS["toy"]
-            else benchmark(name, args.data_root)
-        )
-        n = min(args.limit or len(rows), len(rows))
-        benches[own] = [rows[i * len(rows) // n] for i in range(n)]
+    benches = read_questions(settings)
     if world > 1 and rank == 0:
         torch.distributed.barrier()
-    without = [
-        name
-        for name, rows in benches.items()
-        if args.view != "full" and not any(row["crop"] for row in rows)
-    ]
-    if without and len(without) == len(benches):
-        raise ValueError(
-            f"--view {args.view}: {', '.join(without)} has no crops. zoombench, toy and folders of triplets have."
-        )
+    without = without_crops(settings.view, benches)
     if without and rank == 0:
-        print(
-            f"no crops, {'left out' if args.view == 'crop' else 'full view only'}: {', '.join(without)}"
-        )
-    benches = {
-        name: rows for name, rows in benches.items() if args.view != "crop" or name not in without
-    }
-    models = {args.out: args.model}
-    if args.checkpoints:
-        base, kept = (
-            read_json(args.checkpoints / "args.json", []).get("model"),
-            sorted(args.checkpoints.glob("checkpoint-??????")),
-        )
-        if not base or not kept:
-            raise FileNotFoundError(
-                f"--checkpoints {args.checkpoints}: no args.json with a model, or no checkpoints. Expected "
-                "the --out folder of a train.py run."
-            )
-        models = {args.out / "step-000000": base} | {
-            args.out / f"step-{path.name[11:]}": str(path) for path in kept
-        }
+        told = "left out" if settings.view == "crop" else "full view only"
+        print(f"no crops, {told}: {', '.join(without)}")
+    if settings.view == "crop":
+        benches = {name: rows for name, rows in benches.items() if name not in without}
+    views = ["full", "crop"] if settings.view == "both" else [settings.view]
+    how = Asking(views, settings.max_new_tokens, settings.batch, settings.zoom, rank, world)
+    models = {settings.out: settings.model}
+    if settings.checkpoints:
+        models = models_of_run(settings.checkpoints, settings.out)
     for out, path in models.items():
-        evaluate(
-            path,
-            benches,
-            out,
-            views=["full", "crop"] if args.view == "both" else [args.view],
-            batch=args.batch,
-            max_new_tokens=args.max_new_tokens,
-            rounds=args.zoom,
-            device=device,
-            rank=rank,
-            world=world,
-        )
+        evaluate(path, benches, out, how, device)
         if rank == 0:
-            print(f"{path}\n{table(summarise(out, **scoring))}")
+            print(f"{path}\n{table(summarise(out, scorer))}")
     if rank == 0:
-        for row in sum(map(trajectory, models), []) if args.checkpoints else []:
+        if settings.checkpoints:
+            print_trajectory(list(models))
+        print(write_page(settings.out))
+
+
+def print_trajectory(folders: list[Path]) -> None:
+    for folder in folders:
+        for row in trajectory(folder):
             shares = "  ".join(f"{key} {percent(row.get(key))}" for key in ("full", "crop", "gap"))
             print(f"step {row['step']:6} {row['bench']:<20} {shares}")
-        print(report(args.out))
+
+
+def show_saved(settings: Settings, scorer: Scorer) -> None:
+    """--compare, --rescore, --report: of answers that are there."""
+    page = settings.report or settings.rescore or settings.out
+    if settings.compare:
+        text, found = compare(*settings.compare)
+        print(text)
+        if settings.out:
+            settings.out.mkdir(parents=True, exist_ok=True)
+            told = {"folders": list(map(os.path.abspath, settings.compare)), "text": text}
+            write(settings.out / "compare.json", json.dumps({**told, "benches": found}, indent=1))
+    if settings.rescore:
+        # step-N of checkpoints, or eval-WHEN of a training run
+        of_run = {path.parent for path in settings.rescore.glob("[es]*-*/answers-*.jsonl")}
+        for folder in sorted(of_run) or [settings.rescore]:
+            print(f"{folder}\n{table(summarise(folder, scorer))}")
+    if page:
+        print(write_page(page))
+
+
+def parse(argv: list[str] | None) -> Settings:
+    parser = settings_parser(Settings, __doc__)
+    settings = Settings(**vars(parser.parse_args(sys.argv[1:] if argv is None else argv)))
+    reason = why_not(settings)
+    if reason:
+        parser.error(reason)
+    return settings
+
+
+def why_not(settings: Settings) -> str | None:
+    """Why flags that are each in order make no command together; None where they do."""
+    known = (*BENCHES, *GROUPS["toy"])
+    unknown = [n for n in settings.names() if n not in known and not Path(n).exists()]
+    if unknown:
+        return (
+            f"--bench {', '.join(unknown)} is unknown. Benchmarks: {', '.join(BENCHES)}, toy; "
+            "groups: fine, holdout, all; or the path of a .jsonl or of a folder of triplets."
+        )
+    shown = [each for each in (settings.report, settings.rescore, settings.compare) if each]
+    asks = settings.bench or settings.model or settings.checkpoints
+    one_model = bool(settings.model) != bool(settings.checkpoints)
+    if len(shown) > 1 or not (shown or (settings.names() and settings.out and one_model)):
+        return (
+            "expected --bench, --out, and --model or --checkpoints; or one of --report, "
+            "--rescore, --compare."
+        )
+    if shown and asks:
+        return (
+            "--report, --rescore and --compare are about saved answers. Leave --bench, --model "
+            "and --checkpoints out."
+        )
+    if settings.judge_model and not settings.judge:
+        return "--judge-model names a model at the URL of --judge. Give that too, or leave it out."
+    scores = settings.judge or settings.scorer == "official"
+    if (settings.report or settings.compare) and scores:
+        return (
+            "--report and --compare show answers as they were scored. Give --scorer and --judge "
+            "to --rescore, before."
+        )
+    if settings.compare and settings.out in settings.compare:
+        return (
+            f"--out {settings.out} is one of the two that are compared. Choose another folder for "
+            "their comparison."
+        )
+    return None
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    scoring = {"scorer": args.scorer, "judge": args.judge, "judge_model": args.judge_model}
+    settings = parse(argv)
+    scorer = Scorer(settings.scorer, settings.judge, settings.judge_model)
     Image.MAX_IMAGE_PIXELS = None  # benchmark files are trusted, and some are huge
-    if args.compare:
-        text, found = compare(*args.compare)
-        print(text)
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            told = {
-                "folders": [*map(os.path.abspath, args.compare)],
-                "text": text,
-                "benches": found,
-            }
-            write(args.out / "compare.json", json.dumps(told, indent=1))
-    elif args.rescore:
-        of_run = {
-            path.parent for path in args.rescore.glob("[es]*-*/answers-*.jsonl")
-        }  # step-N, or eval-WHEN of training
-        for folder in sorted(of_run) or [args.rescore]:
-            print(f"{folder}\n{table(summarise(folder, **scoring))}")
-    if args.report or args.rescore or args.compare:
-        if page := args.report or args.rescore or args.out:
-            print(report(page))
+    if settings.report or settings.rescore or settings.compare:
+        show_saved(settings, scorer)
         return
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        import torch.distributed as dist
+    if world == 1:
+        answer_and_score(settings, scorer, rank, world)
+        return
+    import torch.distributed as dist
 
-        dist.init_process_group("gloo", timeout=timedelta(days=2))
+    dist.init_process_group("gloo", timeout=timedelta(days=2))
     try:
-        run(args, scoring, rank, world)
+        answer_and_score(settings, scorer, rank, world)
     finally:
-        if world > 1:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

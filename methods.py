@@ -24,8 +24,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from benchmarks.scoring import score
-from benchmarks.sources import triplet_row
+from benchmarks.scoring import is_right
+from benchmarks.sources import triplet_question
 from loss import topk_divergence
 from model import Prompt, encode, join, to_device
 from rollout import Rollout, sample
@@ -315,14 +315,10 @@ def micros_on_device(batch: list, device) -> list[Micro]:
 # ------------------------------------------------------------------------------- which are right
 
 
-def is_right(row: Triplet, output: str) -> bool:
-    return score(triplet_row(row) | {"bench": "", "output": output})["correct"]
-
-
 def grade(run, micro: Micro) -> None:
     """Sets which responses match their row's label."""
     texts = micro.rollout.decode(run.processor.tokenizer)
-    asked = [row for row in micro.rows for _ in range(run.settings.group)]
+    asked = [triplet_question(row) for row in micro.rows for _ in range(run.settings.group)]
     right = [is_right(row, text) for row, text in zip(asked, texts, strict=True)]
     micro.right = torch.tensor(right, device=micro.keep.device)
 

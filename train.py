@@ -694,36 +694,29 @@ def prepare_toy(settings: Settings, device: torch.device) -> None:
 
 def judge(out: Path, model: str | Path, when: str, device: torch.device) -> None:
     """Evaluate a model on toy scenes never trained on, into OUT/eval-WHEN."""
-    import evaluate
-    from benchmarks.figures import summarise
+    from benchmarks.figures import Scorer, summarise
+    from evaluate import Asking, evaluate
     from toy.demonstration import RUN
     from toy.scenes import held_out
 
     folder = out / f"eval-{when}"
     if when == "after":  # maybe of an earlier checkpoint
         shutil.rmtree(folder, ignore_errors=True)
-    evaluate.evaluate(
-        str(model),
-        held_out(out),
-        folder,
-        views=["full", "crop"],
-        max_new_tokens=RUN["max_new_tokens"],
-        batch=100,
-        device=str(device),
-    )
-    summarise(folder)
+    how = Asking(["full", "crop"], max_new_tokens=RUN["max_new_tokens"], batch=100)
+    evaluate(str(model), held_out(out), folder, how, str(device))
+    summarise(folder, Scorer())
 
 
 def finish(settings: Settings, final: Path, device: torch.device) -> None:
     """Before and after, where it is the toy; the page."""
     from benchmarks.figures import compare
-    from benchmarks.page import report
+    from benchmarks.page import write_page
 
     out = Path(settings.out)
     if settings.toy:
         judge(out, final, "after", device)
         print(compare(out / "eval-before", out / "eval-after")[0])
-    print(f"model: {final}   page: {report(out)}")
+    print(f"model: {final}   page: {write_page(out)}")
 
 
 def main(argv: list[str] | None = None) -> None:

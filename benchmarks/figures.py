@@ -1,18 +1,22 @@
-"""Figures of saved answers: accuracy as the paper computes it with a 95% interval, the gap between crop and full image, and the
-comparison of two models. Neither a model nor images are needed: `evaluate.py --rescore`.
+"""Figures of saved answers: accuracy as the paper computes it with a 95% interval, the gap between
+crop and full image, and the comparison of two models. Neither a model nor images are needed:
+`evaluate.py --rescore`.
 
-A results folder holds answers-BENCH-RANK.jsonl (a line an answer, complete in itself), result.json and a judge's verdicts.jsonl.
+A results folder holds answers-BENCH-RANK.jsonl (a line an answer, complete in itself), result.json
+and a judge's verdicts.jsonl.
 """
 
 import json
 import math
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks.judge import JUDGE, ask_judge
+from benchmarks.rows import Answer, Scored, read_answer
 from benchmarks.scoring import final_text, score
 from benchmarks.sources import BENCHES, GROUPS
 from storage.files import appending, read_json, read_jsonl, write
@@ -20,15 +24,42 @@ from storage.files import appending, read_json, read_jsonl, write
 Z = 1.959964  # of a 95% interval
 
 
-def saved(out: Path) -> list[dict]:
-    """The answers in a results folder, one a row and view: an error only where there is no answer."""
-    answers = [a for path in sorted(out.glob("answers-*.jsonl")) for a in read_jsonl(path, [])]
-    answers.sort(key=lambda a: "error" not in a)
-    return list({(a["bench"], a["id"], a["view"]): a for a in answers}.values())
+@dataclass
+class Scorer:
+    """Who decides whether an answer is right."""
+
+    scorer: str = "ours"  # or official
+    judge: str | None = None  # a model, or a server's URL
+    judge_model: str | None = None  # the model's name at that URL
 
 
-def expected(out: Path, answers: list[dict]) -> list[dict]:
-    """`answers`, those of the folder `out`. Raises FileNotFoundError when there are none."""
+# ----------------------------------------------------------------------------------------- answers
+
+
+def saved_answers(out: Path) -> list[Answer]:
+    """The answers in a results folder, one a row and view: an error only where there is no
+    answer."""
+    lines = [line for path in sorted(out.glob("answers-*.jsonl")) for line in read_jsonl(path, [])]
+    answers = sorted(map(read_answer, lines), key=lambda answer: answer.error is None)
+    return list({answer.place(): answer for answer in answers}.values())
+
+
+def scorer_of(out: Path) -> Scorer:
+    """By which the answers in `out` were scored last."""
+    result = read_json(out / "result.json", [])
+    judge, name = result.get("judge"), result.get("judge_model")
+    return Scorer(result.get("scorer") or "ours", judge, name)
+
+
+def scored_answers(out: Path) -> list[Scored]:
+    """The answers in `out`, scored as in its result.json, asking nobody. FileNotFoundError when
+    there are none."""
+    how = scorer_of(out)
+    return rate(saved_or_error(out), how, known_verdicts(out, how))
+
+
+def saved_or_error(out: Path) -> list[Answer]:
+    answers = saved_answers(out)
     if not answers:
         raise FileNotFoundError(
             f"{out} holds no answers-*.jsonl. Expected the --out folder of an evaluation."
@@ -36,49 +67,72 @@ def expected(out: Path, answers: list[dict]) -> list[dict]:
     return answers
 
 
-def scored(out: Path, how: dict | None = None) -> tuple[list[dict], int]:
-    """The answers in `out`, scored, and how many calls of the judge failed. It is asked only where something is said and the
-    scorer is undecided, and once: its verdicts are kept in out/verdicts.jsonl. how: scorer, judge, judge_model; None: as in
-    result.json, asking nobody."""
-    scorer, judge, name = map(
-        (how or read_json(out / "result.json", [])).get, ("scorer", "judge", "judge_model")
-    )
-    prompt = lambda a: JUDGE.format_map({"output": ""} | a)
-    known = {
-        v["prompt"]: v["same"]
-        for v in read_jsonl(out / "verdicts.jsonl", [])
-        if (v["judge"], v["model"]) == (judge, name)
-    }
-    rated = lambda: [score(a, known.get(prompt(a)), scorer or "ours") for a in answers]
-    answers, failed = saved(out), 0
-    open_ones = (
-        a for a in rated() if a.get("undecided") and not a["judged"] and final_text(a["output"])
-    )
-    if asked := {prompt(a): a for a in open_ones} if how and judge else {}:
-        with appending(out / "verdicts.jsonl") as file:
-            replies = tqdm(ask_judge(judge, name, [*asked]), "judge", len(asked), unit="answer")
-            for (text, a), reply in zip(asked.items(), replies):
-                if isinstance(reply, str) and (
-                    said := re.search(r"\b(yes|no)\b", final_text(reply), re.I)
-                ):
-                    same = known[text] = said[0].lower() == "yes"
-                    file.write(
-                        json.dumps(
-                            {
-                                "judge": judge,
-                                "model": name,
-                                "prompt": text,
-                                "reply": reply,
-                                "same": same,
-                            }
-                        )
-                        + "\n"
-                    )
-                    file.flush()
-                else:
-                    failed += 1
-                    tqdm.write(f"judge: no verdict on {a['bench']} {a['id']}: {str(reply)[:200]!r}")
-    return rated(), failed
+def judge_prompt(answer: Answer) -> str:
+    return JUDGE.format(prompt=answer.prompt, answer=answer.answer, output=answer.output or "")
+
+
+def rate(answers: list[Answer], how: Scorer, verdicts: dict[str, bool]) -> list[Scored]:
+    return [score(answer, verdicts.get(judge_prompt(answer)), how.scorer) for answer in answers]
+
+
+def known_verdicts(out: Path, how: Scorer) -> dict[str, bool]:
+    """{prompt: verdict} that this judge gave before."""
+    verdicts = {}
+    for line in read_jsonl(out / "verdicts.jsonl", []):
+        if (line["judge"], line["model"]) == (how.judge, how.judge_model):
+            verdicts[line["prompt"]] = line["same"]
+    return verdicts
+
+
+def ask_for_verdicts(out: Path, how: Scorer, verdicts: dict[str, bool]) -> int:
+    """Ask the judge, once, about the answers on which the scorer is undecided and something is
+    said; its verdicts join `verdicts` and out/verdicts.jsonl. Returns how many calls failed."""
+    asked, failed = {}, 0
+    for answer in rate(saved_answers(out), how, verdicts):
+        if answer.undecided and not answer.judged and final_text(answer.output):
+            asked[judge_prompt(answer)] = answer
+    if not asked or not how.judge:
+        return failed
+    replies = ask_judge(how.judge, how.judge_model, list(asked))
+    replies = tqdm(replies, "judge", len(asked), unit="answer")
+    with appending(out / "verdicts.jsonl") as file:
+        for (prompt, answer), reply in zip(asked.items(), replies, strict=True):
+            said = None
+            if isinstance(reply, str):
+                said = re.search(r"\b(yes|no)\b", final_text(reply), re.IGNORECASE)
+            if said is None:
+                failed += 1
+                where = f"{answer.bench} {answer.id}"
+                tqdm.write(f"judge: no verdict on {where}: {str(reply)[:200]!r}")
+                continue
+            verdicts[prompt] = said[0].lower() == "yes"
+            line = {"judge": how.judge, "model": how.judge_model, "prompt": prompt}
+            line |= {"reply": reply, "same": verdicts[prompt]}
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+    return failed
+
+
+def grouped(answers: list, key: str) -> dict[str, list]:
+    found = {}
+    for answer in answers:
+        found.setdefault(getattr(answer, key), []).append(answer)
+    return found
+
+
+def by_view(answers: list[Scored]) -> dict[str, dict[str, list[Scored]]]:
+    """{bench: {view: answers}}, benchmarks in the table's order, full before crop."""
+    order = list(BENCHES)
+
+    def place(answer: Scored) -> tuple:
+        known = order.index(answer.bench) if answer.bench in BENCHES else len(order)
+        return known, answer.bench, answer.view == "crop"
+
+    benches = grouped(sorted(answers, key=place), "bench")
+    return {bench: grouped(rows, "view") for bench, rows in benches.items()}
+
+
+# ----------------------------------------------------------------------------------------- figures
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -90,43 +144,29 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z)), min(1.0, (middle + half) / (1 + z))
 
 
-def grouped(answers: list[dict], key: str) -> dict[str, list[dict]]:
-    found = {}
-    for a in answers:
-        found.setdefault(a[key], []).append(a)
-    return found
-
-
-def by_view(answers: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """{bench: {view: answers}}, benchmarks in the table's order, full before crop."""
-    place = lambda a: ((*BENCHES, a["bench"]).index(a["bench"]), a["bench"], a["view"] == "crop")
-    return {
-        bench: grouped(rows, "view")
-        for bench, rows in grouped(sorted(answers, key=place), "bench").items()
-    }
-
-
-def headline(
-    bench: str, answers: list[dict], key: str = "correct"
-) -> tuple[float | None, tuple[float, float]]:
-    """Accuracy as the paper computes it, and its 95% interval: of all rows (Wilson), or the mean over groups (bootstrap)."""
-    n, right = len(answers), sum(a[key] for a in answers)
+def headline(bench: str, answers: list[Scored], key: str = "correct") -> tuple:
+    """(accuracy as the paper computes it, its 95% interval): of all rows (Wilson), or the mean over
+    groups (bootstrap)."""
+    n, right = len(answers), sum(getattr(answer, key) for answer in answers)
     if not n or "macro" not in BENCHES.get(bench, {}):
         return right / n if n else None, wilson(right, n)
-    groups = [[a[key] for a in group] for _, group in sorted(grouped(answers, "group").items())]
-    n, shares = [len(group) for group in groups], [sum(group) / len(group) for group in groups]
-    draws = np.random.default_rng(0).binomial(n, shares, (10_000, len(n))) / n
-    return sum(shares) / len(shares), tuple(np.percentile(draws.mean(1), [2.5, 97.5]).tolist())
+    sizes, shares = [], []
+    for _, group in sorted(grouped(answers, "group").items()):
+        sizes.append(len(group))
+        shares.append(sum(getattr(answer, key) for answer in group) / len(group))
+    draws = np.random.default_rng(0).binomial(sizes, shares, (10_000, len(sizes))) / sizes
+    interval = np.percentile(draws.mean(1), [2.5, 97.5])
+    return sum(shares) / len(shares), tuple(interval.tolist())
 
 
-def figures(bench: str, answers: list[dict]) -> dict:
-    """What result.json says of one benchmark and view, from its scored answers."""
-    rows = [a for a in answers if a["state"] != "error"]
-    n, count, mean = (
-        len(rows),
-        lambda key: sum(a[key] for a in rows),
-        lambda key: count(key) / max(1, len(rows)),
-    )
+def bench_figures(bench: str, answers: list[Scored]) -> dict:
+    """What result.json says of one benchmark and view."""
+    rows = [answer for answer in answers if answer.state != "error"]
+    n = len(rows)
+
+    def count(key: str) -> float:
+        return sum(getattr(row, key) for row in rows)
+
     accuracy, interval = headline(bench, rows)
     found = {
         "n": n,
@@ -134,204 +174,214 @@ def figures(bench: str, answers: list[dict]) -> dict:
         "accuracy": accuracy,
         "interval": interval,
         "official": headline(bench, rows, "official")[0],
-        "unparsed": sum(a["state"] == "unparsed" for a in rows),
+        "unparsed": sum(row.state == "unparsed" for row in rows),
         "judged": count("judged"),
         "truncated": count("truncated"),
         "errors": len(answers) - n,
-        "seconds": mean("seconds"),
-        "tokens": mean("tokens"),
+        "seconds": count("seconds") / max(1, n),
+        "tokens": count("tokens") / max(1, n),
+        "groups": {},
     }
-    found["groups"] = {
-        group: {
-            "n": len(part),
-            "right": (right := sum(a["correct"] for a in part)),
-            "accuracy": right / len(part),
-        }
-        for group, part in grouped([a for a in rows if a["group"]], "group").items()
-    }
-    if n and all("calls" in a for a in rows):
-        found |= {"calls": mean("calls"), "malformed": count("malformed")}
-    if n and all(a["kind"] == "yn" for a in rows):
-        said, gold = (sum(a[key] == "yes" for a in rows) for key in ("said", "answer"))
-        hit = sum(a["correct"] for a in rows if a["answer"] == "yes")
-        found |= {
-            "f1": 2 * hit / max(1, said + gold),
-            "precision": hit / max(1, said),
-            "recall": hit / max(1, gold),
-            "yes_rate": said / n,
-        }
-    if pairs := [
-        pair for name, pair in grouped(rows, "pair").items() if name is not None and len(pair) == 2
-    ]:
-        found["pair_accuracy"] = sum(all(a["correct"] for a in pair) for pair in pairs) / len(pairs)
+    for group, part in grouped([row for row in rows if row.group], "group").items():
+        right = sum(row.correct for row in part)
+        found["groups"][group] = {"n": len(part), "right": right, "accuracy": right / len(part)}
+    if n and all(row.calls is not None for row in rows):
+        found |= {"calls": count("calls") / n, "malformed": count("malformed")}
+    if n and all(row.kind == "yn" for row in rows):
+        found |= yes_no_figures(rows)
+    pairs = grouped([row for row in rows if row.pair is not None], "pair").values()
+    pairs = [pair for pair in pairs if len(pair) == 2]
+    if pairs:
+        both = sum(first.correct and second.correct for first, second in pairs)
+        found["pair_accuracy"] = both / len(pairs)
     return found
 
 
-def paired(first: list[dict], second: list[dict], *others: list[dict]) -> dict:
-    """second - first, scored answers each, over the rows that both (and all others) hold without an error and with the same
-    question and right answer: accuracies, difference with 95% interval (Agresti and Min 2005), rows gained and lost, exact
-    two-sided McNemar p."""
-    first, second, *others = (
-        {(a["id"], a["prompt"], a["answer"]): a["correct"] for a in side if a["state"] != "error"}
-        for side in (first, second, *others)
-    )
-    both = [row for row in first if all(row in other for other in (second, *others))]
+def yes_no_figures(rows: list[Scored]) -> dict:
+    said = sum(row.said == "yes" for row in rows)
+    gold = sum(row.answer == "yes" for row in rows)
+    hit = sum(row.correct for row in rows if row.answer == "yes")
+    return {
+        "f1": 2 * hit / max(1, said + gold),
+        "precision": hit / max(1, said),
+        "recall": hit / max(1, gold),
+        "yes_rate": said / len(rows),
+    }
+
+
+@dataclass
+class Paired:
+    """Two sides' answers to the same rows."""
+
+    n: int
+    first: float  # accuracies
+    second: float
+    difference: float  # second - first
+    interval: list[float]  # 95% (Agresti and Min 2005)
+    gained: int  # rows that only the second has right
+    lost: int
+    p: float  # exact two-sided McNemar
+    flipped: list[str]  # ids
+
+
+def paired(*sides: list[Scored]) -> Paired:
+    """The second side against the first, over the rows that both (and all further sides) hold
+    without an error and with the same question and right answer."""
+    correct = []
+    for side in sides:
+        rows = [answer for answer in side if answer.state != "error"]
+        correct.append({(row.id, row.prompt, row.answer): row.correct for row in rows})
+    first, second = correct[:2]
+    both = [row for row in first if all(row in side for side in correct)]
     flips = [row for row in both if first[row] != second[row]]
-    n, a, b, gained = (
-        len(both),
-        sum(first[row] for row in both),
-        sum(second[row] for row in both),
-        sum(map(second.get, flips)),
-    )
+    n, gained = len(both), sum(second[row] for row in flips)
+    a, b = sum(first[row] for row in both), sum(second[row] for row in both)
     middle, lost = (b - a) / (n + 2), len(flips) - gained
     half = Z * math.sqrt(((len(flips) + 1) / (n + 2) - middle**2) / (n + 2))
-    return {
-        "n": n,
-        "first": a / max(1, n),
-        "second": b / max(1, n),
-        "difference": (b - a) / max(1, n),
-        "interval": [max(-1.0, middle - half), min(1.0, middle + half)],
-        "gained": gained,
-        "lost": lost,
-        "p": min(
-            1.0,
-            2
-            * sum(math.comb(len(flips), i) for i in range(min(gained, lost) + 1))
-            / 2 ** len(flips),
-        ),
-        "flipped": [name for name, *_ in flips],
-    }
+    tail = sum(math.comb(len(flips), i) for i in range(min(gained, lost) + 1))
+    return Paired(
+        n=n,
+        first=a / max(1, n),
+        second=b / max(1, n),
+        difference=(b - a) / max(1, n),
+        interval=[max(-1.0, middle - half), min(1.0, middle + half)],
+        gained=gained,
+        lost=lost,
+        p=min(1.0, 2 * tail / 2 ** len(flips)),
+        flipped=[name for name, *_ in flips],
+    )
 
 
-def summarise(
-    out: Path, *, scorer: str = "ours", judge: str | None = None, judge_model: str | None = None
-) -> dict:
-    """Score what `out` holds, write out/result.json, and return it: {"benches": {bench: {view: figures, "gap": of the rows
-    answered in both views}}, "averages" over the paper's groups where they are complete, "judge_failures", and the settings}."""
-    how = {"scorer": scorer, "judge": judge, "judge_model": judge_model}
-    answers, failed = scored(out, how)
-    expected(out, answers)
+def summarise(out: Path, how: Scorer) -> dict:
+    """Score what `out` holds, write out/result.json, and return it: {"benches": {bench: {view:
+    figures, "gap" of the rows answered in both views}}, "averages" over the paper's groups where
+    they are complete, "judge_failures", and the settings}."""
+    answers = saved_or_error(out)
+    verdicts = known_verdicts(out, how)
+    failed = ask_for_verdicts(out, how, verdicts)
     benches = {}
-    for bench, views in by_view(answers).items():
-        found = benches[bench] = {view: figures(bench, rows) for view, rows in views.items()}
-        if len(views) == 2 and (both := paired(views["full"], views["crop"]))["n"]:
-            found["gap"] = {
-                "n": both["n"],
-                "full": both["first"],
-                "crop": both["second"],
-                "gap": both["difference"],
-                "interval": both["interval"],
-            }
-    full = lambda name: benches.get(name, {}).get("full", {}).get("accuracy")
-    shares = {group: [*map(full, GROUPS[group])] for group in ("fine", "holdout")}
-    result = {
-        "settings": read_json(out / "args.json", []),
-        **how,
-        "judge_failures": failed,
-        "benches": benches,
-        "averages": {
-            group: sum(found) / len(found) for group, found in shares.items() if None not in found
-        },
-    }
+    for bench, views in by_view(rate(answers, how, verdicts)).items():
+        benches[bench] = {view: bench_figures(bench, rows) for view, rows in views.items()}
+        if len(views) == 2:
+            both = paired(views["full"], views["crop"])
+            if both.n:
+                gap = {"n": both.n, "full": both.first, "crop": both.second}
+                benches[bench]["gap"] = gap | {"gap": both.difference, "interval": both.interval}
+    averages = {}
+    for group in ("fine", "holdout"):
+        full = [benches.get(name, {}).get("full", {}).get("accuracy") for name in GROUPS[group]]
+        if None not in full:
+            averages[group] = sum(full) / len(full)
+    result = {"settings": read_json(out / "args.json", []), **asdict(how)}
+    result |= {"judge_failures": failed, "benches": benches, "averages": averages}
     write(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
+# ------------------------------------------------------------------------------------------ as text
+
+
 def percent(share: float | None, interval: tuple[float, float] | None = None) -> str:
-    span = f" [{100 * interval[0]:5.1f}, {100 * interval[1]:5.1f}]" if interval else ""
-    return ("    -" if share is None else f"{100 * share:5.1f}") + span
+    told = "    -" if share is None else f"{100 * share:5.1f}"
+    if interval:
+        told += f" [{100 * interval[0]:5.1f}, {100 * interval[1]:5.1f}]"
+    return told
+
+
+def row_head(name: str, share: float | None, interval: tuple, rows: int | str) -> str:
+    return f"{name:<24} {percent(share, interval)} {rows:>10}"
 
 
 def table(result: dict) -> str:
-    """A result as text: a line a benchmark and view, its groups and gap below; then the averages."""
+    """A result as text: a line a benchmark and view, its groups and gap below; then averages."""
     lines = [
-        f"{'accuracy [95% interval], %':<48}rows official unparsed judged cut off errors s/row tokens  published 4B, 9B"
+        f"{'accuracy [95% interval], %':<48}rows official unparsed judged cut off errors s/row "
+        "tokens  published 4B, 9B"
     ]
-    head = lambda name, share, interval, rows: f"{name:<24} {percent(share, interval)} {rows:>10}"
     for name, views in result["benches"].items():
         for view, f in views.items():
             if view == "gap":
-                lines.append(head("  gap: crop - full", f["gap"], f["interval"], f["n"]))
-                continue
-            known = BENCHES.get(name, {}) if view == "full" else {}
-            rows = f"{f['n']}/{known['rows']}" if known.get("rows", f["n"]) != f["n"] else f["n"]
-            told = known.get("published", [])
-            lines.append(
-                f"{head(f'{name}, {view}', f['accuracy'], f['interval'], rows)}   {percent(f['official'])}"
-                f"{f['unparsed']:9}{f['judged']:7}{f['truncated']:8}{f['errors']:7}{f['seconds']:6.2f}{f['tokens']:7.0f}"
-                + "".join(f"  {base:.1f} > {ours:.1f}" for base, ours in zip(told[::2], told[1::2]))
-            )
-            for group, g in f["groups"].items() if len(f["groups"]) > 1 else ():
-                lines.append(
-                    head(f"  {group[:22]}", g["accuracy"], wilson(g["right"], g["n"]), g["n"])
-                )
-            keys = [
-                key
-                for key in ("f1", "precision", "recall", "yes_rate", "pair_accuracy")
-                if key in f
-            ]
-            lines += [
-                "  " + ", ".join(f"{key.replace('_', ' ')} {100 * f[key]:.1f}" for key in keys)
-            ] * bool(keys)
-            lines += (
-                [f"  {f['calls']:.2f} zoom-in calls a row, {f['malformed']} malformed"]
-                if "calls" in f
-                else []
-            )
-    lines += [
-        f"{f'average of {group} ({len(GROUPS[group])})':<25}{percent(mean)}"
-        for group, mean in result["averages"].items()
-    ]
-    if failures := result["judge_failures"]:
-        lines.append(f"{failures} calls of the judge failed: scored as wrong")
+                lines.append(row_head("  gap: crop - full", f["gap"], f["interval"], f["n"]))
+            else:
+                lines += view_lines(name, view, f)
+    for group, mean in result["averages"].items():
+        lines.append(f"{f'average of {group} ({len(GROUPS[group])})':<25}{percent(mean)}")
+    if result["judge_failures"]:
+        lines.append(f"{result['judge_failures']} calls of the judge failed: scored as wrong")
     return "\n".join(lines)
 
 
-def compare(a: Path, b: Path) -> tuple[str, dict]:
-    """Two results folders, row by row: text, and {bench: {view: `paired` figures}}. Raises ValueError where there is nothing to
-    compare, or the scoring differs."""
-    sides = [expected(folder, scored(folder)[0]) for folder in (a, b)]
-    rules = [
-        {key: result.get(key) for key in ("scorer", "judge", "judge_model")}
-        for result in (read_json(folder / "result.json", []) for folder in (a, b))
-    ]
-    if rules[0] != rules[1]:
-        raise ValueError(
-            f"{a} was scored with {rules[0]}, {b} with {rules[1]}. Score both alike with --rescore."
-        )
-    first, second = map(by_view, sides)
-    found, lines = (
-        {},
-        [
-            f"{f'% right: {a.name}, {b.name}':<40}  difference [95%]          rows gained  lost McNemar p"
-        ],
+def view_lines(name: str, view: str, f: dict) -> list[str]:
+    """A benchmark's figures `f` in one view, beside what is published."""
+    known = BENCHES.get(name, {}) if view == "full" else {}
+    rows = f["n"]
+    if known.get("rows", rows) != rows:
+        rows = f"{rows}/{known['rows']}"
+    told = row_head(f"{name}, {view}", f["accuracy"], f["interval"], rows)
+    told += (
+        f"   {percent(f['official'])}{f['unparsed']:9}{f['judged']:7}{f['truncated']:8}"
+        f"{f['errors']:7}{f['seconds']:6.2f}{f['tokens']:7.0f}"
     )
+    published = known.get("published", [])
+    for base, ours in zip(published[::2], published[1::2], strict=True):
+        told += f"  {base:.1f} > {ours:.1f}"
+    lines = [told]
+    if len(f["groups"]) > 1:
+        for group, g in f["groups"].items():
+            interval = wilson(g["right"], g["n"])
+            lines.append(row_head(f"  {group[:22]}", g["accuracy"], interval, g["n"]))
+    further = ("f1", "precision", "recall", "yes_rate", "pair_accuracy")
+    further = [f"{key.replace('_', ' ')} {100 * f[key]:.1f}" for key in further if key in f]
+    if further:
+        lines.append("  " + ", ".join(further))
+    if "calls" in f:
+        lines.append(f"  {f['calls']:.2f} zoom-in calls a row, {f['malformed']} malformed")
+    return lines
+
+
+def compare(a: Path, b: Path) -> tuple[str, dict]:
+    """Two results folders, row by row: text, and {bench: {view: `Paired` as a dict}}. ValueError
+    where there is nothing to compare, or the scoring differs."""
+    first, second = by_view(scored_answers(a)), by_view(scored_answers(b))
+    if scorer_of(a) != scorer_of(b):
+        raise ValueError(
+            f"{a} was scored with {scorer_of(a)}, {b} with {scorer_of(b)}. Score both alike with "
+            "--rescore."
+        )
+    found = {}
+    lines = [
+        f"{f'% right: {a.name}, {b.name}':<40}  difference [95%]          rows gained  lost "
+        "McNemar p"
+    ]
     for name in filter(second.get, first):
-        found[name] = {
-            view: paired(rows, second[name][view])
-            for view, rows in first[name].items()
-            if view in second[name]
-        }
-        for view, f in found[name].items():
+        views = [view for view in first[name] if view in second[name]]
+        pairs = {view: paired(first[name][view], second[name][view]) for view in views}
+        found[name] = {view: asdict(pair) for view, pair in pairs.items()}
+        for view, f in pairs.items():
             lines.append(
-                f"{f'{name}, {view}':<26} {percent(f['first'])} {percent(f['second'])}   "
-                f"{percent(f['difference'], f['interval'])}{f['n']:9}{f['gained']:7}{f['lost']:6}{f['p']:10.2g}"
+                f"{f'{name}, {view}':<26} {percent(f.first)} {percent(f.second)}   "
+                f"{percent(f.difference, f.interval)}{f.n:9}{f.gained:7}{f.lost:6}{f.p:10.2g}"
             )
-        a_side, b_side = first[name], second[name]
-        gaps = [
-            paired(
-                side["full"], side["crop"], *other.values()
-            )  # over the rows that both answered in both views
-            for side, other in ((a_side, b_side), (b_side, a_side))
-            if len(side) == len(other) == 2
-        ]
-        if gaps and (before := gaps[0]["difference"]) > 0:  # not flattered by a falling crop
-            lines.append(
-                f"  gap {100 * before:.1f} -> {100 * gaps[1]['difference']:.1f}; the full view's gain closed "
-                f"{(gaps[1]['first'] - gaps[0]['first']) / before:.0%} of it"
-            )
+        lines += gap_line(first[name], second[name])
     if not any(f["n"] for views in found.values() for f in views.values()):
         raise ValueError(
-            f"{a} and {b} have no answers to the same rows. Expected two --out folders of the same benchmark."
+            f"{a} and {b} have no answers to the same rows. Expected two --out folders of the same "
+            "benchmark."
         )
     return "\n".join(lines), found
+
+
+def gap_line(first: dict, second: dict) -> list[str]:
+    """How the gap of a benchmark changed, over the rows that both sides answered in both views, and
+    how much of it the full view's own gain closed: a falling crop does not flatter it."""
+    if len(first) != 2 or len(second) != 2:
+        return []
+    before = paired(first["full"], first["crop"], *second.values())
+    after = paired(second["full"], second["crop"], *first.values())
+    if before.difference <= 0:
+        return []
+    closed = (after.first - before.first) / before.difference
+    return [
+        f"  gap {100 * before.difference:.1f} -> {100 * after.difference:.1f}; the full view's "
+        f"gain closed {closed:.0%} of it"
+    ]

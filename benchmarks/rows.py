@@ -1,6 +1,6 @@
-"""The rows of a benchmark: a question, what a model answered to it, and what that answer was worth."""
+"""The rows of a benchmark: a question, what a model answered to it, and what that is worth."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 
@@ -9,22 +9,25 @@ class Question:
     """A benchmark's row in the neutral form, in which people can bring benchmarks of their own."""
 
     id: str  # unique in its benchmark
-    image: Path
+    image: Path | str
     prompt: str
     answer: str  # an option's letter (mc), yes or no (yn), or a text
     kind: str = "mc"  # mc, yn, free, or exact: word for word
     options: dict[str, str] = field(default_factory=dict)  # letter -> text
-    crop: Path | None = None
+    crop: Path | str | None = None
     group: str | None = None  # category, for accuracies by group
     pair: str | None = None  # questions that only count together (MMVP)
 
 
 @dataclass(kw_only=True)
 class Answer(Question):
-    """A line of answers-BENCH-RANK.jsonl: a question and what a model answered, or an error."""
+    """A line of answers-BENCH-RANK.jsonl: a question and what a model answered, or an error.
 
-    bench: str
-    view: str  # full or crop: which image was shown
+    image and crop: relative to the folder that holds the line.
+    """
+
+    bench: str = ""
+    view: str = "full"  # or crop: which image was shown
     output: str | None = None
     tokens: int | None = None
     truncated: bool | None = None
@@ -32,6 +35,15 @@ class Answer(Question):
     error: str | None = None  # instead of an output; counted, never scored, asked again
     calls: int | None = None  # of the zoom-in tool
     malformed: int | None = None  # calls that were none
+
+    def place(self) -> tuple[str, str, str]:
+        return self.bench, self.id, self.view
+
+    def line(self) -> dict:
+        """As it is written: an answer's own fields only where there is something."""
+        own = {each.name for each in fields(Answer)} - {each.name for each in fields(Question)}
+        row = asdict(self)
+        return {key: value for key, value in row.items() if key not in own or value is not None}
 
 
 @dataclass(kw_only=True)
@@ -44,3 +56,9 @@ class Scored(Answer):
     judged: bool = False
     correct: bool = False
     state: str = "error"  # right, wrong, unparsed or error
+
+
+def read_answer(line: dict) -> Answer:
+    """The answer of a line, whatever else an older version wrote there."""
+    known = {each.name for each in fields(Answer)}
+    return Answer(**{key: value for key, value in line.items() if key in known})

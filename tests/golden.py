@@ -58,7 +58,7 @@ FLAGS = [
 ]
 
 
-def parity(row, text):
+def parity(question, text):
     """Random weights answer nothing right: half of all texts count as right."""
     return sum(map(str.isalnum, text)) % 2 == 0
 

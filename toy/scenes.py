@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.sources import TOY, benchmark
+from benchmarks.rows import Question
+from benchmarks.sources import read_benchmark
 from triplets.format import RED, Triplet, write_triplets
 
 SPLITS = ("train", "base", "eval")  # their streams of scenes never meet, whatever the seeds
@@ -189,10 +190,22 @@ def draw(folder: str | Path, n: int, seed: int, split: str = "train") -> Path:
     return folder
 
 
-def held_out(folder: Path) -> dict[str, list[dict]]:
-    """The rows of the toy's three benchmarks, of scenes never trained on, drawn into `folder`/toy."""
-    rows, benches = benchmark(str(draw(folder / "toy", 1200, 0, split="eval")), folder), {}
-    for row in rows:
-        benches.setdefault(TOY[row["group"]], []).append(row)
-    benches["toy-holdout"] = [row | {"crop": None} for row in benches["toy-holdout"]]
+# What a scene of each kind is evaluated as.
+BENCHES = {
+    "small": "toy",
+    "pair": "toy",
+    "large": "toy-large",
+    "colour": "toy-holdout",
+    "corner": "toy-holdout",
+}
+
+
+def held_out(folder: Path) -> dict[str, list[Question]]:
+    """The questions of the toy's three benchmarks, about scenes never trained on, drawn into
+    `folder`/toy."""
+    benches = {}
+    for question in read_benchmark(str(draw(folder / "toy", 1200, 0, split="eval")), folder):
+        if BENCHES[question.group] == "toy-holdout":
+            question.crop = None  # its questions are about the scene
+        benches.setdefault(BENCHES[question.group], []).append(question)
     return benches
