@@ -35,17 +35,13 @@ def scenes(count=60, split="train", seed=0):
 def test_a_scene_depends_on_its_seed_and_index_alone():
     forward, backward = scenes(20), scenes(20)[::-1]
     for a, b in zip(forward, backward[::-1], strict=True):
-        assert {**a, "image": a.image.tobytes(), "crop": a.crop.tobytes()} == {
-            **b,
-            "image": b.image.tobytes(),
-            "crop": b.crop.tobytes(),
-        }
+        assert a == b
     other = subprocess.run(
         [
             sys.executable,
             "-c",
-            "import hashlib, toy; s = toy_scenes.scene(3, 5, 'pair', 'eval'); "
-            "print(hashlib.sha256(s['image'].tobytes()).hexdigest(), s['answer'])",
+            "import hashlib; from toy.scenes import scene; s = scene(3, 5, 'pair', 'eval'); "
+            "print(hashlib.sha256(s.image.tobytes()).hexdigest(), s.answer)",
         ],
         cwd=ROOT,
         capture_output=True,
@@ -210,7 +206,7 @@ def test_a_toy_set_is_kept_when_it_is_the_same_and_refused_when_not(tmp_path):
     with pytest.raises(FileExistsError, match=r"'n': \(6, 7\)"):
         toy_scenes.draw(tmp_path, 7, 0)
     (tmp_path / "train.jsonl").unlink()  # as if killed before the end
-    (tmp_path / "images" / f"{rows[0]['id']}.png").unlink()
+    (tmp_path / "images" / f"{rows[0].id}.png").unlink()
     toy_scenes.draw(tmp_path, 6, 0)
     assert len(triplet_format.read_triplets(tmp_path)) == 6
     (tmp_path / "toy.json").unlink()
@@ -320,9 +316,9 @@ def test_the_base_is_trained_once_and_what_has_ended_is_not_run_again(tmp_path, 
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", trained)
-    monkeypatch.setattr(scenes, "ROWS", 4)
+    monkeypatch.setattr(methods_table, "ROWS", 4)
     monkeypatch.setattr(
-        base_model, "train_base", lambda folder, seed: told.append("base") or folder.mkdir()
+        methods_table, "train_base", lambda folder, seed: told.append("base") or folder.mkdir()
     )
     methods_table.ablate(tmp_path, [0, 3], ["vision-opd", "grpo"], 2, 5)
     paths = str(tmp_path / "base"), str(tmp_path / "data")
@@ -338,7 +334,7 @@ def test_a_variant_that_fails_is_named_with_its_output(tmp_path, monkeypatch):
     monkeypatch.setattr(
         subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1)
     )
-    monkeypatch.setattr(scenes, "ROWS", 4)
+    monkeypatch.setattr(methods_table, "ROWS", 4)
     (tmp_path / "base").mkdir()
     with pytest.raises(
         OSError, match=r"vision-opd with seed 0 failed: see .*vision-opd-0/output.txt"

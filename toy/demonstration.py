@@ -8,7 +8,7 @@ from toy.base import train_base
 from toy.scenes import ROWS, draw
 from triplets.preview import preview
 
-# What it changes (ours: a tiny model trained from scratch in minutes).
+# Its defaults of train.py's settings (ours: a tiny model trained from scratch in minutes).
 RUN = dict(
     prompts=16,
     group=2,
@@ -19,7 +19,7 @@ RUN = dict(
     schedule="cosine",
     top_k=16,
     ema_rate=0.001,
-    adam_eps=5e-5,
+    adam_eps=5e-5,  # with 1e-8 every step is full-size noise once the gradient has vanished
     micro_prompts=16,
     gen_prompts=16,
     workers=1,
@@ -30,11 +30,12 @@ RUN = dict(
 )
 
 
-def prepare(args, device: torch.device) -> str:
-    """Draw the scenes and train the base model, each only if it is not there yet; seconds.json of the base."""
-    out, took = Path(args.out), Path(args.model).with_name("base-seconds.json")
-    if args.data == f"{args.out}/data":
-        preview(draw(out / "data", ROWS, args.seed))
-    if not Path(args.model).exists() and args.model == f"{args.out}/base":
-        train_base(Path(args.model), args.seed, device)
-    return took.read_text() if took.is_file() else "{}"
+def prepare(out: Path, data: Path, model: Path, seed: int, device: torch.device) -> str:
+    """Draw the scenes and train the base model, where they are the run's own (out/data, out/base)
+    and not there yet. Returns what seconds.json is to hold: the time the base model took."""
+    if data == out / "data":
+        preview(draw(data, ROWS, seed))
+    if model == out / "base" and not model.exists():
+        train_base(model, seed, device)
+    seconds = model.with_name("base-seconds.json")
+    return seconds.read_text() if seconds.is_file() else "{}"
