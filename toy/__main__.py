@@ -6,7 +6,11 @@ python -m toy --ablate --out runs/ablate        the table: every method, several
 
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else a GPU's kernels are taken where they are installed
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # made for the CPU; launch.environment looks for a GPU
+
+import launch.environment  # noqa: F401  (first: it sets what torch and transformers read)
+
+# isort: split
 
 import sys
 from dataclasses import dataclass
@@ -23,25 +27,19 @@ from triplets.preview import preview
 
 @dataclass
 class Settings:
-    out: Path = setting(
-        None,
-        "folder to write; an interrupted table goes on",
-        Path,
-        required=True,
-        metavar="DIR",
-    )
+    out: Path = setting(None, "folder to write; an interrupted table goes on", Path, required=True)
     # What is drawn.
     n: int = setting(100, "triplets to draw", positive_int)
     seed: int = setting(0, "of the scenes drawn", natural)
-    split: str = setting("train", "three streams of scenes that never meet", list(SPLITS))
+    split: str = setting("train", "three streams of scenes that never meet", SPLITS)
     # The table.
     ablate: bool = setting(
         False, "instead: train and compare the variants of train.py's method", bool
     )
-    variants: list[str] = setting(
+    variants: list = setting(
         tuple(VARIANTS), "rows of the table (default: all)", list(VARIANTS), nargs="+"
     )
-    seeds: list[int] = setting((0, 1, 2), "runs a variant (default: 0 1 2)", natural, nargs="+")
+    seeds: list = setting((0, 1, 2), "runs a variant (default: 0 1 2)", natural, nargs="+")
     steps: int = setting(400, "steps a run", positive_int)
     jobs: int = setting(2, "runs at a time, a CPU core each", positive_int)
 

@@ -1,7 +1,7 @@
 """Drawn scenes with questions and answers.
 
-A scene is 64 x 64 px, a 4 x 4 grid with 4 to 12 objects over faint lines; "what is in the red box ?"
-is answered by, say, "a green cross with 7 .". What the box holds, and what else is asked:
+A scene is 64 x 64 px, a 4 x 4 grid with 4 to 12 objects over faint lines; "what is in the red
+box ?" is answered by, say, "a green cross with 7 .". What the box holds, and what else is asked:
 
     small     one object in one cell                        hard in the full view, easy in the crop
     pair      two neighbours, so an answer twice as long    the same
@@ -13,21 +13,20 @@ is answered by, say, "a green cross with 7 .". What the box holds, and what else
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from benchmarks.sources import TOY, benchmark
-from storage.files import write
+from storage.files import read_json, write
 from triplets.format import RED, Triplet, write_triplets
 
 CELL = 16  # px
 GRID = 4  # cells a side
 SIDE = CELL * GRID  # px
-SPLITS = ("train", "base", "eval")  # their streams of scenes never meet, whatever the seeds
+SPLITS = ["train", "base", "eval"]  # their streams of scenes never meet, whatever the seeds
 KINDS = {  # rows and columns of the target
     "small": (1, 1),
     "pair": (1, 2),
@@ -35,106 +34,87 @@ KINDS = {  # rows and columns of the target
     "colour": (1, 1),
     "corner": (2, 2),
 }
-MIX = ("small", "pair", "large")  # distilled in turn: without large ones their skill is forgotten
-EVAL = (*MIX, *MIX, "colour", "corner")  # judged in turn
+MIX = ("small", "pair", "large")  # distilled, in turn: without large ones their skill is forgotten
+EVAL = (*MIX, *MIX, "colour", "corner")  # judged, in turn
 ROWS = 6000  # triplets of the distillation
 
 COLOURS = {  # red is the box's alone
-    "green": (60, 190, 70),
-    "blue": (70, 120, 255),
-    "yellow": (240, 220, 60),
-    "purple": (165, 95, 250),
-    "cyan": (60, 210, 220),
-    "white": (240, 240, 240),
+    "green": "#3cbe46",
+    "blue": "#4678ff",
+    "yellow": "#f0dc3c",
+    "purple": "#a55ffa",
+    "cyan": "#3cd2dc",
+    "white": "#f0f0f0",
 }
 SHAPES = ("square", "circle", "triangle", "cross", "diamond")
-# Five rows of three bits a digit, in octal.
-DIGITS = "75557 26227 71747 71717 55711 74717 74757 71122 75757 75717".split()
+DIGITS = [  # five rows of three bits each, in octal
+    0o75557,
+    0o26227,
+    0o71747,
+    0o71717,
+    0o55711,
+    0o74717,
+    0o74757,
+    0o71122,
+    0o75757,
+    0o75717,
+]
 
 
 # --------------------------------------------------------------------------------------- one scene
 
 
 def scene(seed: int, index: int, kind: str, split: str = "train") -> Triplet:
-    """Scene `index` of a stream, with pictures: the same whenever and in whatever order it is drawn.
+    """Scene `index` of a stream, with pictures; the same whenever it is drawn.
 
-    image: (64, 64) px with a 1-px red box on the outer ring of the target's cells (not for corner).
+    image: 64 x 64 px, with a 1-px red box on the outer ring of the target's cells (not for corner).
     crop: these cells without the box, 32 px high always (small cells: pixels doubled), so 4 image
     tokens of 16 x 16 px, or 8 for a pair.
     """
-    stream_of_kind = (SPLITS.index(split), seed, index, list(KINDS).index(kind))
-    rng = np.random.default_rng(stream_of_kind)
-    picture = background(rng)
+    rng = np.random.default_rng((SPLITS.index(split), seed, index, list(KINDS).index(kind)))
+    picture = Image.fromarray(background(rng))
     cells = [divmod(cell, GRID) for cell in rng.permutation(GRID**2).tolist()]  # (row, column)
     objects = rng.integers(0, (6, 5, 10), (rng.integers(4, 13), 3)).tolist()
 
     high, wide = KINDS[kind]
-    row, column = next(cell for cell in cells if fits(kind, *cell))
-    targets = [(row, column)]
-    if kind == "pair":
-        targets.append((row, column + 1))
-    free = [(r, c) for r, c in cells if not (0 <= r - row < high and 0 <= c - column < wide)]
-    shown = objects[: len(targets)]
-    for cell, drawn in zip(targets, shown):
-        paste(picture, cell, drawn, high)
-    for cell, drawn in zip(free, objects[len(targets) :]):
-        paste(picture, cell, drawn, 1)
+    rows = range(GRID - high + 1)  # in which it may begin
+    columns = range(GRID - wide + 1)
+    if kind == "corner":
+        rows = columns = (0, GRID - high)
+    row, column = next((r, c) for r, c in cells if r in rows and c in columns)
+    covered = [(row + down, column + right) for down in range(high) for right in range(wide)]
+    free = [cell for cell in cells if cell not in covered]
+    targets = covered if kind == "pair" else covered[:1]
+    places = targets + free
+    for number, drawn in enumerate(objects):
+        r, c = places[number]
+        side = CELL * high if number < len(targets) else CELL
+        drawing = sprite(*drawn).resize((side, side), Image.NEAREST)
+        picture.paste(drawing, (c * CELL, r * CELL), drawing)
 
-    left, top = column * CELL, row * CELL
-    right, bottom = left + wide * CELL, top + high * CELL
-    target = picture[top:bottom, left:right]
-    crop = enlarge(target.copy(), 2 // high)
+    box = [CELL * edge for edge in (column, row, column + wide, row + high)]
+    crop = picture.crop(box).resize((2 * CELL * wide // high, 2 * CELL), Image.NEAREST)
     if kind != "corner":
-        target[[0, -1]] = RED
-        target[:, [0, -1]] = RED
-    return Triplet(
-        id=f"{split}-{seed}-{index:06d}-{kind}",
-        question=ask_about(kind, row, column),
-        image=Image.fromarray(picture),
-        crop=Image.fromarray(crop),
-        bbox=[left, top, right, bottom],
-        answer=describe(kind, shown),
-        extra={"toy": kind},
-    )
+        left, top, right, bottom = box
+        ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), outline=RED)
+    question, answer = words(kind, row, column, objects[: len(targets)])
+    name = f"{split}-{seed}-{index:06d}-{kind}"
+    return Triplet(name, question, picture, crop, box, answer, {"toy": kind})
 
 
-def background(rng: np.random.Generator) -> np.ndarray:
+def background(rng) -> np.ndarray:
     """A dark ground with 3 to 7 faint lines, (64, 64, 3) uint8."""
     ground = rng.integers(28, 52, 3)
-    lines = rng.integers(3, 8)
-    ends = rng.integers(0, SIDE, (2, lines, 2))  # (start and end, lines, yx)
+    ends = rng.integers(0, SIDE, (2, rng.integers(3, 8), 2))  # (start and end, lines, yx)
     y, x = np.linspace(*ends, 2 * SIDE).round().astype(int).T  # (lines, points) each
     picture = np.full((SIDE, SIDE, 3), ground, np.uint8)
     picture[y, x] = ground + rng.integers(12, 25)
     return picture
 
 
-def fits(kind: str, row: int, column: int) -> bool:
-    """Whether a target of this kind may begin in this cell."""
-    high, wide = KINDS[kind]
-    if kind == "corner":
-        return row in (0, GRID - high) and column in (0, GRID - wide)
-    return row <= GRID - high and column <= GRID - wide
-
-
-def paste(picture: np.ndarray, cell: tuple[int, int], drawn: list[int], times: int) -> None:
-    """Draw an object (its colour, shape and digit) into `picture`, `times` as large as a cell."""
-    colour, shape, digit = drawn
-    pixels, silhouettes = sprites()
-    top, left = cell[0] * CELL, cell[1] * CELL
-    place = picture[top : top + times * CELL, left : left + times * CELL]
-    silhouette = enlarge(silhouettes[shape], times)
-    np.copyto(place, enlarge(pixels[colour, digit], times), where=silhouette)
-
-
-def enlarge(pixels: np.ndarray, times: int) -> np.ndarray:
-    return pixels.repeat(times, axis=0).repeat(times, axis=1)
-
-
 @cache
-def sprites() -> tuple[np.ndarray, np.ndarray]:
-    """The 300 objects: pixels (6 colours, 10 digits, 16, 16, 3) uint8 and silhouettes (5 shapes,
-    16, 16, 1) bool.
+def sprite(colour: int, shape: int, digit: int) -> Image.Image:
+    """One of the 300 objects, 16 x 16 px RGBA, transparent around it.
 
     Up to 13 px wide; the outer ring of the cell stays free, for the red box. The digit lies on a
     white plate, inside one quarter of its cell: in a crop that is one image token. Centred it is
@@ -142,53 +122,37 @@ def sprites() -> tuple[np.ndarray, np.ndarray]:
     learned to read it only sometimes, or not at all (measured).
     """
     y, x = np.mgrid[:CELL, :CELL] - CELL // 2
-    far = np.maximum(abs(x), abs(y))
-    near = np.minimum(abs(x), abs(y))
-    shapes = {
-        "square": far <= 5,
-        "circle": x * x + y * y <= 39,
-        "triangle": (far <= 6) & (2 * abs(x) <= y + 7) & (y <= 5),
-        "cross": (near <= 2) & (far <= 6),
-        "diamond": far + near <= 6,
-    }
-    plate = np.zeros((CELL, CELL, 1), bool)
-    plate[7:14, 7:12] = True
-    ink = np.zeros((10, CELL, CELL, 1), bool)
-    for digit, rows in enumerate(DIGITS):
-        bits = [f"{int(row):03b}" for row in rows]
-        ink[digit, 8:13, 8:11, 0] = [[bit == "1" for bit in row] for row in bits]
-    colours = np.array(list(COLOURS.values()), np.uint8)[:, None, None, None]  # (6, 1, 1, 1, 3)
-    pixels = np.where(ink, np.uint8(12), np.where(plate, np.uint8(250), colours))
-    silhouettes = np.stack([shapes[shape] for shape in SHAPES])[..., None]
-    return pixels, silhouettes | plate
+    near, far = np.sort([abs(x), abs(y)], axis=0)
+    silhouettes = [  # in the order of SHAPES
+        far <= 5,
+        x * x + y * y <= 39,
+        (far <= 6) & (2 * abs(x) <= y + 7) & (y <= 5),
+        (near <= 2) & (far <= 6),
+        far + near <= 6,
+    ]
+    image = Image.new("RGBA", (CELL, CELL))
+    image.paste(list(COLOURS.values())[colour], mask=Image.fromarray(silhouettes[shape]))
+    image.paste("#fafafa", (7, 7, 12, 14))  # the plate
+    bits = DIGITS[digit] >> np.arange(14, -1, -1) & 1
+    image.paste("#0c0c0c", (8, 8), Image.fromarray(bits.reshape(5, 3) == 1))
+    return image
 
 
-def ask_about(kind: str, row: int, column: int) -> str:
+def words(kind, row, column, objects):
+    """Question and answer about a target; objects: colour, shape and digit of each in it."""
+    names = list(COLOURS)
+    told = [f"a {names[colour]} {SHAPES[shape]} with {digit}" for colour, shape, digit in objects]
     if kind == "colour":
-        return "what colour is in the red box ?"
+        return "what colour is in the red box ?", f"a {names[objects[0][0]]} one ."
+    question = "what is in the red box ?"
     if kind == "corner":
         vertical = "bottom" if row else "top"
         horizontal = "right" if column else "left"
-        return f"what is at the {vertical} {horizontal} ?"
-    return "what is in the red box ?"
+        question = f"what is at the {vertical} {horizontal} ?"
+    return question, f"{' , '.join(told)} ."
 
 
-def describe(kind: str, shown: list[list[int]]) -> str:
-    names = list(COLOURS)
-    if kind == "colour":
-        return f"a {names[shown[0][0]]} one ."
-    objects = [f"a {names[colour]} {SHAPES[shape]} with {digit}" for colour, shape, digit in shown]
-    return f"{' , '.join(objects)} ."
-
-
-# -------------------------------------------------------------------------------- many of them
-
-
-def stream(n: int, seed: int, split: str = "train") -> Iterator[Triplet]:
-    """Scenes 0 to n - 1 of a split, each drawn when asked for; their kinds take turns."""
-    kinds = EVAL if split == "eval" else MIX
-    for index in range(n):
-        yield scene(seed, index, kinds[index % len(kinds)], split)
+# ------------------------------------------------------------------------------------ many of them
 
 
 def draw(folder: Path, n: int, seed: int, split: str = "train") -> Path:
@@ -197,20 +161,21 @@ def draw(folder: Path, n: int, seed: int, split: str = "train") -> Path:
     Its settings lie in toy.json, with a digest of the first scene that notices changed drawing
     code. Raises FileExistsError, with the difference, when the folder holds any other data set.
     """
-    pixels = scene(seed, 0, "small", split).image.tobytes()
-    digest = hashlib.sha256(pixels).hexdigest()[:16]
-    wanted = {"n": n, "seed": seed, "split": split, "first_scene": digest}
+    digest = hashlib.sha256(scene(seed, 0, "small", split).image.tobytes()).hexdigest()
+    wanted = {"n": n, "seed": seed, "split": split, "first_scene": digest[:16]}
     note = folder / "toy.json"
     if not (folder / "train.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write(note, json.dumps(wanted))
-        write_triplets(folder, stream(n, seed, split))
+        kinds = EVAL if split == "eval" else MIX
+        drawn = (scene(seed, index, kinds[index % len(kinds)], split) for index in range(n))
+        write_triplets(folder, drawn)
         return folder
-    found = json.loads(note.read_text()) if note.is_file() else {}
+    found = read_json(note, [])
     if found != wanted:
         raise FileExistsError(
-            f"{folder} holds another data set: found {found or 'none of the toy'}, expected {wanted}. "
-            "Choose another folder, or delete this one to have it drawn anew."
+            f"{folder} holds another data set: found {found}, expected {wanted}. Choose another "
+            "folder, or delete this one to have it drawn anew."
         )
     return folder
 
@@ -224,4 +189,4 @@ def held_out(folder: Path) -> dict[str, list[dict]]:
         if name == "toy-holdout":
             question["crop"] = None  # what these ask is easy in the full view
         benches[name].append(question)
-    return dict(benches)
+    return benches

@@ -13,21 +13,16 @@ from model import VISION_TOKENS, ImageTextProcessor, prepare
 from toy.scenes import COLOURS, SHAPES
 
 # One token each, also after a space; other text is bytes.
-WORDS = [
-    *"user assistant what is in the red box ? a".split(),
-    *COLOURS,
-    *SHAPES,
-    *"with . , one colour at top bottom left right".split(),
-]
-SPACE = "\u0120"  # how byte-level tokens spell it
+WORDS = f"""
+    user assistant what is in the red box ? a {" ".join(COLOURS)} {" ".join(SHAPES)} with . ,
+    one colour at top bottom left right
+""".split()
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS, "<think>", "</think>"]
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for c in m.content %}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
     "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ c.text }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
     "{% else %}<think>\n{% endif %}{% endif %}"
@@ -43,8 +38,6 @@ def tiny(seed: int = 0):
     tokenizer = toy_tokenizer()
     vision = Qwen2VLImageProcessorPil(
         patch_size=8,
-        merge_size=2,
-        temporal_patch_size=2,
         size={"shortest_edge": 256, "longest_edge": 65536},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
@@ -60,12 +53,11 @@ def tiny(seed: int = 0):
 def toy_tokenizer() -> Qwen3_5Tokenizer:
     """Byte-level BPE in which each toy word is one token; every prefix of it is too, so that
     left-to-right merges build it."""
-    merges = []
-    for word in [*(SPACE + word for word in WORDS), *WORDS]:
-        merges += [(word[:end], word[end]) for end in range(1, len(word))]
-    merges = list(dict.fromkeys(merges))
+    spelled = [f"\u0120{word}" for word in WORDS] + WORDS  # \u0120: how bytes spell a space
+    pairs = [(word[:end], word[end]) for word in spelled for end in range(1, len(word))]
+    merges = list(dict.fromkeys(pairs))  # each once, in this order
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(left + right for left, right in merges), *SPECIAL]
+    tokens = letters + [left + right for left, right in merges] + SPECIAL
     return Qwen3_5Tokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
@@ -77,45 +69,42 @@ def toy_tokenizer() -> Qwen3_5Tokenizer:
     )
 
 
-def tiny_config(vocabulary: dict[str, int]) -> Qwen3_5Config:
+def tiny_config(vocabulary: dict) -> Qwen3_5Config:
     """Two layers, one of linear attention and one of full attention, after two of vision."""
-    text = dict(
-        vocab_size=len(vocabulary),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        layer_types=["linear_attention", "full_attention"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=24,
-        linear_value_head_dim=24,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        pad_token_id=vocabulary["<|endoftext|>"],
-        eos_token_id=vocabulary["<|im_end|>"],
-        rope_parameters=dict(
-            rope_type="default",
-            rope_theta=1e4,
-            partial_rotary_factor=0.5,
-            mrope_section=[4, 2, 2],
-            mrope_interleaved=True,
-        ),
-    )
-    vision = dict(
-        depth=2,
-        hidden_size=64,
-        intermediate_size=128,
-        num_heads=4,
-        patch_size=8,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        out_hidden_size=96,
-        num_position_embeddings=64,
-        initializer_range=0.05,
-    )
+    text = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 24,
+        "linear_value_head_dim": 24,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+        "pad_token_id": vocabulary["<|endoftext|>"],
+        "eos_token_id": vocabulary["<|im_end|>"],
+        "rope_parameters": {
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+        },
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "patch_size": 8,
+        "out_hidden_size": 96,
+        "num_position_embeddings": 64,
+        "initializer_range": 0.05,
+    }
     return Qwen3_5Config(
         text_config=text,
         vision_config=vision,
