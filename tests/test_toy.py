@@ -4,6 +4,7 @@ import json
 import runpy
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -48,13 +49,11 @@ def test_a_scene_depends_on_its_seed_and_index_alone():
 
 
 def test_splits_and_seeds_share_no_scene():
-    ids = set()
     pictures = set()
     for split, seed in product(SPLITS, (0, 1)):
         for drawn in scenes(40, split, seed):
-            ids.add(drawn.id)
             pictures.add(drawn.image.tobytes())
-    assert len(ids) == len(pictures) == 3 * 2 * 40 * 5
+    assert len(pictures) == 3 * 2 * 40 * 5
 
 
 def test_the_crop_is_the_target_and_only_the_full_view_has_the_red_box():
@@ -153,7 +152,7 @@ def test_every_word_of_the_world_is_one_token_but_for_digits():
 @pytest.mark.parametrize(
     "split, kinds",
     [
-        ("train", "small pair large small"),  # nothing of the holdout
+        ("train", "small pair large small pair large small pair"),  # no holdout
         ("eval", "small pair large small pair large colour corner"),
     ],
 )
@@ -254,6 +253,7 @@ def started(monkeypatch):
         assert flags["--data"] == f"{folder.parent}/data"
         if "grpo" in command:
             assert (folder / "eval-before" / "result.json").exists()
+        time.sleep(0.1)  # what does not wait for another runs beside it
         names.append(folder.name)
         leave_results(folder, 0.4 if "grpo" in command else 0.5 + seed / 10, 6 * seed)
         (folder / "args.json").write_text(json.dumps({"steps": int(flags["--steps"])}))
@@ -266,7 +266,7 @@ def started(monkeypatch):
 
 
 def test_the_table_has_mean_and_deviation_over_the_seeds(toy, started, tmp_path):
-    toy("--ablate", "--out", tmp_path, "--variants", "grpo", "--seeds", 0, 2, 0)
+    toy("--ablate", "--out", tmp_path, "--variants", "grpo", "--seeds", 0, 2, 0, "--jobs", 4)
     assert set(started[:2]) == {"vision-opd-0", "vision-opd-2"}
     assert set(started[2:]) == {"grpo-0", "grpo-2"}
     alike = "90.0 ± 0.0 | 100.0 ± 0.0 | 50.0 ± 0.0"
