@@ -686,7 +686,7 @@ def prepare_toy(settings: Settings, device: torch.device) -> None:
     from toy.demonstration import prepare as draw_and_train_base
 
     out = Path(settings.out)
-    took = draw_and_train_base(settings, device)
+    took = draw_and_train_base(out, Path(settings.data), Path(settings.model), settings.seed)
     if not (out / "seconds.json").exists():
         judge(out, settings.model, "before", device)
         write(out / "seconds.json", took)

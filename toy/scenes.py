@@ -1,192 +1,183 @@
-"""The toy world: drawn scenes with questions, a tiny Qwen3.5, and its base training, so that the whole method runs in minutes
-on a CPU with nothing to download; and the table of all methods on it.
+"""Drawn scenes with questions and answers.
 
-    python train.py --toy                           # the demonstration: RUN, prepare_run and judge below
-    python -m toy --out data/toy --n 100            # draw triplets: no model, no labels needed
-    python -m toy --ablate --out runs/ablate        # every teacher, objective and baseline of train.py, several seeds, one table
+A scene is 64 x 64 px, a 4 x 4 grid with 4 to 12 objects over faint lines; "what is in the red
+box ?" is answered by, say, "a green cross with 7 .". What the box holds, and what else is asked:
 
-A scene is 64 x 64 px, a 4 x 4 grid with 4 to 12 objects over faint lines; "what is in the red box ?" is answered by, say,
-"a green cross with 7 .". What the box holds, and what else is asked:
-
-    small     one object in one cell                          hard in the full view, easy in the crop
-    pair      two neighbours, so an answer twice as long      the same
-    large     one object, twice as large                      easy in both
-    colour    one small object, only its colour is asked      holdout: easy, and never in the distillation data
-    corner    no box: what is at the top left (..), large     holdout
+    small     one object in one cell                        hard in the full view, easy in the crop
+    pair      two neighbours, so an answer twice as long    the same
+    large     one object, twice as large                    easy in both
+    colour    one small object, only its colour is asked    holdout: easy, and never distilled
+    corner    no box: what is at the top left (..), large   holdout
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from benchmarks.rows import Question
 from benchmarks.sources import read_benchmark
+from storage.files import read_json, write
 from triplets.format import RED, Triplet, write_triplets
 
-SPLITS = ("train", "base", "eval")  # their streams of scenes never meet, whatever the seeds
-KINDS = {
+CELL = 16  # px
+GRID = 4  # cells a side
+SIDE = CELL * GRID  # px
+SPLITS = ["train", "base", "eval"]  # their streams of scenes never meet, whatever the seeds
+KINDS = {  # rows and columns of the target
     "small": (1, 1),
     "pair": (1, 2),
     "large": (2, 2),
     "colour": (1, 1),
     "corner": (2, 2),
-}  # rows, columns of the target
-MIX = (
-    "small",
-    "pair",
-    "large",
-)  # cycled through: without large ones their skill would be forgotten
+}
+MIX = ("small", "pair", "large")  # distilled, in turn: without large ones their skill is forgotten
+EVAL = (*MIX, *MIX, "colour", "corner")  # judged, in turn
 ROWS = 6000  # triplets of the distillation
-EVAL = ("small", "pair", "large", "small", "pair", "large", "colour", "corner")
-COLOURS = {
-    "green": (60, 190, 70),
-    "blue": (70, 120, 255),
-    "yellow": (240, 220, 60),
-    "purple": (165, 95, 250),
-    "cyan": (60, 210, 220),
-    "white": (240, 240, 240),
-}  # red is the box's alone
+
+COLOURS = {  # red is the box's alone
+    "green": "#3cbe46",
+    "blue": "#4678ff",
+    "yellow": "#f0dc3c",
+    "purple": "#a55ffa",
+    "cyan": "#3cd2dc",
+    "white": "#f0f0f0",
+}
 SHAPES = ("square", "circle", "triangle", "cross", "diamond")
-DIGITS = (
-    "75557 26227 71747 71717 55711 74717 74757 71122 75757 75717".split()
-)  # five rows of three bits, in octal
-CELL, GRID = 16, 4  # px a cell, cells a side
+DIGITS = [  # five rows of three bits each, in octal
+    0o75557,
+    0o26227,
+    0o71747,
+    0o71717,
+    0o55711,
+    0o74717,
+    0o74757,
+    0o71122,
+    0o75757,
+    0o75717,
+]
 
 
-@cache
-def sprites() -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (6 colours, 10 digits, 16, 16, 3) uint8 and silhouettes (5 shapes, 16, 16, 1) bool of the 300 objects.
-
-    Up to 13 px wide; the outer ring of the cell stays free, for the red box. The digit lies on a white plate, and inside
-    one quarter of its cell: in a crop that is one image token. Centred it is cut into four, and without the plate it has
-    six contrasts; in 400 steps the tiny model then learned to read it only sometimes, or not at all (measured).
-    """
-    y, x = np.mgrid[:CELL, :CELL] - CELL // 2
-    far, near = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
-    masks = np.stack(
-        [
-            far <= 5,
-            x * x + y * y <= 39,
-            (far <= 6) & (2 * abs(x) <= y + 7) & (y <= 5),
-            (near <= 2) & (far <= 6),
-            far + near <= 6,
-        ]
-    )  # in the order of SHAPES
-    plate, ink = np.zeros((CELL, CELL, 1), bool), np.zeros((10, CELL, CELL, 1), bool)
-    plate[7:14, 7:12] = True
-    ink[:, 8:13, 8:11, 0] = [
-        [[int(row) >> bit & 1 for bit in (2, 1, 0)] for row in digit] for digit in DIGITS
-    ]
-    colours = np.array(list(COLOURS.values()), np.uint8)[:, None, None, None]  # (6, 1, 1, 1, 3)
-    return np.where(ink, np.uint8(12), np.where(plate, np.uint8(250), colours)), masks[
-        ..., None
-    ] | plate
-
-
-def enlarge(pixels: np.ndarray, times: int) -> np.ndarray:
-    return pixels.repeat(times, axis=0).repeat(times, axis=1)
+# --------------------------------------------------------------------------------------- one scene
 
 
 def scene(seed: int, index: int, kind: str, split: str = "train") -> Triplet:
-    """Scene `index` of a stream as a sample for write_triplets; the same whenever and in whatever order it is drawn.
+    """Scene `index` of a stream, with pictures; the same whenever it is drawn.
 
-    image: (64, 64) px with a 1-px red box on the outer ring of the target's cells (none for `corner`). crop: these cells
-    without the box, 32 px high always (small cells: pixels doubled), so 4 image tokens of 16 x 16 px, or 8 for a pair.
+    image: 64 x 64 px, with a 1-px red box on the outer ring of the target's cells (not for corner).
+    crop: these cells without the box, 32 px high always (small cells: pixels doubled), so 4 image
+    tokens of 16 x 16 px, or 8 for a pair.
     """
     rng = np.random.default_rng((SPLITS.index(split), seed, index, list(KINDS).index(kind)))
-    ground, side = rng.integers(28, 52, 3), CELL * GRID
-    picture = np.full((side, side, 3), ground, np.uint8)
-    ends = rng.integers(0, side, (2, rng.integers(3, 8), 2))  # (ends, lines, yx)
-    y, x = np.linspace(*ends, 2 * side).round().astype(int).T  # (lines, points) each
-    picture[y, x] = ground + rng.integers(12, 25)
+    picture = Image.fromarray(background(rng))
+    cells = [divmod(cell, GRID) for cell in rng.permutation(GRID**2).tolist()]  # (row, column)
+    objects = rng.integers(0, (6, 5, 10), (rng.integers(4, 13), 3)).tolist()
 
     high, wide = KINDS[kind]
-    cells = [divmod(cell, GRID) for cell in rng.permutation(GRID**2).tolist()]  # (row, column)
-    row, column = next(
-        (r, c)
-        for r, c in cells
-        if r <= GRID - high and c <= GRID - wide and (kind != "corner" or {r, c} <= {0, 2})
-    )
-    targets = [(row, column), (row, column + 1)] if kind == "pair" else [(row, column)]
-    free = [(r, c) for r, c in cells if not (0 <= r - row < high and 0 <= c - column < wide)]
-    objects = rng.integers(
-        0, (6, 5, 10), (rng.integers(4, 13), 3)
-    ).tolist()  # the targets first, then the others
-    pixels, masks = sprites()
-    for (r, c), (colour, shape, digit), s in zip(
-        [*targets, *free], objects, [high] * len(targets) + [1] * 12
-    ):
-        place = picture[r * CELL : (r + s) * CELL, c * CELL : (c + s) * CELL]
-        np.copyto(place, enlarge(pixels[colour, digit], s), where=enlarge(masks[shape], s))
-
-    top, left, bottom, right = (
-        row * CELL,
-        column * CELL,
-        (row + high) * CELL,
-        (column + wide) * CELL,
-    )
-    target = picture[top:bottom, left:right]
-    crop = enlarge(target.copy(), 2 // high)
-    named = [
-        f"a {list(COLOURS)[colour]} {SHAPES[shape]} with {digit}"
-        for colour, shape, digit in objects[: len(targets)]
-    ]
-    question, answer = "what is in the red box ?", f"{' , '.join(named)} ."
-    if kind == "colour":
-        question, answer = (
-            "what colour is in the red box ?",
-            f"a {list(COLOURS)[objects[0][0]]} one .",
-        )
+    rows = range(GRID - high + 1)  # in which it may begin
+    columns = range(GRID - wide + 1)
     if kind == "corner":
-        question = f"what is at the {'bottom' if row else 'top'} {'right' if column else 'left'} ?"
-    else:
-        target[[0, -1]] = target[:, [0, -1]] = RED
-    return Triplet(
-        f"{split}-{seed}-{index:06d}-{kind}",
-        question,
-        Image.fromarray(picture),
-        Image.fromarray(crop),
-        [left, top, right, bottom],
-        answer,
-        {"toy": kind},
-    )
+        rows = columns = (0, GRID - high)
+    row, column = next((r, c) for r, c in cells if r in rows and c in columns)
+    covered = [(row + down, column + right) for down in range(high) for right in range(wide)]
+    free = [cell for cell in cells if cell not in covered]
+    targets = covered if kind == "pair" else covered[:1]
+    places = targets + free
+    for number, drawn in enumerate(objects):
+        r, c = places[number]
+        side = CELL * high if number < len(targets) else CELL
+        drawing = sprite(*drawn).resize((side, side), Image.NEAREST)
+        picture.paste(drawing, (c * CELL, r * CELL), drawing)
+
+    box = [CELL * edge for edge in (column, row, column + wide, row + high)]
+    crop = picture.crop(box).resize((2 * CELL * wide // high, 2 * CELL), Image.NEAREST)
+    if kind != "corner":
+        left, top, right, bottom = box
+        ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), outline=RED)
+    question, answer = words(kind, row, column, objects[: len(targets)])
+    name = f"{split}-{seed}-{index:06d}-{kind}"
+    return Triplet(name, question, picture, crop, box, answer, {"toy": kind})
 
 
-def scenes(n: int, seed: int, split: str = "train") -> Iterator[Triplet]:
-    """Scenes 0 to n - 1 of a stream, each drawn when asked for; their kinds take turns."""
-    kinds = EVAL if split == "eval" else MIX
-    for index in range(n):
-        yield scene(seed, index, kinds[index % len(kinds)], split)
+def background(rng) -> np.ndarray:
+    """A dark ground with 3 to 7 faint lines, (64, 64, 3) uint8."""
+    ground = rng.integers(28, 52, 3)
+    ends = rng.integers(0, SIDE, (2, rng.integers(3, 8), 2))  # (start and end, lines, yx)
+    y, x = np.linspace(*ends, 2 * SIDE).round().astype(int).T  # (lines, points) each
+    picture = np.full((SIDE, SIDE, 3), ground, np.uint8)
+    picture[y, x] = ground + rng.integers(12, 25)
+    return picture
 
 
-def draw(folder: str | Path, n: int, seed: int, split: str = "train") -> Path:
+@cache
+def sprite(colour: int, shape: int, digit: int) -> Image.Image:
+    """One of the 300 objects, 16 x 16 px RGBA, transparent around it.
+
+    Up to 13 px wide; the outer ring of the cell stays free, for the red box. The digit lies on a
+    white plate, inside one quarter of its cell: in a crop that is one image token. Centred it is
+    cut into four, and without the plate it has six contrasts; in 400 steps the tiny model then
+    learned to read it only sometimes, or not at all (measured).
+    """
+    y, x = np.mgrid[:CELL, :CELL] - CELL // 2
+    near, far = np.sort([abs(x), abs(y)], axis=0)
+    silhouettes = [  # in the order of SHAPES
+        far <= 5,
+        x * x + y * y <= 39,
+        (far <= 6) & (2 * abs(x) <= y + 7) & (y <= 5),
+        (near <= 2) & (far <= 6),
+        far + near <= 6,
+    ]
+    image = Image.new("RGBA", (CELL, CELL))
+    image.paste(list(COLOURS.values())[colour], mask=Image.fromarray(silhouettes[shape]))
+    image.paste("#fafafa", (7, 7, 12, 14))  # the plate
+    bits = DIGITS[digit] >> np.arange(14, -1, -1) & 1
+    image.paste("#0c0c0c", (8, 8), Image.fromarray(bits.reshape(5, 3) == 1))
+    return image
+
+
+def words(kind, row, column, objects):
+    """Question and answer about a target; objects: colour, shape and digit of each in it."""
+    names = list(COLOURS)
+    told = [f"a {names[colour]} {SHAPES[shape]} with {digit}" for colour, shape, digit in objects]
+    if kind == "colour":
+        return "what colour is in the red box ?", f"a {names[objects[0][0]]} one ."
+    question = "what is in the red box ?"
+    if kind == "corner":
+        vertical = "bottom" if row else "top"
+        horizontal = "right" if column else "left"
+        question = f"what is at the {vertical} {horizontal} ?"
+    return question, f"{' , '.join(told)} ."
+
+
+# ------------------------------------------------------------------------------------ many of them
+
+
+def draw(folder: Path, n: int, seed: int, split: str = "train") -> Path:
     """A data set of n toy triplets in `folder`; the same one drawn before is kept as it is.
 
-    Its settings lie in toy.json, with a digest of the first scene that notices changed drawing code. Raises
-    FileExistsError, with the difference, when the folder holds any other data set.
+    Its settings lie in toy.json, with a digest of the first scene that notices changed drawing
+    code. Raises FileExistsError, with the difference, when the folder holds any other data set.
     """
-    folder = Path(folder)
-    digest = hashlib.sha256(scene(seed, 0, "small", split).image.tobytes()).hexdigest()[:16]
-    wanted = {"n": n, "seed": seed, "split": split, "first_scene": digest}
+    digest = hashlib.sha256(scene(seed, 0, "small", split).image.tobytes()).hexdigest()
+    wanted = {"n": n, "seed": seed, "split": split, "first_scene": digest[:16]}
     note = folder / "toy.json"
-    if (folder / "train.jsonl").is_file():
-        found = json.loads(note.read_text()) if note.is_file() else {}
-        if differs := {
-            key: (found.get(key), wanted[key]) for key in wanted if found.get(key) != wanted[key]
-        }:
-            raise FileExistsError(
-                f"{folder} holds another data set; (found, wanted) is {differs}. Choose another folder, "
-                "or delete this one to have it drawn anew."
-            )
-    else:
+    if not (folder / "train.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(wanted))
-        write_triplets(folder, scenes(n, seed, split))
+        write(note, json.dumps(wanted))
+        kinds = EVAL if split == "eval" else MIX
+        drawn = (scene(seed, index, kinds[index % len(kinds)], split) for index in range(n))
+        write_triplets(folder, drawn)
+        return folder
+    found = read_json(note, [])
+    if found != wanted:
+        raise FileExistsError(
+            f"{folder} holds another data set: found {found}, expected {wanted}. Choose another "
+            "folder, or delete this one to have it drawn anew."
+        )
     return folder
 
 
@@ -203,9 +194,10 @@ BENCHES = {
 def held_out(folder: Path) -> dict[str, list[Question]]:
     """The questions of the toy's three benchmarks, about scenes never trained on, drawn into
     `folder`/toy."""
-    benches = {}
-    for question in read_benchmark(str(draw(folder / "toy", 1200, 0, split="eval")), folder):
-        if BENCHES[question.group] == "toy-holdout":
-            question.crop = None  # its questions are about the scene
-        benches.setdefault(BENCHES[question.group], []).append(question)
+    benches = defaultdict(list)
+    for question in read_benchmark(str(draw(folder / "toy", 1200, 0, "eval")), folder):
+        name = BENCHES[question.group]
+        if name == "toy-holdout":
+            question.crop = None  # what these ask is easy in the full view
+        benches[name].append(question)
     return benches
