@@ -11,6 +11,25 @@ from pathlib import Path
 from storage.files import naming_full_disks
 
 
+def download(hub_id: str, what: str, way_out: str, **options) -> Path:
+    """The folder with the files of a repository of the Hugging Face hub.
+
+    what: begins the error's sentence, with what was asked for and not found; way_out: ends it, with
+    what to do when name, network and login are right. options: those of
+    huggingface_hub.snapshot_download, such as repo_type, local_dir, allow_patterns.
+    Raises FileNotFoundError.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, **options))
+    except Exception as error:  # network, name, gate, disk
+        raise FileNotFoundError(
+            f"{what}, and the hub gave nothing ({type(error).__name__}: {error}). Check the name, the "
+            f"network and `hf auth login` (for what is gated), {way_out}"
+        ) from error
+
+
 class Joined:
     """The bytes of open files, one after the other: split archives need no joined copy on disk."""
 

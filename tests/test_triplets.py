@@ -418,7 +418,7 @@ def test_a_failed_download_names_the_id_and_the_ways_out(tmp_path, monkeypatch):
     ):
         fetching.fetch("../mine")  # a path, and not data/../mine
     with pytest.raises(
-        FileNotFoundError, match=r"'data/mien' is neither a folder.*no route.*hf auth login"
+        FileNotFoundError, match=r"'data/mien' is no folder.*no route.*hf auth login"
     ):
         fetching.fetch("data/mien")
 

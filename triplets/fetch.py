@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from storage.hub import unpack
+from storage.hub import download, unpack
 from triplets.format import FOLDERS, read_triplets
 
 
@@ -22,7 +22,14 @@ def fetch(data: str | Path) -> Path:
         read_triplets(folder)
     except FileNotFoundError:
         if folder != here:
-            download(str(data), folder)
+            download(
+                str(data),
+                f"{data!r} is no folder here",
+                "or copy a data set with train.jsonl here.",
+                repo_type="dataset",
+                local_dir=folder,
+                allow_patterns=["train.jsonl", *(f"{key}/*" for key in FOLDERS)],
+            )
         for key in FOLDERS:
             if (folder / "train.jsonl").is_file() and (
                 parts := sorted((folder / key).glob(f"{key}.tar.gz*"))
@@ -30,20 +37,3 @@ def fetch(data: str | Path) -> Path:
                 unpack(parts, folder / key)
         read_triplets(folder)
     return folder
-
-
-def download(hub_id: str, folder: Path) -> None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot_download(
-            hub_id,
-            repo_type="dataset",
-            local_dir=folder,
-            allow_patterns=["train.jsonl", *(f"{key}/*" for key in FOLDERS)],
-        )
-    except Exception as error:  # network, name, gate, disk
-        raise FileNotFoundError(
-            f"{hub_id!r} is neither a folder here nor a data set the hub gave us ({type(error).__name__}: {error}). Expected one "
-            "with train.jsonl: check the name, the network and `hf auth login`, or copy it here."
-        ) from error
