@@ -56,7 +56,7 @@ from sharding import (
 )
 from storage.files import read_jsonl, write
 from storage.images import image_size, load_image
-from triplets.fetch import fetch
+from triplets.fetch import fetch_triplets
 from triplets.format import read_triplets
 
 # A resumed run must agree with the stopped one on all but these: speed, memory, where it stops, where its (same) data lie.
@@ -801,9 +801,9 @@ def train(args, rank: int, world: int, device: torch.device) -> Path:
     """The run: load, resume, step, log, save. Returns the final checkpoint's folder."""
     out = Path(args.out)
     if rank == 0:  # downloads and unpacks, onto a shared disk
-        fetch(args.data)
+        fetch_triplets(args.data)
     barrier()
-    rows = read_triplets(fetch(args.data))
+    rows = read_triplets(fetch_triplets(args.data))
     args = argparse.Namespace(**vars(args) | {"steps": args.steps or len(rows) // args.prompts})
     check(args, rows)
     areas = [
@@ -935,7 +935,7 @@ def main(argv: list[str] | None = None) -> None:
             if os.environ.get("RANK", "0") == "0":
                 from plan import plan
 
-                rows = read_triplets(fetch(args.data))
+                rows = read_triplets(fetch_triplets(args.data))
                 check(args, rows)
                 print(plan(args, rows, views(args)))
             return

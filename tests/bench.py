@@ -534,7 +534,9 @@ def bench_synth(args) -> None:
     )  # a JPEG of about 2 MB, as a camera's
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        images.save(Image.fromarray(grain.clip(0, 255).astype(np.uint8)), folder / "photo.jpg")
+        images.save_image(
+            Image.fromarray(grain.clip(0, 255).astype(np.uint8)), folder / "photo.jpg"
+        )
         size = (folder / "photo.jpg").stat().st_size / 1e6
         photo = synth.photograph(folder, "photo.jpg")["image"]
         window = synth.geometry(photo.size, box)[2]
@@ -544,8 +546,8 @@ def bench_synth(args) -> None:
             ("decode", lambda: synth.photograph(folder, "photo.jpg")),
             ("draw the frame", lambda: synth.draw_frame(photo, box)),
             ("crop and enlarge", lambda: synth.cut(framed, window)),
-            ("write the image, JPEG", lambda: images.save(framed, folder / "a.jpg")),
-            ("write the crop, PNG", lambda: images.save(crop, folder / "a.png")),
+            ("write the image, JPEG", lambda: images.save_image(framed, folder / "a.jpg")),
+            ("write the crop, PNG", lambda: images.save_image(crop, folder / "a.png")),
         ):
             spent[name] = measure(job, args)[0]
     print(

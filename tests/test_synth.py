@@ -1188,7 +1188,7 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, monk
 )
 def test_the_contact_sheet_wraps_by_width_in_any_script(text):
     font = ImageFont.load_default(18)
-    lines = previews.wrapped(text, font, 630, 12)
+    lines = previews.wrap(text, font, 630, 12)
     assert len(lines) <= 12 and all(font.getlength(line) <= 640 for line in lines)
     if font.getlength(text) < 3000:
         assert "".join("".join(lines).split()) == "".join(text.split())

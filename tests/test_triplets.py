@@ -274,7 +274,7 @@ def hub_layout(
 )
 def test_split_archives_of_either_layout_are_unpacked(tmp_path, prefixes, names):
     samples = hub_layout(tmp_path / "set", prefixes, names)
-    assert fetching.fetch(str(tmp_path / "set")) == tmp_path / "set"
+    assert fetching.fetch_triplets(str(tmp_path / "set")) == tmp_path / "set"
     for before, after in zip(samples, triplet_format.read_triplets(tmp_path / "set"), strict=True):
         assert (pixels(images.load_image(after["image"])) == pixels(before["image"])).all()
     assert not list((tmp_path / "set").glob(".*"))
@@ -282,11 +282,11 @@ def test_split_archives_of_either_layout_are_unpacked(tmp_path, prefixes, names)
 
 def test_unpacked_images_need_no_archives_any_more(tmp_path, monkeypatch):
     hub_layout(tmp_path / "set")
-    fetching.fetch(tmp_path / "set")
+    fetching.fetch_triplets(tmp_path / "set")
     monkeypatch.setattr(hub, "unpack", lambda *_: pytest.fail("unpacked twice"))
     for archive in (tmp_path / "set").rglob("*.tar.gz*"):
         archive.unlink()
-    assert fetching.fetch(tmp_path / "set") == tmp_path / "set"
+    assert fetching.fetch_triplets(tmp_path / "set") == tmp_path / "set"
 
 
 @pytest.mark.parametrize(
@@ -300,14 +300,14 @@ def test_archives_that_reach_out_of_their_folder_are_refused(tmp_path, member):
         evil.type, evil.linkname = kinds[member], "/etc/passwd" if member == "link" else "a.png"
     hub_layout(tmp_path / "set", extra={member: evil})
     with pytest.raises(ValueError, match="cannot be unpacked"):
-        fetching.fetch(tmp_path / "set")
+        fetching.fetch_triplets(tmp_path / "set")
     assert not list(tmp_path.rglob("evil.png")) and not list((tmp_path / "set").rglob("*.png"))
     assert not list((tmp_path / "set").glob(".*"))
 
 
 def test_absolute_member_names_stay_inside(tmp_path):
     hub_layout(tmp_path / "set", extra={f"{tmp_path}/evil.png": b"evil"})
-    fetching.fetch(tmp_path / "set")
+    fetching.fetch_triplets(tmp_path / "set")
     assert not (tmp_path / "evil.png").exists()
 
 
@@ -327,7 +327,7 @@ def test_a_damaged_archive_is_noticed_and_nothing_of_it_kept(tmp_path, damage):
     else:
         parts[["first", "middle", "last"].index(damage.split()[0])].unlink()
     with pytest.raises(ValueError, match=r"images\.tar\.gz0.*cannot be unpacked.*fetch it again"):
-        fetching.fetch(tmp_path / "set")
+        fetching.fetch_triplets(tmp_path / "set")
     assert not list((tmp_path / "set").rglob("*.png")) and not list((tmp_path / "set").glob(".*"))
 
 
@@ -351,11 +351,11 @@ def test_an_interrupted_unpacking_starts_over(tmp_path, monkeypatch, when):
         shutil, "rmtree", lambda *args, **kwargs: None
     )  # a killed process tidies nothing up
     with pytest.raises(KeyboardInterrupt):
-        fetching.fetch(tmp_path / "set")
+        fetching.fetch_triplets(tmp_path / "set")
     monkeypatch.undo()
     assert list((tmp_path / "set").glob(".unpacking-*"))
     (tmp_path / "set" / ".unpacking-images" / "torn.png").write_bytes(b"half")
-    fetching.fetch(tmp_path / "set")
+    fetching.fetch_triplets(tmp_path / "set")
     read = triplet_format.read_triplets(tmp_path / "set")
     for after, before in zip(read, samples, strict=True):
         assert (pixels(images.load_image(after["image"])) == pixels(before["image"])).all()
@@ -372,7 +372,7 @@ def test_a_disk_that_fills_up_while_unpacking_says_so_and_is_tidied(tmp_path, mo
 
     monkeypatch.setattr(tarfile.TarFile, "makefile", full)
     with pytest.raises(OSError, match="MB free") as error:
-        fetching.fetch(tmp_path / "set")
+        fetching.fetch_triplets(tmp_path / "set")
     assert error.value.errno == errno.ENOSPC
     assert not list((tmp_path / "set").rglob("*.png")) and not list((tmp_path / "set").glob(".*"))
 
@@ -380,9 +380,9 @@ def test_a_disk_that_fills_up_while_unpacking_says_so_and_is_tidied(tmp_path, mo
 def test_fetching_what_is_not_there_says_what_is(tmp_path):
     (tmp_path / "other.jsonl").touch()
     with pytest.raises(FileNotFoundError, match=r"has no train.jsonl.*other\.jsonl"):
-        fetching.fetch(tmp_path)
+        fetching.fetch_triplets(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder.*Expected a data set"):
-        fetching.fetch(str(tmp_path / "nowhere"))
+        fetching.fetch_triplets(str(tmp_path / "nowhere"))
 
 
 def test_a_hub_data_set_is_downloaded_once_into_the_working_directory(tmp_path, monkeypatch):
@@ -398,7 +398,7 @@ def test_a_hub_data_set_is_downloaded_once_into_the_working_directory(tmp_path, 
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     for _ in range(2):
-        assert fetching.fetch("owner/Set-1.0") == Path("data/owner/Set-1.0")
+        assert fetching.fetch_triplets("owner/Set-1.0") == Path("data/owner/Set-1.0")
     assert asked == [("owner/Set-1.0", "dataset")]
     assert len(triplet_format.read_triplets(Path("data/owner/Set-1.0"))) == 3
 
@@ -416,11 +416,11 @@ def test_a_failed_download_names_the_id_and_the_ways_out(tmp_path, monkeypatch):
     with pytest.raises(
         FileNotFoundError, match=r"^\.\./mine has no train.jsonl \(no such folder\)"
     ):
-        fetching.fetch("../mine")  # a path, and not data/../mine
+        fetching.fetch_triplets("../mine")  # a path, and not data/../mine
     with pytest.raises(
         FileNotFoundError, match=r"'data/mien' is no folder.*no route.*hf auth login"
     ):
-        fetching.fetch("data/mien")
+        fetching.fetch_triplets("data/mien")
 
 
 # -------------------------------------------------------------------------------------------------------------- pictures
@@ -497,7 +497,7 @@ def test_what_is_written_has_no_colour_profile_of_its_source(tmp_path):
     image = Image.new("RGB", (9, 9))
     image.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for name in ("x.png", "x.jpg"):
-        images.save(image, tmp_path / name)
+        images.save_image(image, tmp_path / name)
         assert "icc_profile" not in Image.open(tmp_path / name).info
 
 
@@ -548,7 +548,7 @@ def test_the_contact_sheet_takes_any_data_set(tmp_path):
             sample("b", question="x" * 500, answer="y" * 500),
         ],
     )
-    assert previews.preview(tmp_path) == tmp_path / "preview.png"
+    assert previews.draw_preview(tmp_path) == tmp_path / "preview.png"
     sheet = images.load_image(tmp_path / "preview.png")
     assert (
         sheet.width < 1500 and (pixels(sheet) == (255, 255, 0)).all(-1).sum() > 4 * 50

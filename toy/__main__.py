@@ -18,7 +18,7 @@ from tqdm import tqdm
 from launch.flags import Help
 from toy.base import train_base
 from toy.scenes import ROWS, SPLITS, draw
-from triplets.preview import preview
+from triplets.preview import draw_preview
 
 EIGHT = [
     "--prompts",
@@ -187,7 +187,7 @@ def main() -> None:
             f"{', '.join(found)} would change nothing {'with' if args.ablate else 'without'} --ablate. Leave it out."
         )
     if not args.ablate:
-        print(f"drawn: {preview(draw(args.out, args.n, args.seed, args.split))}")
+        print(f"drawn: {draw_preview(draw(args.out, args.n, args.seed, args.split))}")
         return
     torch.set_num_threads(1)  # as train.py --toy: the bits depend on it
     variants, seeds = (

@@ -6,7 +6,7 @@ import torch
 
 from toy.base import train_base
 from toy.scenes import ROWS, draw
-from triplets.preview import preview
+from triplets.preview import draw_preview
 
 # What it changes (ours: a tiny model trained from scratch in minutes).
 RUN = dict(
@@ -34,7 +34,7 @@ def prepare(args, device: torch.device) -> str:
     """Draw the scenes and train the base model, each only if it is not there yet; seconds.json of the base."""
     out, took = Path(args.out), Path(args.model).with_name("base-seconds.json")
     if args.data == f"{args.out}/data":
-        preview(draw(out / "data", ROWS, args.seed))
+        draw_preview(draw(out / "data", ROWS, args.seed))
     if not Path(args.model).exists() and args.model == f"{args.out}/base":
         train_base(Path(args.model), args.seed, device)
     return took.read_text() if took.is_file() else "{}"
