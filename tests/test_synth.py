@@ -1,6 +1,5 @@
 """synth.py --images: from photographs to triplets, with a scripted model, a tiny Qwen3.5 and a tiny SAM 3."""
 
-import argparse
 import errno
 import json
 import multiprocessing
@@ -25,6 +24,13 @@ import model as M
 import rollout
 import storage.images as images
 import synth
+import synthesis.checking as checking
+import synthesis.parts as parts
+import synthesis.photos as photographs
+import synthesis.proposers as proposers
+from synthesis.regions import Region
+import synthesis.regions as geometry
+import synthesis.texts as texts
 import toy.scenes as toy_scenes
 import toy.tiny as tiny_model
 import triplets.format as triplet_format
@@ -39,9 +45,9 @@ ASKED = [
 def kind_of(prompt):
     return (
         "find"
-        if prompt.startswith(synth.PROMPTS["find"])
+        if prompt.startswith(texts.PROMPTS["find"])
         else "ask"
-        if prompt.startswith(synth.PROMPTS["ask"][:20])
+        if prompt.startswith(texts.PROMPTS["ask"][:20])
         else "vote"
         if 'reply "unknown"' in prompt
         else "wrong"
@@ -92,14 +98,14 @@ class Script:
                     if callable(said)
                     else said
                 )
-                replies.append({"output": said, "tokens": 1, "truncated": False})
+                replies.append(rollout.Reply(said, 1, False))
         return replies
 
 
 def scripted(monkeypatch, **said):
     script = Script(**said)
     monkeypatch.setattr(rollout, "answers", script)
-    monkeypatch.setattr(synth, "load_engine", lambda args: {"model": (None, None), "sam3": None})
+    monkeypatch.setattr(M, "load", lambda *args, **settings: (None, None))
     return script
 
 
@@ -118,9 +124,12 @@ def photos(folder, count=3):
     return folder
 
 
+def blank(width, height):
+    return photographs.Photo("x", image=Image.new("RGB", (width, height)))
+
+
 def main(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["synth.py", *map(str, argv)])
-    synth.main()
+    synth.main([*map(str, argv)])
 
 
 def stats(out):
@@ -143,20 +152,20 @@ def test_photographs_become_triplets_with_their_provenance(tmp_path, monkeypatch
     )
     found = triplet_format.read_triplets(tmp_path / "out")
     assert len(found) == 6 and [call[:2] for call in script.calls] == [("find", 3), ("ask", 6)]
-    assert [r["id"] for r in found] == sorted(r["id"] for r in found)
+    assert [r.id for r in found] == sorted(r.id for r in found)
     for r in found:
-        e, (x1, y1, x2, y2) = r["extra"], r["bbox"]
+        e, (x1, y1, x2, y2) = r.extra, r.bbox
         source, image, crop = (
-            images.load_image(p) for p in (tmp_path / "in" / e["source"], r["image"], r["crop"])
+            images.load_image(p) for p in (tmp_path / "in" / e["source"], r.image, r.crop)
         )
         assert (
-            r["question"] == "What colour is the tag?" + synth.PROMPTS["hint"]
-            and r["answer"] is None
+            r.question == "What colour is the tag?" + texts.PROMPTS["hint"]
+            and r.answer is None
             and e["type"] == "colour"
         )
         assert (
             e["source_size"] == [640, 480]
-            and e["box"] == r["bbox"]
+            and e["box"] == r.bbox
             and e["seed"] == 0
             and len(e["config"]) == 12
         )
@@ -243,9 +252,9 @@ def test_multiple_choice_is_written_as_released(tmp_path, monkeypatch):
     letters = Counter(r["answer"] for r in rows(tmp_path / "out"))
     assert set(letters) == set("ABCD") and letters.total() == 16
     for r in rows(tmp_path / "out"):
-        stem, options = r["problem"].split(synth.PROMPTS["hint"] + "\n\n")
+        stem, options = r["problem"].split(texts.PROMPTS["hint"] + "\n\n")
         assert stem == "<image>\nWhat colour is the tag?" and options.endswith(
-            synth.PROMPTS["choose"].strip()
+            texts.PROMPTS["choose"].strip()
         )
         options = dict(line.split(". ") for line in options.split("\n\n")[0].split("\n"))
         assert options[r["answer"]] == "Red" and sorted(options.values()) == [
@@ -255,7 +264,7 @@ def test_multiple_choice_is_written_as_released(tmp_path, monkeypatch):
             "white",
         ]
     assert (
-        synth.balance(triplet_format.read_triplets(tmp_path / "out"))[0]
+        checking.balance(triplet_format.read_triplets(tmp_path / "out"))[0]
         == "16 of 16 answers are 'red', over 10%"
     )
     assert all(row["kind"] == "mc" for row in sources.benchmark(str(tmp_path / "out"), tmp_path))
@@ -302,8 +311,8 @@ def test_boxes_of_ones_own_need_no_model_to_find_them(tmp_path, monkeypatch, cap
         "nothing_found"
     ] == 1
     for r in triplet_format.read_triplets(tmp_path / "out"):
-        clean, _ = synth.cut(images.load_image(tmp_path / "in" / "0.jpg"), r["extra"]["window"])
-        assert (np.asarray(images.load_image(r["crop"])) == np.asarray(clean)).all()
+        clean = geometry.cut(images.load_image(tmp_path / "in" / "0.jpg"), r.extra["window"])
+        assert (np.asarray(images.load_image(r.crop)) == np.asarray(clean)).all()
     for bad in (
         "{",
         '{"image": "a"}',
@@ -314,10 +323,10 @@ def test_boxes_of_ones_own_need_no_model_to_find_them(tmp_path, monkeypatch, cap
     ):
         boxes.write_text(f"\n{bad}\n")
         if bad.endswith('"labels": []}'):
-            assert synth.read_boxes(boxes) == {"a": [([1, 2, 3, 4], None, None)]}
+            assert proposers.read_boxes(boxes) == {"a": [([1, 2, 3, 4], None)]}
         else:
             with pytest.raises(ValueError, match=r"boxes\.jsonl, line 2"):
-                synth.read_boxes(boxes)
+                proposers.read_boxes(boxes)
 
 
 # ------------------------------------------------------------------------------------------------------- the failure table
@@ -396,7 +405,7 @@ def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, mon
     ] == [[480, 640]] * 2
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     assert [
-        synth.photograph(tmp_path / "in", name)["drops"] for name in ("huge.png", "large.png")
+        photographs.load_photo(tmp_path / "in", name).drops for name in ("huge.png", "large.png")
     ] == [{"too_large": 1}] * 2
 
 
@@ -432,7 +441,7 @@ def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, mon
     ],
 )
 def test_json_is_found_in_whatever_surrounds_it_and_never_evaluated(text, expected):
-    assert synth.read_json(text) == expected
+    assert texts.json_in_reply(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -467,12 +476,12 @@ def test_a_box_that_is_none_is_dropped_and_the_others_kept(tmp_path, monkeypatch
 
 
 def test_regions_are_small_visible_distinct_and_at_most_three():
-    drops = Counter()
-    box = lambda x, y, w=50, h=50: ([x, y, x + w, y + h], "tag", None)
+    photo = blank(1000, 800)
+    box = lambda x, y, w=50, h=50: Region(photo, [x, y, x + w, y + h], "tag")
     found = [
-        *[box(100, 100)] * 100,
+        *[box(100, 100) for _ in range(100)],
         box(102, 101),
-        ([105, 105, 130, 130], "the tag", None),
+        Region(photo, [105, 105, 130, 130], "the tag"),
         box(10, 300, 19, 60),
         box(10, 300, 20, 170),
         box(300, 10, 400, 300),
@@ -480,16 +489,15 @@ def test_regions_are_small_visible_distinct_and_at_most_three():
         box(200, 100),
         box(300, 100),
         box(400, 100),
-        ([1, 2, 60, 60], "a<|im_end|>", None),
+        Region(photo, [1, 2, 60, 60], "a<|im_end|>"),
     ]
-    kept = synth.small_regions(found, (1000, 800), drops)
-    assert [r["box"] for r in kept] == [
+    kept = geometry.small_regions(photo, found)
+    assert [r.box for r in kept] == [
         [100, 100, 150, 150],
         [200, 100, 250, 150],
         [300, 100, 350, 150],
     ]
-    assert drops == {
-        None: 3,
+    assert photo.drops == {
         "box_repeated": 101,
         "box_small": 1,
         "box_thin": 1,
@@ -497,10 +505,10 @@ def test_regions_are_small_visible_distinct_and_at_most_three():
         "bad_box": 2,
         "box_spare": 1,
     }
-    assert (
-        not synth.small_regions([box(0, 0, 500, 80)], (500, 900), drops)
-        and drops["box_at_edges"] == 1
-    )  # three edges hide it
+    photo = blank(500, 900)
+    region = Region(photo, [0, 0, 500, 80], "tag")
+    assert not geometry.small_regions(photo, [region])
+    assert photo.drops == {"box_at_edges": 1}  # three edges hide it
 
 
 @pytest.mark.parametrize(
@@ -537,13 +545,9 @@ def test_regions_are_small_visible_distinct_and_at_most_three():
     ],
 )
 def test_a_question_breaks_a_rule_or_none(change, reason):
-    assert (
-        synth.fault(
-            {"question": "What colour is the tag?", "answer": "red", "type": "colour"} | change
-        )
-        == reason
-    )
-    assert synth.fault(["a"]) == synth.fault(None) == synth.fault({}) == "question_malformed"
+    item = {"question": "What colour is the tag?", "answer": "red", "type": "colour"} | change
+    assert texts.broken_rule(texts.drafted(item, 0)) == reason
+    assert [texts.drafted(item, 0) for item in (["a"], None, {})] == [None] * 3
 
 
 @pytest.mark.parametrize(
@@ -568,7 +572,7 @@ def test_a_question_breaks_a_rule_or_none(change, reason):
     ],
 )
 def test_votes_are_counted_in_one_spelling(text, question, expected):
-    assert synth.normal(text, question) == expected
+    assert texts.normal(text, question) == expected
 
 
 def test_text_without_json_is_asked_for_again_then_counted_and_kept(tmp_path, monkeypatch):
@@ -622,7 +626,7 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_done(tmp_path, monkey
         else:
             place, true = ("dumps", json.dumps) if full == "line" else ("replace", os.replace)
             patch.setattr(
-                synth.json if full == "line" else os,
+                json if full == "line" else os,
                 place,
                 lambda *a, **k: (
                     no_space()
@@ -633,7 +637,7 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_done(tmp_path, monkey
         with pytest.raises(OSError, match="MB free.*make room"):
             main(patch, "--images", tmp_path / "in", "--out", tmp_path / "out")
     assert not list((tmp_path / "out").rglob(".tmp-*"))
-    assert len([row for row in synth.read_parts(tmp_path / "out") if "file" in row]) == (
+    assert len([row for row in parts.read_parts(tmp_path / "out") if "file" in row]) == (
         3 if full == "merge" else 0
     )
     main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out")
@@ -668,19 +672,13 @@ def test_a_check_finds_pictures_that_no_image_processor_takes(tmp_path):
     triplet_format.write_triplets(
         tmp_path,
         [
-            {
-                "id": "a",
-                "question": "What?",
-                "answer": None,
-                "image": Image.new("RGB", (2100, 10)),
-                "crop": Image.new("RGB", (9, 9)),
-                "bbox": None,
-                "extra": {},
-            }
+            triplet_format.Triplet(
+                "a", "What?", Image.new("RGB", (2100, 10)), Image.new("RGB", (9, 9))
+            )
         ],
     )
     with pytest.raises(ValueError, match="has 1 errors and 1 well-formed rows"):
-        synth.check(tmp_path)
+        checking.check(tmp_path)
 
 
 def test_a_damaged_line_of_a_rank_is_named(tmp_path, monkeypatch):
@@ -699,10 +697,10 @@ def test_boxes_may_be_in_any_encoding_of_json_and_a_font_must_be_there(
     tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "boxes.jsonl").write_bytes('\ufeff{"image": "größe.jpg", "boxes": []}'.encode())
-    assert synth.read_boxes(tmp_path / "boxes.jsonl") == {"größe.jpg": []}
+    assert proposers.read_boxes(tmp_path / "boxes.jsonl") == {"größe.jpg": []}
     (tmp_path / "boxes.jsonl").write_bytes('{"image": "größe.jpg", "boxes": []}'.encode("latin-1"))
     with pytest.raises(ValueError, match="boxes.jsonl, line 1: UnicodeDecodeError"):
-        synth.read_boxes(tmp_path / "boxes.jsonl")
+        proposers.read_boxes(tmp_path / "boxes.jsonl")
     with pytest.raises(SystemExit):
         main(monkeypatch, "--preview", tmp_path, "--font", tmp_path / "none.ttf")
     assert "none.ttf is no file. Expected a .ttf, .otf or .ttc font" in capsys.readouterr().err
@@ -710,7 +708,7 @@ def test_boxes_may_be_in_any_encoding_of_json_and_a_font_must_be_there(
 
 def test_missing_weights_are_said_before_the_first_photograph(tmp_path, monkeypatch):
     photos(tmp_path / "in", 1)
-    monkeypatch.setattr(synth, "photograph", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(photographs, "load_photo", lambda *_: pytest.fail("loaded"))
     with pytest.raises(FileNotFoundError, match="hf auth login"):
         main(
             monkeypatch,
@@ -753,7 +751,7 @@ def scripted_run(kill_at, rank, world, folder, out):
     patch = pytest.MonkeyPatch()
     scripted(patch)
     patch.setattr(rollout, "answers", mortal(rollout.answers))
-    patch.setattr(synth, "finish", mortal(synth.finish))
+    patch.setattr(synth, "draw", mortal(synth.draw))
     patch.setattr(os, "replace", mortal(os.replace))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     main(patch, "--images", folder, "--out", out, "--batch", 2)
@@ -764,7 +762,7 @@ def test_a_killed_run_goes_on_with_other_ranks_to_the_same_data_set(tmp_path):
     assert child(tmp_path / "in", tmp_path / "straight") == 0
     out = tmp_path / "killed"
     assert child(tmp_path / "in", out, 0, 1, 20) == -signal.SIGKILL
-    first = [row["file"] for row in synth.read_parts(out) if "file" in row]
+    first = [row["file"] for row in parts.read_parts(out) if "file" in row]
     with (out / ".parts" / "00000.jsonl").open("ab") as torn:
         torn.write(b'{"file": "torn')
     assert child(tmp_path / "in", out, 1, 2, 9) == -signal.SIGKILL
@@ -818,7 +816,7 @@ def test_another_configuration_is_refused_on_resume_and_in_a_merge(tmp_path, mon
     ):
         with pytest.raises(FileExistsError, match=rf"is {{'{key}': \("):
             main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out", *flags)
-    monkeypatch.setitem(synth.PROMPTS, "hint", " Look closely.")
+    monkeypatch.setitem(texts.PROMPTS, "hint", " Look closely.")
     with pytest.raises(FileExistsError, match=r"is {'texts': \("):
         main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out")
     monkeypatch.undo()
@@ -847,13 +845,15 @@ def test_the_evidence_survives_and_its_frame_is_seen_wherever_the_box_lies():
             )
             for side, own in ((W, w), (H, h))
         )
-        regions = synth.small_regions([([x, y, x + w, y + h], "tag", None)], (W, H), Counter())
+        image = grain.crop((trial % 100, 0, trial % 100 + W, H))
+        photo = photographs.Photo("x", image=image)
+        regions = geometry.small_regions(photo, [Region(photo, [x, y, x + w, y + h], "tag")])
         if not regions:
             continue
         seen += 1
-        [box], image = [r["box"] for r in regions], grain.crop((trial % 100, 0, trial % 100 + W, H))
-        line, frame, window = synth.geometry((W, H), box)
-        framed = synth.draw_frame(image, box)
+        [region] = regions
+        box, line, frame, window = region.box, region.line, region.frame, region.window
+        framed = region.framed()
         before, after = np.asarray(image), np.asarray(framed)
         assert (
             box == [x, y, x + w, y + h]
@@ -872,19 +872,22 @@ def test_the_evidence_survives_and_its_frame_is_seen_wherever_the_box_lies():
         assert sum(strip.all() for strip in strips) >= 2
         assert 2 <= line <= 16 and window[0] <= frame[0] <= x and window[3] >= frame[3] >= y + h
         assert 0 <= window[0] and 0 <= window[1] and window[2] <= W and window[3] <= H
-        crop, scale = synth.cut(framed, window)
+        crop, scale = geometry.cut(framed, window), geometry.enlargement(window)
         assert (
             min(crop.size) >= 64
             and crop.width * crop.height <= 2**22
             and (scale >= 2 or crop.width * crop.height > 2**22 - 9000)
         )
     assert seen > 100
-    assert synth.geometry((2250, 1500), [1000, 700, 1100, 800]) == (
-        5,
-        [994, 694, 1106, 806],
-        [988, 688, 1112, 812],
+    region = Region(blank(2250, 1500), [1000, 700, 1100, 800])
+    assert region.line == 5
+    assert region.frame == [994, 694, 1106, 806]
+    assert region.window == [988, 688, 1112, 812]
+    window = [0, 0, 3001, 2503]
+    crop, scale = (
+        geometry.cut(Image.new("RGB", (9000, 9000)), window),
+        geometry.enlargement(window),
     )
-    crop, scale = synth.cut(Image.new("RGB", (9000, 9000)), [0, 0, 3001, 2503])
     assert scale < 1 and 2**22 - 9000 < crop.width * crop.height <= 2**22
 
 
@@ -942,17 +945,16 @@ def tiny_sam3(folder):
 
 def sam3(path, monkeypatch):
     monkeypatch.setattr(M, "load", lambda *args, **settings: (None, None))
-    return synth.load_engine(argparse.Namespace(model="", proposer="sam3", sam3=str(path)))["sam3"]
+    return proposers.Sam3.load(str(path), "cpu")
 
 
 def test_sam3_boxes_names_without_torchvision_as_its_plain_forward_does(tmp_path, monkeypatch):
-    sam, tokenizer = sam3(tiny_sam3(tmp_path / "sam3"), monkeypatch)
+    boxer = sam3(tiny_sam3(tmp_path / "sam3"), monkeypatch)
+    sam, tokenizer = boxer.model, boxer.tokenizer
     image = images.load_image(photo(tmp_path / "in" / "a.jpg"))
-    shown = {"image": image, "drops": Counter()}
+    shown = photographs.Photo("a.jpg", image=image)
     assert "torchvision" not in sys.modules
-    assert synth.sam3_boxes(sam, tokenizer, shown, ["tag", "red mug"]) == [] and +shown[
-        "drops"
-    ] == {"name_not_found": 2}
+    assert boxer.boxes_in(shown, ["tag", "red mug"]) == [] and +shown.drops == {"name_not_found": 2}
     with torch.inference_mode():
         pixels = (
             torch.tensor(np.asarray(image.resize((56, 56), 2))).permute(2, 0, 1)[None] / 127.5 - 1
@@ -977,20 +979,17 @@ def test_sam3_boxes_names_without_torchvision_as_its_plain_forward_does(tmp_path
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sam, "forward", full)
-    assert (
-        synth.sam3_boxes(sam, tokenizer, shown, ["tag"]) == []
-        and shown["drops"]["out_of_memory"] == 1
-    )
+    assert boxer.boxes_in(shown, ["tag"]) == [] and shown.drops["out_of_memory"] == 1
     monkeypatch.setattr(sam, "forward", sure)
-    (_, name, score), (box, other, _) = synth.sam3_boxes(sam, tokenizer, shown, ["tag", "red mug"])
-    assert (name, other) == ("tag", "red mug") and 0.75 <= score <= 1
+    first, second = boxer.boxes_in(shown, ["tag", "red mug"])
+    assert (first.label, second.label) == ("tag", "red mug") and 0.75 <= first.score <= 1
     np.testing.assert_allclose(
-        box, (plain.pred_boxes[0, best] * torch.tensor([640, 480, 640, 480])).tolist(), atol=0.05
+        second.box,
+        (plain.pred_boxes[0, best] * torch.tensor([640, 480, 640, 480])).tolist(),
+        atol=0.05,
     )
     script = scripted(monkeypatch, find='["tag", "red mug", "tag", 7]')
-    monkeypatch.setattr(
-        synth, "load_engine", lambda args: {"model": (None, None), "sam3": (sam, tokenizer)}
-    )
+    monkeypatch.setattr(proposers.Sam3, "load", lambda *_: boxer)
     with pytest.raises(ValueError, match="name_malformed"):  # random boxes are mostly too large
         main(
             monkeypatch,
@@ -1025,7 +1024,7 @@ def test_the_tiny_models_babble_is_counted_and_reproducible(tmp_path, monkeypatc
                 tmp_path / "model",
             )
     a, b = (
-        [{k: v for k, v in row.items() if k != "seconds"} for row in synth.read_parts(out)]
+        [{k: v for k, v in row.items() if k != "seconds"} for row in parts.read_parts(out)]
         for out in (tmp_path / "a", tmp_path / "b")
     )
     assert a == b and len(a) == 3
@@ -1033,15 +1032,15 @@ def test_the_tiny_models_babble_is_counted_and_reproducible(tmp_path, monkeypatc
 
 def test_a_group_of_texts_depends_on_its_seed():
     model, processor = tiny_model.tiny()
-    rows = [({}, key, noise(32, 32), text) for key, text in ((1, "what"), (2, "is"), (1, "what"))]
-    say = lambda batch: synth.say(
-        {"model": (model, processor), "seed": 0, "batch": batch},
-        "label",
-        rows,
-        6,
-        4,
-        temperature=1.0,
-    )
+    requests = [
+        synth.Request(None, key, noise(32, 32), text)
+        for key, text in ((1, "what"), (2, "is"), (1, "what"))
+    ]
+
+    def say(batch):
+        engine = synth.Engine((model, processor), rollout.Batches(batch), 0, "", None)
+        return synth.reply_texts(engine, "label", requests, 6, group=4, temperature=1.0)
+
     one, two = say(1), say(3)
     assert one == two and [len(texts) for texts in one] == [4] * 3 and one[0] == one[2] != one[1]
 
@@ -1103,8 +1102,8 @@ def test_photographs_train_and_evaluate_a_model_end_to_end(tmp_path, monkeypatch
 
 
 def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, monkeypatch, capsys):
-    sample = lambda n, **changes: (
-        {
+    sample = lambda n, **changes: triplet_format.Triplet(
+        **{
             "id": f"s{n}",
             "question": f"What colour is tag {n}?",
             "answer": "red",
@@ -1166,10 +1165,12 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, monk
         == 1
     )
     one_each = [
-        {"question": "What is it?", "answer": str(n), "extra": {"type": str(n)}, "id": str(n)}
+        triplet_format.Triplet(
+            str(n), "What is it?", None, None, answer=str(n), extra={"type": str(n)}
+        )
         for n in range(4)
     ]
-    assert synth.balance(one_each) == []  # four of four: each 25%, but none repeated
+    assert checking.balance(one_each) == []  # four of four: each 25%, but none repeated
     toy_scenes.draw(tmp_path / "toy", 6, 0)
     main(monkeypatch, "--check", tmp_path / "toy")
     assert "6 well-formed rows, 6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out

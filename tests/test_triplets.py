@@ -26,7 +26,7 @@ HINT = "\n\nOnly focus on the objects inside the red bounding box in the image t
 def sample(name="a", **changes):
     noise = np.random.default_rng(sum(map(ord, name)))
     picture = lambda side: Image.fromarray(noise.integers(0, 256, (side, side, 3), dtype=np.uint8))
-    return {
+    fields = {
         "id": name,
         "question": f"What colour is the sign?{HINT}\n\nA. grün\nB. red",
         "answer": "A",
@@ -34,7 +34,8 @@ def sample(name="a", **changes):
         "crop": picture(16),
         "bbox": [1, 2, 9, 10],
         "extra": {"source": "x"},
-    } | changes
+    }
+    return triplet_format.Triplet(**fields | changes)
 
 
 def row(**changes):
@@ -70,7 +71,7 @@ def test_a_written_data_set_has_the_released_keys_and_layout(tmp_path):
     first, second = map(
         json.loads, (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()
     )
-    question = sample()["question"]
+    question = sample().question
     assert first == {
         "problem": "<image>\n" + question,
         "answer": "A",
@@ -96,10 +97,10 @@ def test_what_is_written_is_read_back(tmp_path):
     triplet_format.write_triplets(tmp_path, iter(written))
     for before, after in zip(written, triplet_format.read_triplets(str(tmp_path)), strict=True):
         for key in ("id", "question", "answer", "bbox"):
-            assert before[key] == after[key]
-        assert after["extra"]["source"] == "x"
+            assert getattr(before, key) == getattr(after, key)
+        assert after.extra["source"] == "x"
         for key in ("image", "crop"):
-            assert (pixels(images.load_image(after[key])) == pixels(before[key])).all()
+            assert (pixels(images.load_image(getattr(after, key))) == pixels(getattr(before, key))).all()
 
 
 def test_full_images_can_be_jpeg_in_full_colour_resolution(tmp_path):
@@ -110,8 +111,8 @@ def test_full_images_can_be_jpeg_in_full_colour_resolution(tmp_path):
     )
     (tmp_path / "train.jsonl").write_text(json.dumps(line))
     [read] = triplet_format.read_triplets(tmp_path)
-    with Image.open(read["image"]) as image:
-        assert (image.format, read["image"].suffix, read["crop"].suffix) == ("JPEG", ".jpg", ".png")
+    with Image.open(read.image) as image:
+        assert (image.format, read.image.suffix, read.crop.suffix) == ("JPEG", ".jpg", ".png")
         assert all(component[1:3] == (1, 1) for component in image.layer)
         assert abs(pixels(image) - (255, 0, 0)).max() <= 2
 
@@ -124,10 +125,10 @@ def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
         extra_info={"answer": "D", "question": "What?"},
     )
     first, second = triplet_format.read_triplets(data_set(tmp_path, row(), other, ""))
-    assert (first["id"], second["id"]) == ("000000", "000001")
-    assert first["answer"] is None and first["bbox"] is None and first["extra"] == {}
-    assert second["question"] == f"What?{HINT}" and second["extra"]["question"] == "What?"
-    assert second["crop"] == tmp_path / "teacher_images" / "a.png"
+    assert (first.id, second.id) == ("000000", "000001")
+    assert first.answer is None and first.bbox is None and first.extra == {}
+    assert second.question == f"What?{HINT}" and second.extra["question"] == "What?"
+    assert second.crop == tmp_path / "teacher_images" / "a.png"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_split_archives_of_either_layout_are_unpacked(tmp_path, prefixes, names)
     samples = hub_layout(tmp_path / "set", prefixes, names)
     assert fetching.fetch_triplets(str(tmp_path / "set")) == tmp_path / "set"
     for before, after in zip(samples, triplet_format.read_triplets(tmp_path / "set"), strict=True):
-        assert (pixels(images.load_image(after["image"])) == pixels(before["image"])).all()
+        assert (pixels(images.load_image(after.image)) == pixels(before.image)).all()
     assert not list((tmp_path / "set").glob(".*"))
 
 
@@ -358,7 +359,7 @@ def test_an_interrupted_unpacking_starts_over(tmp_path, monkeypatch, when):
     fetching.fetch_triplets(tmp_path / "set")
     read = triplet_format.read_triplets(tmp_path / "set")
     for after, before in zip(read, samples, strict=True):
-        assert (pixels(images.load_image(after["image"])) == pixels(before["image"])).all()
+        assert (pixels(images.load_image(after.image)) == pixels(before.image)).all()
     assert not list((tmp_path / "set").rglob("torn.png")) and not list(
         (tmp_path / "set").glob(".*")
     )
@@ -395,6 +396,7 @@ def test_a_hub_data_set_is_downloaded_once_into_the_working_directory(tmp_path, 
         asked.append((hub_id, repo_type))
         Path(local_dir).parent.mkdir(parents=True)
         hub_layout(Path(local_dir))
+        return local_dir
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     for _ in range(2):
@@ -509,7 +511,7 @@ def test_an_animation_gives_its_first_frame(tmp_path):
 
 
 def test_pictures_that_are_not_whole_are_errors_that_name_the_file(tmp_path):
-    noise = sample()["image"].resize((200, 200))
+    noise = sample().image.resize((200, 200))
     for suffix in (".jpg", ".png"):
         noise.save(tmp_path / f"x{suffix}")
         data = (tmp_path / f"x{suffix}").read_bytes()
@@ -534,7 +536,7 @@ def test_pictures_that_are_not_whole_are_errors_that_name_the_file(tmp_path):
 
 def run(*args):
     return subprocess.run(
-        [sys.executable, ROOT / "synth.py", *map(str, args)], capture_output=True, text=True
+        [sys.executable, Path(__file__).parent.parent / "synth.py", *map(str, args)], capture_output=True, text=True
     )
 
 

@@ -1,0 +1,1 @@
+"""What synth.py asks, keeps and counts: rules for texts, photographs, regions, SAM 3, ranks, checks."""
