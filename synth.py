@@ -2,7 +2,7 @@
 (paper, section 3.2).
 
     python synth.py --images DIR --out data/mine [--model ID] [--labels] [--format mcq]
-    torchrun --nproc-per-node 8 synth.py --images DIR --out data/mine; python synth.py --merge data/mine
+    torchrun --nproc-per-node 8 synth.py --images DIR --out data/mine       # then --merge data/mine
     python synth.py --check data/mine           # is any data set whole?
     python synth.py --preview data/mine         # preview.png of any data set: look before you train
 
@@ -139,8 +139,8 @@ def ask_questions(engine, regions: list[Region]):
 
 
 def vote(engine, regions: list[Region]):
-    """Consensus: replaces drafted answers by what at least 7 of 8 sampled ones agree on; without such
-    a majority the question goes."""
+    """Consensus: replaces drafted answers by what at least 7 of 8 sampled ones agree on; without
+    such a majority the question goes."""
     asked = [(region, draft) for region in regions for draft in region.questions]
     requests = [
         Request(region.photo, (region.id, draft.n), region.crop, PROMPTS["vote"] % draft.question)
@@ -165,7 +165,8 @@ def vote(engine, regions: list[Region]):
 
 
 def add_options(engine, regions: list[Region]):
-    """Gives each region's first question three wrong options of the same kind, shuffled by the id."""
+    """Gives each region's first question three wrong options of the same kind, shuffled by the
+    id."""
     asked = [(region, region.questions[0]) for region in regions if region.questions]
     requests = [
         Request(region.photo, region.id, region.crop, PROMPTS["wrong"] % (q.question, q.answer))
@@ -244,8 +245,8 @@ class Request:
 
 
 def reply_texts(engine, what: str, requests: list[Request], tokens: int, **how) -> list:
-    """The texts replied to each request (a list); None, and counted, where one alone does not fit in
-    memory. how: `group` (texts a request) and `temperature`, see rollout.answers."""
+    """The texts replied to each request (a list); None, and counted, where one alone does not fit
+    in memory. how: `group` (texts a request) and `temperature`, see rollout.answers."""
     import rollout  # with torch and transformers: --check starts without
 
     def reply(batch: list[Request]) -> list[list[str]]:
@@ -300,7 +301,7 @@ def load_engine(settings, given: dict) -> Engine:
     if settings.proposer == "mllm":
         find, boxes_in = PROMPTS["boxes"], replied_boxes
     elif settings.proposer == "sam3":
-        find, boxes_in = PROMPTS["names"], Sam3.load(settings.sam3, device).boxes_in
+        find, boxes_in = PROMPTS["names"], Sam3(settings.sam3, device).boxes_in
     else:
         find, boxes_in = "", partial(given_boxes, given)
     return Engine(loaded, rollout.Batches(settings.batch), settings.seed, find, boxes_in)
@@ -331,6 +332,8 @@ def run(settings):
             f"{settings.images}, the first {lost[0]!r}"
         )
     config = configuration(settings)
+    anywhere = json.dumps(config | {"images": ""}, sort_keys=True)
+    mark = hashlib.sha256(anywhere.encode()).hexdigest()[:12]
     done = {line["file"] for line in read_parts(out, config) if "file" in line}
     files = [file for file in files if rank_of(file, world) == rank]
     todo = [file for file in files if file not in done]
@@ -344,7 +347,7 @@ def run(settings):
             total=len(files), initial=len(files) - len(todo), unit="image", disable=rank > 0
         ) as bar,
     ):
-        work(todo, engine, settings, mark_of(config), part, bar)
+        work(todo, engine, settings, mark, part, bar)
     if world == 1:
         merge(out, settings.font)
     elif rank == 0:
@@ -402,12 +405,6 @@ def configuration(settings) -> dict:
     }
 
 
-def mark_of(config: dict) -> str:
-    """A short digest of a configuration, wherever its photographs lie."""
-    text = json.dumps(config | {"images": ""}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def main(argv: list[str] | None = None):
     parser = settings_parser(Settings, __doc__)
     settings = parser.parse_args(argv)
@@ -425,8 +422,8 @@ def main(argv: list[str] | None = None):
             boxes.suffix == ".jsonl" and boxes.is_file()
         ):
             parser.error(
-                f"--proposer is {settings.proposer!r}. Expected mllm, sam3, or the path of a .jsonl "
-                "file of boxes"
+                f"--proposer is {settings.proposer!r}. Expected mllm, sam3, or the path of a "
+                ".jsonl file of boxes"
             )
         run(settings)
     if settings.merge:

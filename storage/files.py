@@ -13,8 +13,8 @@ from typing import TextIO
 
 @contextmanager
 def naming_full_disks(folder: Path):
-    """Turns 'no space left' under `folder` into an error that says where, how much is free, and what
-    to do."""
+    """Turns 'no space left' under `folder` into an error that says where, how much is free, and
+    what to do."""
     try:
         yield
     except OSError as error:
@@ -47,8 +47,8 @@ def whole(path: Path):
 
 
 def remove_scratch(folder: Path) -> None:
-    """Removes what killed processes left of `whole`, but nothing that is younger than ten minutes and
-    may be a living one's."""
+    """Removes what killed processes left of `whole`, but nothing that is younger than ten minutes
+    and may be a living one's."""
     for path in folder.rglob(".tmp-*"):
         with suppress(FileNotFoundError):  # it has become the file it is for
             if time.time() - path.stat().st_mtime > 600:

@@ -25,8 +25,8 @@ def download(hub_id: str, what: str, way_out: str, **options) -> Path:
         return Path(snapshot_download(hub_id, **options))
     except Exception as error:  # network, name, gate, disk
         raise FileNotFoundError(
-            f"{what}, and the hub gave nothing ({type(error).__name__}: {error}). Check the name, the "
-            f"network and `hf auth login` (for what is gated), {way_out}"
+            f"{what}, and the hub gave nothing ({type(error).__name__}: {error}). Check the name, "
+            f"the network and `hf auth login` (for what is gated), {way_out}"
         ) from error
 
 
@@ -61,9 +61,9 @@ def extract(parts: list[Path], folder: Path) -> None:
 
 
 def unpack(parts: list[Path], target: Path) -> None:
-    """The files of a .tar.gz, given in parts, into `target`; its members may be `x.png` or
-    `<name of target>/x.png`. They are unpacked beside it, then moved in: killed at any moment, it
-    holds whole files only. Raises ValueError for a damaged or unsafe archive, OSError (disk full)."""
+    """The files of a .tar.gz, given in parts, into `target`; its members may be `x.png` or `<name
+    of target>/x.png`. They are unpacked beside it, then moved in: killed at any moment, it holds
+    whole files only. Raises ValueError for a damaged or unsafe archive, OSError (disk full)."""
     size = sum(part.stat().st_size for part in parts)
     print(f"unpacking {len(parts)} archive part(s), {size / 1e9:.1f} GB, into {target}", flush=True)
     scratch = target.with_name(f".unpacking-{target.name}")
@@ -80,8 +80,8 @@ def unpack(parts: list[Path], target: Path) -> None:
     except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(
             f"{parts[0]} ({len(parts)} part(s), {size:,} bytes) cannot be unpacked: {error}. "
-            "Expected a whole .tar.gz of plain files: fetch it again (git without LFS gives pointers), "
-            "or unpack it."
+            "Expected a whole .tar.gz of plain files: fetch it again (git without LFS gives "
+            "pointers), or unpack it."
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

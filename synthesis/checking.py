@@ -13,7 +13,7 @@ from synthesis.texts import PROMPTS, leaks, normal
 from triplets.format import Triplet, read_triplets
 
 
-def check(folder: Path) -> None:
+def check(folder: Path):
     """Prints what is wrong with a data set, and what looks wrong. Raises ValueError when there are
     errors."""
     errors = []
@@ -33,8 +33,8 @@ def check(folder: Path) -> None:
     )
     if errors:
         raise ValueError(
-            f"{folder} has {len(errors)} errors and {len(samples)} well-formed rows. Correct or remove "
-            "what is named."
+            f"{folder} has {len(errors)} errors and {len(samples)} well-formed rows. Correct or "
+            "remove what is named."
         )
 
 
@@ -48,21 +48,22 @@ def flaw(sample: Triplet) -> str | None:
     width, height = image.size
     if any(max(size) > LONGEST * min(size) for size in (image.size, crop.size)):
         return (
-            f"sample {sample.id}: {width} x {height} px, crop {crop.width} x {crop.height}. Expected "
-            f"under {LONGEST} : 1: leave it out."
+            f"sample {sample.id}: {width} x {height} px, crop {crop.width} x {crop.height}. "
+            f"Expected under {LONGEST} : 1: leave it out."
         )
     if sample.bbox:
         x1, y1, x2, y2 = sample.bbox
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             return (
-                f"sample {sample.id}: bbox is {sample.bbox}. Expected x1 < x2 <= {width}, y1 < y2 <= "
-                f"{height}: correct it, or write null."
+                f"sample {sample.id}: bbox is {sample.bbox}. Expected x1 < x2 <= {width}, y1 < y2 "
+                f"<= {height}: correct it, or write null."
             )
     return None
 
 
 def balance(samples: list[Triplet]) -> list[str]:
-    """Warnings: answers in their own question, one answer over 10% or one type over 35% of the samples."""
+    """Warnings: answers in their own question, one answer over 10% or one type over 35% of the
+    samples."""
     answers = []
     types = []
     leaky = []
@@ -83,7 +84,8 @@ def balance(samples: list[Triplet]) -> list[str]:
 
 
 def stem_and_answer(sample: Triplet) -> tuple[str, str]:
-    """The question without hint and options, and the answer's text where it is a letter: "A. bark"."""
+    """The question without hint and options, and the answer's text where it is a letter: "A.
+    bark"."""
     question = sample.question.replace(PROMPTS["hint"], "")  # which says "red"
     stem, *lines = re.split(r"\n+(?=\(?[A-H][.)] )", question)
     options = {}

@@ -28,13 +28,13 @@ def open_part(out: Path, rank: int, config: dict) -> BinaryIO:
     return part
 
 
-def append(part: BinaryIO, line: dict) -> None:
+def append(part: BinaryIO, line: dict):
     part.write(json.dumps(line).encode() + b"\n")
 
 
 def read_parts(out: Path, config: dict | None = None) -> Iterator[dict]:
-    """Every whole line of every rank: {"config": ..}, which must be `config` or everywhere the same, or
-    a finished photograph. Raises ValueError, FileExistsError."""
+    """Every whole line of every rank: {"config": ..}, which must be `config` or everywhere the
+    same, or a finished photograph. Raises ValueError, FileExistsError."""
     for path in sorted((out / ".parts").glob("*.jsonl")):
         for _, line in numbered_lines(path):
             if not line.endswith(b"\n"):
@@ -43,7 +43,8 @@ def read_parts(out: Path, config: dict | None = None) -> Iterator[dict]:
                 row = json.loads(line)
             except ValueError as error:
                 raise ValueError(
-                    f"{path} has a damaged line ({error}). Delete it: its photographs are done again."
+                    f"{path} has a damaged line ({error}). Delete it: its photographs are done "
+                    "again."
                 ) from error
             if "config" in row:
                 config = config or row["config"]
@@ -51,7 +52,7 @@ def read_parts(out: Path, config: dict | None = None) -> Iterator[dict]:
             yield row
 
 
-def refuse_mix(path: Path, found: dict, wanted: dict) -> None:
+def refuse_mix(path: Path, found: dict, wanted: dict):
     differs = {
         key: (found.get(key), wanted.get(key))
         for key in {*found, *wanted}
@@ -59,23 +60,25 @@ def refuse_mix(path: Path, found: dict, wanted: dict) -> None:
     }
     if differs:
         raise FileExistsError(
-            f"{path} was made with another configuration; (found, wanted) is {differs}. Run again with "
-            "the same one, or choose another --out."
+            f"{path} was made with another configuration; (found, wanted) is {differs}. Run again "
+            "with the same one, or choose another --out."
         )
 
 
-def merge(out: Path, font: Path | None = None) -> None:
-    """What the ranks have done so far -> train.jsonl (sorted by id), stats.json, preview.png; repeating
-    it changes nothing. The same bytes under several names count once, under the first name.
+def merge(out: Path, font: Path | None = None):
+    """What the ranks have done so far -> train.jsonl (sorted by id), stats.json, preview.png;
+    repeating it changes nothing. The same bytes under several names count once, under the first
+    name.
 
-    Raises FileNotFoundError without a finished photograph, ValueError with the drops without any sample.
+    Raises FileNotFoundError without a finished photograph, ValueError with the drops without any
+    sample.
     """
     lines = list(read_parts(out))
     done = {line["file"]: line for line in lines if "file" in line}
     if not done:
         raise FileNotFoundError(
-            f"{out} holds no finished photographs. Expected the --out of a run: give that, or run it "
-            "first."
+            f"{out} holds no finished photographs. Expected the --out of a run: give that, or run "
+            "it first."
         )
     drops, seconds = Counter(), Counter()
     notes, rows = [], []

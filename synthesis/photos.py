@@ -23,12 +23,13 @@ class Photo:
     file: str  # its path under --images, with / between folders
     digest: str = ""  # of its bytes: 16 hex digits of sha256; "" if they cannot be read
     image: Image.Image | None = None  # upright RGB; None where `drops` says why not
-    drops: Counter = field(default_factory=Counter)  # reason -> how many things were dropped for it
+    drops: Counter = field(default_factory=Counter)  # reason -> how often something was dropped
     notes: list = field(default_factory=list)  # what a decoder or the model said, for stats.json
     samples: list = field(default_factory=list)  # the rows of train.jsonl made of it
 
     def drop(self, reason: str, note=""):
-        """Counts something as dropped; note: a reply or an error, of which the beginning is kept."""
+        """Counts something as dropped; note: a reply or an error, of which the beginning is
+        kept."""
         self.drops[reason] += 1
         if note:
             self.notes.append(f"{reason}: {str(note)[:500]}")

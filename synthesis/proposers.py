@@ -1,7 +1,7 @@
-"""What boxes things in photographs: the model's own reply, SAM 3, or a file of boxes one already has."""
+"""What boxes things in photographs: the model's own reply, SAM 3, or a file of boxes one already
+has."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +23,15 @@ def is_box(box) -> bool:
 
 def replied_boxes(photo: Photo, items: list) -> list[Region]:
     """The well-formed ones of {"bbox_2d": [x1, y1, x2, y2] in thousandths, "label": name}."""
+    width, height = photo.image.size
     found = []
     for item in items:
-        box, name = None, None
-        if isinstance(item, dict):
-            box, name = item.get("bbox_2d"), item.get("label")
+        fields = item if isinstance(item, dict) else {}
+        box = fields.get("bbox_2d")
+        name = fields.get("label")
         if is_box(box) and min(box) >= 0 and max(box) <= 1000 and one_line(name):
-            pixels = [
-                value * side / 1000 for value, side in zip(box, photo.image.size * 2, strict=True)
-            ]
-            found.append(Region(photo, pixels, name))
+            x1, y1, x2, y2 = (value / 1000 for value in box)
+            found.append(Region(photo, [x1 * width, y1 * height, x2 * width, y2 * height], name))
         else:
             photo.drop("bad_box")
     return found
@@ -51,8 +50,9 @@ def read_boxes(path: Path) -> dict[str, list[tuple]]:
             given.setdefault(row["image"], []).extend(zip(boxes, labels, strict=True))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{path}, line {number}: {error!r}. Expected image (its path under --images), boxes "
-                "([[x1, y1, x2, y2], ..] px of the upright image) and, if you like, as many labels."
+                f"{path}, line {number}: {error!r}. Expected image (its path under --images), "
+                "boxes ([[x1, y1, x2, y2], ..] px of the upright image) and, if you like, as many "
+                "labels."
             ) from error
     return given
 
@@ -64,31 +64,26 @@ def given_boxes(given: dict, photo: Photo, _) -> list[Region]:
 # ------------------------------------------------------------------------------------------- SAM 3
 
 
-@dataclass
 class Sam3:
-    """SAM 3, prompted with names, without its image processor, which needs torchvision."""
+    """SAM 3 of a hub id or directory, prompted with names, without its image processor, which needs
+    torchvision. Raises FileNotFoundError, naming the ways out."""
 
-    model: object  # transformers' Sam3Model
-    tokenizer: object
-
-    @classmethod
-    def load(cls, path: str, device: str):
-        """Of a hub id or directory. Raises FileNotFoundError, naming the ways out."""
+    def __init__(self, path: str, device: str):
         from transformers import CLIPTokenizer, Sam3Model
 
         try:
-            model = Sam3Model.from_pretrained(path).to(device).eval()
-            return cls(model, CLIPTokenizer.from_pretrained(path))
+            self.model = Sam3Model.from_pretrained(path).to(device).eval()
+            self.tokenizer = CLIPTokenizer.from_pretrained(path)
         except Exception as error:  # network, name, gate, disk
             raise FileNotFoundError(
                 f"--sam3 {path} is no SAM 3 here, and the hub gave none ({type(error).__name__}: "
-                f"{error}). It is gated: accept its terms on the hub and `hf auth login`, point --sam3 "
-                "at a folder, or take --proposer mllm."
+                f"{error}). It is gated: accept its terms on the hub and `hf auth login`, point "
+                "--sam3 at a folder, or take --proposer mllm."
             ) from error
 
     def boxes_in(self, photo: Photo, items: list) -> list[Region]:
-        """The box of each name of which there is exactly one (score > 0.5), and that with a score of at
-        least 0.75. items: what the model replied, up to 8 names count."""
+        """The box of each name of which there is exactly one (score > 0.5), and that with a score
+        of at least 0.75. items: what the model replied, up to 8 names count."""
         import torch
 
         names = [one_line(each.get("label") if isinstance(each, dict) else each) for each in items]

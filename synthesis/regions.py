@@ -1,5 +1,6 @@
-"""Regions: which boxes are worth asking about, and the geometry of frame and crop, as measured on the
-released set. A box is [x1, y1, x2, y2] px of the upright photograph, a size is (width, height) px."""
+"""Regions: which boxes are worth asking about, and the geometry of frame and crop, as measured on
+the released set. A box is [x1, y1, x2, y2] px of the upright photograph, a size is (width, height)
+px."""
 
 import math
 from dataclasses import dataclass, field
@@ -49,8 +50,8 @@ class Region:
         return cut(self.photo.image, self.window)
 
     def framed(self) -> Image.Image:
-        """The photograph with a red frame round the box, whose own pixels stay as they are: they are
-        the evidence."""
+        """The photograph with a red frame round the box, whose own pixels stay as they are: they
+        are the evidence."""
         x1, y1, x2, y2 = self.frame
         framed = self.photo.image.copy()
         draw = ImageDraw.Draw(framed)
@@ -71,7 +72,8 @@ def grow(box: list, margins, size) -> list:
 
 
 def enlargement(window: list[int]) -> float:
-    """2; more where the short side would stay under 64 px, less where there would be over 4,194,304 px."""
+    """2; more where the short side would stay under 64 px, less where there would be over 4,194,304
+    px."""
     width, height = sides(window)
     return min(max(2, 64 / min(width, height)), math.sqrt(2**22 / (width * height)))
 
@@ -124,8 +126,8 @@ def region_fault(region: Region, kept: list[Region]) -> str | None:
 
 
 def same_thing(a: Region, b: Region) -> bool:
-    """Whether two regions show one thing: IoU over 0.5, or one lies to 80% in the other and their labels
-    share a word."""
+    """Whether two regions show one thing: IoU over 0.5, or one lies to 80% in the other and their
+    labels share a word."""
     shared = area([*map(max, a.box[:2], b.box[:2]), *map(min, a.box[2:], b.box[2:])])
     areas = [area(a.box), area(b.box)]
     if shared > 0.5 * (sum(areas) - shared):

@@ -20,9 +20,9 @@ LIST = r'\[(?:"(?:[^"\\]|\\.)*"|[^\[\]{}"])*\]'  # of no objects and no lists
 
 
 def json_in_reply(text: str) -> list | None:
-    """The JSON objects in a model's reply, else its longest list of texts; None without either: after
-    the last </think>, in whatever prose or code fences, with trailing commas, or cut off at the end.
-    It is parsed, never evaluated."""
+    """The JSON objects in a model's reply, else its longest list of texts; None without either:
+    after the last </think>, in whatever prose or code fences, with trailing commas, or cut off at
+    the end. It is parsed, never evaluated."""
     text = text.rpartition("</think>")[2][:20000]
     text = re.sub(r",(?=\s*[\]}])", "", text)  # trailing commas
     objects = []
@@ -41,8 +41,9 @@ def one_line(text, longest: int = 60) -> str | None:
     """`text` on one line; None when it is no text, empty, too long, or holds <image> or any special
     token."""
     text = " ".join(text.split()) if isinstance(text, str) else ""
-    special = re.search(r"<\w+>|<\||\|>", text)
-    return text if 0 < len(text) <= longest and text.isprintable() and not special else None
+    if len(text) > longest or not text.isprintable() or re.search(r"<\w+>|<\||\|>", text):
+        return None
+    return text or None
 
 
 def normal(text: str, question: str = "") -> str:

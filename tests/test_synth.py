@@ -945,7 +945,7 @@ def tiny_sam3(folder):
 
 def sam3(path, monkeypatch):
     monkeypatch.setattr(M, "load", lambda *args, **settings: (None, None))
-    return proposers.Sam3.load(str(path), "cpu")
+    return proposers.Sam3(str(path), "cpu")
 
 
 def test_sam3_boxes_names_without_torchvision_as_its_plain_forward_does(tmp_path, monkeypatch):
@@ -989,7 +989,7 @@ def test_sam3_boxes_names_without_torchvision_as_its_plain_forward_does(tmp_path
         atol=0.05,
     )
     script = scripted(monkeypatch, find='["tag", "red mug", "tag", 7]')
-    monkeypatch.setattr(proposers.Sam3, "load", lambda *_: boxer)
+    monkeypatch.setattr(synth, "Sam3", lambda *_: boxer)
     with pytest.raises(ValueError, match="name_malformed"):  # random boxes are mostly too large
         main(
             monkeypatch,

@@ -8,14 +8,14 @@ from triplets.format import FOLDERS, read_triplets
 
 
 def fetch_triplets(data: str | Path) -> Path:
-    """The folder of data set `data`, ready for read_triplets: a local folder, or a hub data set's id
-    such as yuanqianhao/Vision-OPD-6K, which is kept in data/<owner>/<name> under the working directory.
+    """The folder of data set `data`, ready for read_triplets: a local folder, or a hub data set's
+    id such as yuanqianhao/Vision-OPD-6K, which is kept in data/<owner>/<name> under the working
+    directory.
 
     Not in the hub's cache: its files are links into a store that other tools prune. Archives are
-    unpacked in place when a row's image is missing; once all are there, neither archives nor network
-    are needed (delete the folder to fetch anew).
-    Call it from one process per machine. Raises FileNotFoundError, ValueError (bad archive or row),
-    OSError (disk full).
+    unpacked in place when a row's image is missing; once all are there, neither archives nor
+    network are needed (delete the folder to fetch anew). Call it from one process per machine.
+    Raises FileNotFoundError, ValueError (bad archive or row), OSError (disk full).
     """
     folder = Path(data).expanduser()
     is_id = not folder.is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(data))

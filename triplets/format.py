@@ -1,8 +1,8 @@
-"""The triplet format: full image with a red box, crop of what it frames, and a question, as released
-with the paper (Vision-OPD-6K): read, checked, written.
+"""The triplet format: full image with a red box, crop of what it frames, and a question, as
+released with the paper (Vision-OPD-6K): read, checked, written.
 
-A data set is a folder with `train.jsonl`, `images/` and `teacher_images/`. The student sees images[0],
-the teacher teacher_images[0], both the same question.
+A data set is a folder with `train.jsonl`, `images/` and `teacher_images/`. The student sees
+images[0], the teacher teacher_images[0], both the same question.
 """
 
 import json
@@ -26,7 +26,8 @@ IMAGE_TAG = re.compile(r"<image>|<video>|<\|(?:image|video|vision)_\w+\|>")
 
 @dataclass
 class Triplet:
-    """One sample: a full image with a red box, a crop of what it frames, and a question about it."""
+    """One sample: a full image with a red box, a crop of what it frames, and a question about
+    it."""
 
     id: str  # unique in its data set, and a plain file name
     question: str  # without the <image> tag, hint kept
@@ -44,9 +45,9 @@ class Triplet:
 def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> list[Triplet]:
     """The rows of folder/train.jsonl in file order, every one of them checked.
 
-    Their id is extra_info.id, else the row's number.
-    Raises FileNotFoundError / ValueError with file and line for broken JSON, a missing key or file, a
-    repeated id, no rows; those of rows join `errors` instead, if that is given.
+    Their id is extra_info.id, else the row's number. Raises FileNotFoundError / ValueError with
+    file and line for broken JSON, a missing key or file, a repeated id, no rows; those of rows join
+    `errors` instead, if that is given.
     """
     folder = Path(folder)
     path = folder / "train.jsonl"
@@ -55,7 +56,8 @@ def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> 
         if folder.is_dir():
             there = sorted(entry.name for entry in folder.iterdir())[:10]
         raise FileNotFoundError(
-            f"{folder} has no train.jsonl ({there}). Expected a data set: give the folder that holds it."
+            f"{folder} has no train.jsonl ({there}). Expected a data set: give the folder that "
+            "holds it."
         )
 
     @cache
@@ -75,8 +77,8 @@ def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> 
             first = line_of.setdefault(triplet.id, n)
             if first != n:
                 raise ValueError(
-                    f"id {triplet.id!r} is that of line {first} too. Expected unique ids: remove one "
-                    "line, or leave extra_info.id out everywhere to have the rows numbered."
+                    f"id {triplet.id!r} is that of line {first} too. Expected unique ids: remove "
+                    "one line, or leave extra_info.id out everywhere to have the rows numbered."
                 )
             triplets.append(triplet)
         except (ValueError, FileNotFoundError) as error:
@@ -131,8 +133,8 @@ def read_object(line: bytes) -> dict:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"no JSON ({error}): {line[:60]!r}. Expected an object a line; fetch the file again if it "
-            "is cut off, or if these are the lines of a git-lfs pointer."
+            f"no JSON ({error}): {line[:60]!r}. Expected an object a line; fetch the file again if "
+            "it is cut off, or if these are the lines of a git-lfs pointer."
         ) from error
     if not isinstance(row, dict) or not {"problem", *FOLDERS} <= row.keys():
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
@@ -157,8 +159,8 @@ def find_image(row: dict, key: str, folder: Path, names_in: Callable[[Path], set
     path = folder / names[0]
     if path.name not in names_in(path.parent):
         raise FileNotFoundError(
-            f"{key}[0] is {names[0]!r}, and no such file is under {folder}. Unpack the archives first, "
-            "or give the folder that holds train.jsonl."
+            f"{key}[0] is {names[0]!r}, and no such file is under {folder}. Unpack the archives "
+            "first, or give the folder that holds train.jsonl."
         )
     return path
 
@@ -174,7 +176,8 @@ def write_sample(folder: Path, sample: Triplet, suffix: str) -> dict:
     answer = sample.answer or ""
     if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise ValueError(
-            f"sample {name!r}: the id is no plain file name. Choose letters, digits, '.', '_' and '-'."
+            f"sample {name!r}: the id is no plain file name. Choose letters, digits, '.', '_' and "
+            "'-'."
         )
     if IMAGE_TAG.search(question) or not question.strip():
         raise ValueError(

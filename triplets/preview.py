@@ -1,7 +1,6 @@
 """A contact sheet of a data set: look before you train."""
 
 import re
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -16,9 +15,9 @@ LINE = 24  # px, a line of text
 
 
 def draw_preview(folder: str | Path, font: Path | None = None) -> Path:
-    """Draw folder/preview.png: up to 24 triplets from all over the file, three a row. Returns its path.
-    font: a file; Pillow's own has Latin, Greek and Cyrillic letters only and draws empty rectangles for
-    other scripts."""
+    """Draw folder/preview.png: up to 24 triplets from all over the file, three a row. Returns its
+    path. font: a file; Pillow's own has Latin, Greek and Cyrillic letters only and draws empty
+    rectangles for other scripts."""
 
     @cache
     def typeface(size: int):
@@ -28,10 +27,10 @@ def draw_preview(folder: str | Path, font: Path | None = None) -> Path:
     count = min(24, len(rows))
     tiles = [tile(rows[n * len(rows) // count], typeface) for n in range(count)]
     columns = min(3, count)
-    lines = -(-count // columns)
     width = tiles[0].width + GAP
     height = max(each.height for each in tiles) + GAP
-    sheet = Image.new("RGB", (columns * width + GAP, lines * height + GAP), "#e3e6ea")
+    sheet_size = (columns * width + GAP, -(-count // columns) * height + GAP)
+    sheet = Image.new("RGB", sheet_size, "#e3e6ea")
     for n, drawn in enumerate(tiles):
         line, column = divmod(n, columns)
         sheet.paste(drawn, (GAP + column * width, GAP + line * height))
@@ -40,16 +39,15 @@ def draw_preview(folder: str | Path, font: Path | None = None) -> Path:
     return path
 
 
-def tile(triplet: Triplet, typeface: Callable) -> Image.Image:
-    """One triplet to look at: image (bbox marked yellow) and crop, below them question, answer, sizes
-    and the box's share."""
+def tile(triplet: Triplet, typeface) -> Image.Image:
+    """One triplet to look at: image (bbox marked yellow) and crop, below them question, answer,
+    sizes and the box's share. typeface: size -> font."""
     image = load_image(triplet.image)
     crop = load_image(triplet.crop)
-    box = triplet.bbox
     noted = "no box noted"
-    if box:
-        area = (box[2] - box[0]) * (box[3] - box[1])
-        noted = f"box {area / (image.width * image.height):.2%} of it"
+    if triplet.bbox:
+        x1, y1, x2, y2 = triplet.bbox
+        noted = f"box {(x2 - x1) * (y2 - y1) / (image.width * image.height):.2%} of it"
     facts = (
         f"image {image.width} x {image.height}, {noted}, crop {crop.width} x {crop.height}   "
         f"{triplet.id[:28]}"
@@ -61,48 +59,38 @@ def tile(triplet: Triplet, typeface: Callable) -> Image.Image:
         (facts, "#5f6368", 15, 1),
     ):
         font = typeface(size)
-        wrapped = wrap(text, font, WIDTH + HEIGHT + GAP, most)
-        lines += [(line, ink, font) for line in wrapped]
+        lines += [(line, ink, font) for line in wrap(text, font, WIDTH + HEIGHT + GAP, most)]
 
     size = (WIDTH + HEIGHT + 3 * GAP, HEIGHT + 3 * GAP + LINE * len(lines))
     drawn = Image.new("RGB", size, "white")
-    drawn.paste(fitted(image, WIDTH), (GAP, GAP))
+    shown = fitted(image, WIDTH)
+    drawn.paste(shown, (GAP, GAP))
     drawn.paste(fitted(crop, HEIGHT), (WIDTH + 2 * GAP, GAP))
     draw = ImageDraw.Draw(drawn)
-    if box:
-        mark_box(draw, box, image.size)
+    if triplet.bbox:  # its red frame may be under a pixel wide here
+        x1, y1, x2, y2 = (GAP + v * shown.width / image.width for v in triplet.bbox)
+        corners = (min(x1, x2) - 4, min(y1, y2) - 4, max(x1, x2) + 4, max(y1, y2) + 4)
+        draw.rectangle(corners, outline="yellow", width=2)
     for n, line in enumerate(lines):
         draw.text((GAP, HEIGHT + 2 * GAP + n * LINE), *line)
     return drawn
 
 
 def fitted(picture: Image.Image, width: int) -> Image.Image:
-    """The picture in the middle of a room of width x HEIGHT px; small ones show their pixels."""
+    """The picture as large as fits into width x HEIGHT px; small ones show their pixels."""
     tiny = 2 * picture.width <= width
     method = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
-    return ImageOps.pad(picture, (width, HEIGHT), method, "white")
-
-
-def mark_box(draw: ImageDraw.ImageDraw, box: list[int], size: tuple[int, int]) -> None:
-    """A yellow line round the box, in px of an image of this size: its red frame may be under a pixel
-    wide on a tile."""
-    scale = min(WIDTH / size[0], HEIGHT / size[1])
-    left = GAP + (WIDTH - scale * size[0]) / 2
-    top = GAP + (HEIGHT - scale * size[1]) / 2
-    x1, x2 = sorted((left + scale * box[0], left + scale * box[2]))
-    y1, y2 = sorted((top + scale * box[1], top + scale * box[3]))
-    draw.rectangle((x1 - 4, y1 - 4, x2 + 4, y2 + 4), outline="yellow", width=2)
+    return ImageOps.contain(picture, (width, HEIGHT), method)
 
 
 def wrap(text: str, font, width: int, most: int) -> list[str]:
-    """Up to `most` lines of at most `width` px as drawn; long words, and scripts without spaces, break
-    anywhere."""
+    """Up to `most` lines of at most `width` px as drawn; long words, and scripts without spaces,
+    break anywhere."""
     lines = []
     for paragraph in filter(str.strip, text[:2000].split("\n")):
         lines.append("")
         for word in re.findall(r"\s*\S+", paragraph):
-            fits = font.getlength(word) <= width
-            for piece in [word] if fits else word:
+            for piece in [word] if font.getlength(word) <= width else word:
                 if font.getlength(lines[-1] + piece) > width:
                     lines.append("")
                 lines[-1] = (lines[-1] + piece).lstrip()
