@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from launch.flags import positive_int, setting, settings_parser
 from storage.files import naming_full_disks
-from synthesis.checking import check
-from synthesis.parts import append, merge, open_part, read_parts
-from synthesis.photos import Photo, load_ahead, photograph_files, rank_of
+from synthesis.checking import check_triplets
+from synthesis.parts import merge, open_part, read_parts, write_line
+from synthesis.photos import Photo, photos_ahead, photograph_files, rank_of
 from synthesis.proposers import Sam3, given_boxes, read_boxes, replied_boxes
 from synthesis.regions import Region, cut, enlargement, small_regions
 from synthesis.texts import PROMPTS, broken_rule, drafted, json_in_reply, normal, one_line
@@ -94,7 +94,7 @@ def make_triplets(photos: list[Photo], engine, settings, mark: str, pool: Execut
         add_options(engine, regions)
         watch.lap("choices")
     regions = [region for region in regions if region.questions]
-    rows = pool.map(lambda region: draw(region, settings, mark), regions)
+    rows = pool.map(lambda region: draw_triplet(region, settings, mark), regions)
     for region, row in zip(regions, rows, strict=True):
         region.photo.samples.append(row)
         region.photo.drops["question_spare"] += len(region.questions) - 1
@@ -187,7 +187,7 @@ def add_options(engine, regions: list[Region]):
                 region.photo.drop("options_too_few")
 
 
-def draw(region: Region, settings, mark: str) -> dict:
+def draw_triplet(region: Region, settings, mark: str) -> dict:
     """Draws and saves a region with its first question: the row of train.jsonl. mark: a digest of
     what it was made with."""
     photo = region.photo
@@ -249,7 +249,7 @@ def reply_texts(engine, what: str, requests: list[Request], tokens: int, **how) 
     in memory. how: `group` (texts a request) and `temperature`, see rollout.answers."""
     import rollout  # with torch and transformers: --check starts without
 
-    def reply(batch: list[Request]) -> list[list[str]]:
+    def reply(batch):
         keys = [repr((engine.seed, what, request.key)) for request in batch]
         replies = rollout.answers(
             *engine.model,
@@ -310,7 +310,7 @@ def load_engine(settings, given: dict) -> Engine:
 # ----------------------------------------------------------------------------------------- running
 
 
-def run(settings):
+def synthesize(settings):
     """This rank's photographs -> images, and lines in .parts; without torchrun, the whole data set.
 
     A photograph's line, appended after its images, holds its samples and says that it is done; one
@@ -359,7 +359,7 @@ def work(todo: list[str], engine, settings, mark: str, part, bar):
     kept = dropped = 0
     watch = Stopwatch()
     with ThreadPoolExecutor(settings.workers) as pool:
-        for photos in load_ahead(pool, settings.images, todo, settings.batch):
+        for photos in photos_ahead(pool, settings.images, todo, settings.batch):
             watch.lap("load")
             make_triplets(photos, engine, settings, mark, pool, watch)
             for photo in photos:
@@ -374,7 +374,7 @@ def work(todo: list[str], engine, settings, mark: str, part, bar):
                     },
                     "samples": photo.samples,
                 }
-                append(part, line)
+                write_line(part, line)
                 kept += len(photo.samples)
                 dropped += photo.drops.total()
             part.flush()
@@ -387,7 +387,7 @@ class Stopwatch:
         self.laps = {}  # stage -> seconds of the last batch
         self.last = time.perf_counter()
 
-    def lap(self, stage: str):
+    def lap(self, stage):
         now = time.perf_counter()
         self.laps[stage] = now - self.last
         self.last = now
@@ -425,11 +425,11 @@ def main(argv: list[str] | None = None):
                 f"--proposer is {settings.proposer!r}. Expected mllm, sam3, or the path of a "
                 ".jsonl file of boxes"
             )
-        run(settings)
+        synthesize(settings)
     if settings.merge:
         merge(settings.merge, settings.font)
     if settings.check:
-        check(settings.check)
+        check_triplets(settings.check)
     if settings.preview:
         print(f"drawn: {draw_preview(settings.preview, settings.font)}")
 

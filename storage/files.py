@@ -46,7 +46,7 @@ def whole(path: Path):
         scratch.unlink(missing_ok=True)
 
 
-def remove_scratch(folder: Path) -> None:
+def remove_scratch(folder: Path):
     """Removes what killed processes left of `whole`, but nothing that is younger than ten minutes
     and may be a living one's."""
     for path in folder.rglob(".tmp-*"):
@@ -55,7 +55,7 @@ def remove_scratch(folder: Path) -> None:
                 path.unlink()
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str | bytes):
     """All of it or nothing, whenever the process is killed."""
     with whole(path) as scratch:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -75,7 +75,7 @@ def read_json(path: Path, notes: list[str]) -> dict:
 # ------------------------------------------------------------------------------------- JSON lines
 
 
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+def write_jsonl(path: Path, rows: Iterable[dict]):
     """A row a line, all of them or nothing; the rows may be computed on the way."""
     with whole(path) as scratch, scratch.open("w", encoding="utf-8") as lines:
         for row in rows:

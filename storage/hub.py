@@ -49,7 +49,7 @@ def plain_files(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
     return tarfile.data_filter(member, folder)  # refuses what leads out of the folder
 
 
-def extract(parts: list[Path], folder: Path) -> None:
+def extract(parts: list[Path], folder: Path):
     """The files of a .tar.gz, given in parts, into `folder`, read to the last byte and checksum."""
     with ExitStack() as stack:
         files = [stack.enter_context(part.open("rb")) for part in parts]
@@ -60,7 +60,7 @@ def extract(parts: list[Path], folder: Path) -> None:
             pass
 
 
-def unpack(parts: list[Path], target: Path) -> None:
+def unpack(parts: list[Path], target: Path):
     """The files of a .tar.gz, given in parts, into `target`; its members may be `x.png` or `<name
     of target>/x.png`. They are unpacked beside it, then moved in: killed at any moment, it holds
     whole files only. Raises ValueError for a damaged or unsafe archive, OSError (disk full)."""

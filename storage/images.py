@@ -57,7 +57,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise ValueError(f"{path} cannot be read as a picture: {error}. {AGAIN}") from error
 
 
-def save_image(image: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path):
     """PNG, or JPEG at quality 95 with full colour resolution, by the suffix; never with the colour
     profile of its source."""
     options = {"icc_profile": None}

@@ -13,7 +13,7 @@ from synthesis.texts import PROMPTS, leaks, normal
 from triplets.format import Triplet, read_triplets
 
 
-def check(folder: Path):
+def check_triplets(folder: Path):
     """Prints what is wrong with a data set, and what looks wrong. Raises ValueError when there are
     errors."""
     errors = []

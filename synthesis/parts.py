@@ -24,11 +24,11 @@ def open_part(out: Path, rank: int, config: dict) -> BinaryIO:
     end = path.read_bytes().rfind(b"\n") + 1
     part.truncate(end)  # cuts a torn last line
     if end == 0:
-        append(part, {"config": config})
+        write_line(part, {"config": config})
     return part
 
 
-def append(part: BinaryIO, line: dict):
+def write_line(part: BinaryIO, line: dict):
     part.write(json.dumps(line).encode() + b"\n")
 
 

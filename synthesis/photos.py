@@ -98,7 +98,7 @@ def load_photo(root: Path, file: str) -> Photo:
     return photo
 
 
-def load_ahead(pool: Executor, root: Path, files: list[str], size: int) -> Iterator[list[Photo]]:
+def photos_ahead(pool: Executor, root: Path, files: list[str], size: int) -> Iterator[list[Photo]]:
     """The photographs, `size` at once; the next ones are decoded while these are worked on."""
     ahead = None
     for start in range(0, len(files), size):

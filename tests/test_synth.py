@@ -678,7 +678,7 @@ def test_a_check_finds_pictures_that_no_image_processor_takes(tmp_path):
         ],
     )
     with pytest.raises(ValueError, match="has 1 errors and 1 well-formed rows"):
-        checking.check(tmp_path)
+        checking.check_triplets(tmp_path)
 
 
 def test_a_damaged_line_of_a_rank_is_named(tmp_path, monkeypatch):
@@ -751,7 +751,7 @@ def scripted_run(kill_at, rank, world, folder, out):
     patch = pytest.MonkeyPatch()
     scripted(patch)
     patch.setattr(rollout, "answers", mortal(rollout.answers))
-    patch.setattr(synth, "draw", mortal(synth.draw))
+    patch.setattr(synth, "draw_triplet", mortal(synth.draw_triplet))
     patch.setattr(os, "replace", mortal(os.replace))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     main(patch, "--images", folder, "--out", out, "--batch", 2)

@@ -39,7 +39,7 @@ def fetch_triplets(data: str | Path) -> Path:
     return folder
 
 
-def unpack_archives(folder: Path) -> None:
+def unpack_archives(folder: Path):
     """images/images.tar.gz* and teacher_images/teacher_images.tar.gz*, each into its folder."""
     for key in FOLDERS:
         parts = sorted((folder / key).glob(f"{key}.tar.gz*"))

@@ -8,7 +8,7 @@ images[0], the teacher teacher_images[0], both the same question.
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -89,10 +89,8 @@ def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> 
     return triplets
 
 
-def read_row(
-    line: bytes, number: int, folder: Path, names_in: Callable[[Path], set[str]]
-) -> Triplet:
-    """The triplet of a line of train.jsonl, the `number`-th row."""
+def read_row(line: bytes, number: int, folder: Path, names_in) -> Triplet:
+    """The triplet of a line of train.jsonl, the `number`-th row. names_in: a folder -> its files."""
     row = read_object(line)
     problem = str(row["problem"])
     question = problem.removeprefix("<image>")
@@ -100,19 +98,16 @@ def read_row(
     answer = row.get("answer")
     extra = row.get("extra_info") or {}
     tags = IMAGE_TAG.findall(problem)
+    good = tags == ["<image>"] and question != problem and question.strip()
     expect(
         row,
         "problem",
-        tags == ["<image>"] and question != problem and question.strip(),
+        good,
         f"one <image>, at the start, then a newline and the question; found the image tags {tags}",
     )
-    expect(
-        row,
-        "bbox",
-        box is None
-        or (isinstance(box, list) and [isinstance(v, int | float) for v in box] == [True] * 4),
-        "[x1, y1, x2, y2] in pixels, or null",
-    )
+    numbers = isinstance(box, list) and [isinstance(v, int | float) for v in box]
+    good = box is None or numbers == [True] * 4
+    expect(row, "bbox", good, "[x1, y1, x2, y2] in pixels, or null")
     expect(row, "extra_info", isinstance(extra, dict), "an object, or nothing")
     image, crop = (find_image(row, key, folder, names_in) for key in FOLDERS)
     name = extra.get("id")
@@ -144,14 +139,14 @@ def read_object(line: bytes) -> dict:
     return row
 
 
-def expect(row: dict, key: str, good: bool, expected: str) -> None:
+def expect(row: dict, key: str, good: bool, expected: str):
     if not good:
         raise ValueError(
             f"{key} is {row[key]!r:.90}. Expected {expected}: correct or remove the line."
         )
 
 
-def find_image(row: dict, key: str, folder: Path, names_in: Callable[[Path], set[str]]) -> Path:
+def find_image(row: dict, key: str, folder: Path, names_in) -> Path:
     """The file that row[key], a list of one name relative to `folder`, names."""
     names = row[key]
     is_one = isinstance(names, list) and [type(name) for name in names] == [str]
@@ -215,7 +210,7 @@ def write_triplets(folder: str | Path, samples: Iterable[Triplet]) -> int:
         (folder / key).mkdir(parents=True, exist_ok=True)
     names = set()
 
-    def rows() -> Iterator[dict]:
+    def rows():
         for sample in samples:
             if sample.id in names:
                 raise ValueError(f"sample {sample.id!r}: the id is repeated. Expected unique ones.")
