@@ -218,7 +218,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
         files.write(tmp_path / "none" / "x", "text")
 
 
-# --------------------------------------------------------------------------------- JSON of a killed run
+# ---------------------------------------------------------------------------- JSON of a killed run
 
 
 def test_lines_outlive_a_kill(tmp_path):
