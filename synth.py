@@ -30,7 +30,7 @@ from launch.flags import positive_int, setting, settings_parser
 from storage.files import naming_full_disks
 from synthesis.checking import check_triplets
 from synthesis.parts import merge, open_part, read_parts, write_line
-from synthesis.photos import Photo, photos_ahead, photograph_files, rank_of
+from synthesis.photos import Photo, photograph_files, photos_ahead, rank_of
 from synthesis.proposers import Sam3, given_boxes, read_boxes, replied_boxes
 from synthesis.regions import Region, cut, enlargement, small_regions
 from synthesis.texts import PROMPTS, broken_rule, drafted, json_in_reply, normal, one_line
@@ -362,16 +362,14 @@ def work(todo: list[str], engine, settings, mark: str, part, bar):
         for photos in photos_ahead(pool, settings.images, todo, settings.batch):
             watch.lap("load")
             make_triplets(photos, engine, settings, mark, pool, watch)
+            shares = {stage: round(s / len(photos), 4) for stage, s in watch.seconds.items()}
             for photo in photos:
                 line = {
                     "file": photo.file,
                     "digest": photo.digest,
                     "drops": +photo.drops,  # without zeros
                     "notes": photo.notes,
-                    "seconds": {
-                        stage: round(seconds / len(photos), 4)
-                        for stage, seconds in watch.laps.items()
-                    },
+                    "seconds": shares,
                     "samples": photo.samples,
                 }
                 write_line(part, line)
@@ -383,13 +381,15 @@ def work(todo: list[str], engine, settings, mark: str, part, bar):
 
 
 class Stopwatch:
+    """How long the stages of the last batch took, each from lap to lap."""
+
     def __init__(self):
-        self.laps = {}  # stage -> seconds of the last batch
+        self.seconds = {}  # by stage
         self.last = time.perf_counter()
 
     def lap(self, stage):
         now = time.perf_counter()
-        self.laps[stage] = now - self.last
+        self.seconds[stage] = now - self.last
         self.last = now
 
 
@@ -417,10 +417,9 @@ def main(argv: list[str] | None = None):
     if settings.images:
         if settings.out is None:
             parser.error("--images needs --out DIR")
-        boxes = Path(settings.proposer)
-        if settings.proposer not in ("mllm", "sam3") and not (
-            boxes.suffix == ".jsonl" and boxes.is_file()
-        ):
+        own = Path(settings.proposer)
+        own_boxes = own.suffix == ".jsonl" and own.is_file()
+        if not own_boxes and settings.proposer not in ("mllm", "sam3"):
             parser.error(
                 f"--proposer is {settings.proposer!r}. Expected mllm, sam3, or the path of a "
                 ".jsonl file of boxes"

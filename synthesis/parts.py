@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from storage.files import numbered_lines, remove_scratch, write, write_jsonl
 from synthesis.checking import balance
@@ -17,7 +16,7 @@ from triplets.format import read_triplets
 from triplets.preview import draw_preview
 
 
-def open_part(out: Path, rank: int, config: dict) -> BinaryIO:
+def open_part(out: Path, rank: int, config: dict):
     """The rank's part, open for lines at its end."""
     path = out / ".parts" / f"{rank:05d}.jsonl"
     part = path.open("a+b")
@@ -28,7 +27,7 @@ def open_part(out: Path, rank: int, config: dict) -> BinaryIO:
     return part
 
 
-def write_line(part: BinaryIO, line: dict):
+def write_line(part, line: dict):
     part.write(json.dumps(line).encode() + b"\n")
 
 

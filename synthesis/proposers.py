@@ -106,7 +106,7 @@ class Sam3:
                 photo.drop("name_ambiguous" if sure > 1 else "name_not_found")
         return found
 
-    def detect(self, image: Image.Image, names: list[str]):
+    def detect(self, image, names):
         """Scores (names, queries) in [0, 1] and boxes (names, queries, 4) in px."""
         import torch
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from PIL import Image, ImageDraw
 
 from synthesis.photos import Photo
-from synthesis.texts import DraftQuestion, normal, one_line
+from synthesis.texts import normal, one_line
 from triplets.format import RED
 
 
@@ -21,35 +21,35 @@ class Region:
     box: list  # of whole px once it is kept
     label: str | None = None  # what is in it, as the question's writer is told
     score: float | None = None  # SAM 3's confidence
-    questions: list[DraftQuestion] = field(default_factory=list)  # the first becomes a sample
+    questions: list = field(default_factory=list)  # DraftQuestion; the first becomes a sample
 
     @property
-    def id(self) -> str:
+    def id(self):
         return "-".join([self.photo.digest, *map(str, self.box)])
 
     @property
-    def line(self) -> int:
+    def line(self):
         """Width of the frame's line, px."""
         return min(max(round(min(self.photo.image.size) / 300), 2), 16)
 
     @property
-    def frame(self) -> list[int]:
+    def frame(self):
         """The outer edge of the frame, which is drawn inwards."""
         margins = [max(round(side / 20), self.line + 1) for side in sides(self.box)]
         return grow(self.box, margins, self.photo.image.size)
 
     @property
-    def window(self) -> list[int]:
+    def window(self):
         """What is cropped: the frame and a margin."""
         margins = [round(side / 20) for side in sides(self.frame)]
         return grow(self.frame, margins, self.photo.image.size)
 
     @cached_property
-    def crop(self) -> Image.Image:
+    def crop(self):
         """The window, enlarged, without the frame."""
         return cut(self.photo.image, self.window)
 
-    def framed(self) -> Image.Image:
+    def framed(self):
         """The photograph with a red frame round the box, whose own pixels stay as they are: they
         are the evidence."""
         x1, y1, x2, y2 = self.frame
@@ -60,25 +60,25 @@ class Region:
         return framed
 
 
-def sides(box: list) -> tuple:
+def sides(box):
     return box[2] - box[0], box[3] - box[1]
 
 
-def grow(box: list, margins, size) -> list:
+def grow(box, margins, size):
     """The box, larger by `margins` (horizontal, vertical) on each side, within an image."""
     x1, y1, x2, y2 = box
     dx, dy = margins
     return [max(0, x1 - dx), max(0, y1 - dy), min(size[0], x2 + dx), min(size[1], y2 + dy)]
 
 
-def enlargement(window: list[int]) -> float:
+def enlargement(window) -> float:
     """2; more where the short side would stay under 64 px, less where there would be over 4,194,304
     px."""
     width, height = sides(window)
     return min(max(2, 64 / min(width, height)), math.sqrt(2**22 / (width * height)))
 
 
-def cut(image: Image.Image, window: list[int]) -> Image.Image:
+def cut(image: Image.Image, window):
     """The window, enlarged."""
     scale = enlargement(window)
     size = [int(side * scale + 1e-6) for side in sides(window)]
@@ -136,6 +136,6 @@ def same_thing(a: Region, b: Region) -> bool:
     return shared >= 0.8 * min(areas) and a_word
 
 
-def area(box: list) -> float:
+def area(box):
     width, height = sides(box)
     return max(0, width) * max(0, height)

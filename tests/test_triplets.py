@@ -256,7 +256,7 @@ PARTS = ("images.tar.gz00", "images.tar.gz01", "images.tar.gz02")
 
 
 def hub_layout(folder, prefixes=("", ""), names=PARTS, extra=None):
-    """The released layout of three samples, images split over several parts. Returns the samples."""
+    """The released layout of three samples, images in several parts. Returns the samples."""
     samples = [sample(name) for name in "abc"]
     source = folder.with_name(folder.name + "-source")
     write_triplets(source, samples)

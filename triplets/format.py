@@ -99,12 +99,8 @@ def read_row(line: bytes, number: int, folder: Path, names_in) -> Triplet:
     extra = row.get("extra_info") or {}
     tags = IMAGE_TAG.findall(problem)
     good = tags == ["<image>"] and question != problem and question.strip()
-    expect(
-        row,
-        "problem",
-        good,
-        f"one <image>, at the start, then a newline and the question; found the image tags {tags}",
-    )
+    expected = "one <image>, at the start, then a newline and the question"
+    expect(row, "problem", good, f"{expected}; found the image tags {tags}")
     numbers = isinstance(box, list) and [isinstance(v, int | float) for v in box]
     good = box is None or numbers == [True] * 4
     expect(row, "bbox", good, "[x1, y1, x2, y2] in pixels, or null")

@@ -39,7 +39,7 @@ def draw_preview(folder: str | Path, font: Path | None = None) -> Path:
     return path
 
 
-def tile(triplet: Triplet, typeface) -> Image.Image:
+def tile(triplet: Triplet, typeface):
     """One triplet to look at: image (bbox marked yellow) and crop, below them question, answer,
     sizes and the box's share. typeface: size -> font."""
     image = load_image(triplet.image)
@@ -76,7 +76,7 @@ def tile(triplet: Triplet, typeface) -> Image.Image:
     return drawn
 
 
-def fitted(picture: Image.Image, width: int) -> Image.Image:
+def fitted(picture, width: int):
     """The picture as large as fits into width x HEIGHT px; small ones show their pixels."""
     tiny = 2 * picture.width <= width
     method = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
