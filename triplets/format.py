@@ -90,7 +90,7 @@ def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> 
 
 
 def read_row(line: bytes, number: int, folder: Path, names_in) -> Triplet:
-    """The triplet of a line of train.jsonl, the `number`-th row. names_in: a folder -> its files."""
+    """The triplet of a line of train.jsonl, the `number`-th. names_in: a folder -> its files."""
     row = read_object(line)
     problem = str(row["problem"])
     question = problem.removeprefix("<image>")
