@@ -234,7 +234,7 @@ class Batches:
         A batch that does not fit, or raises one of the errors `bad_item`, is halved until it passes
         or is a single item, which comes with its error instead of a result.
         """
-        done, size = 0, self.most
+        done, size, most = 0, self.most, self.most
         while done < len(items):
             batch = items[done : done + size]
             try:
@@ -247,6 +247,7 @@ class Batches:
                         tqdm.write(f"out of memory with {len(batch)} at once, going on with {size}")
                     continue
                 result = error
+                self.most = most  # this item's fault, not the batch's
             yield batch, result
             done += len(batch)
             size = min(self.most, 2 * size)

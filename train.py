@@ -61,7 +61,7 @@ from sharding import (
 )
 from storage.files import write
 from storage.images import image_size
-from triplets.fetch import fetch
+from triplets.fetch import fetch_triplets
 from triplets.format import Triplet, read_triplets
 
 TEACHERS = ["ema", "initial", "current", "trust-region"]
@@ -475,7 +475,7 @@ def line(entry: dict) -> str:
 
 def read_rows(settings: Settings) -> list[Triplet]:
     """The rows of --data. Raises ValueError where they cannot give what is asked for."""
-    rows = read_triplets(fetch(settings.data))
+    rows = read_triplets(fetch_triplets(settings.data))
     without = sum(row.answer is None for row in rows)
     if without and METHODS[settings.method].needs_answers:
         raise ValueError(
@@ -514,7 +514,7 @@ def claim_folder(settings: Settings, rows: list[Triplet]) -> None:
 def prepare(settings: Settings, rank: int, world: int, device: torch.device) -> tuple[Run, int]:
     """Load data, model and, if there is one, the checkpoint to resume from: the run, its step."""
     if rank == 0:  # downloads and unpacks, onto a shared disk
-        fetch(settings.data)
+        fetch_triplets(settings.data)
     dist.barrier()
     rows = read_rows(settings)
     settings.steps = settings.steps or len(rows) // settings.prompts

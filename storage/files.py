@@ -4,32 +4,40 @@ import errno
 import json
 import os
 import shutil
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 
 @contextmanager
 def naming_full_disks(folder: Path):
-    """Turns 'no space left' under `folder` into an error that says where, how much is free, and what to do."""
+    """Turns 'no space left' under `folder` into an error that says where, how much is free, and
+    what to do."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        free = shutil.disk_usage(there).free / 1e6
         raise OSError(
             error.errno,
-            f"no space left for {folder} ({shutil.disk_usage(there).free / 1e6:,.0f} MB free, less "
-            "with a quota). Nothing is half-written: make room or choose another disk, and run again",
+            f"no space left for {folder} ({free:,.0f} MB free, less with a quota). Nothing is "
+            "half-written: make room or choose another disk, and run again",
         ) from error
+
+
+# ------------------------------------------------------------------------------------ whole files
 
 
 @contextmanager
 def whole(path: Path):
-    """Gives a temporary path to write to, which then becomes `path`, or is removed on an error: no file is half-written."""
-    scratch = path.with_name(
-        f".tmp-{os.urandom(6).hex()}-{path.name}"
-    )  # its own: ranks may share a name
+    """Gives a temporary path to write to, which then becomes `path`, or is removed on an error: no
+    file is half-written."""
+    unique = os.urandom(6).hex()  # ranks may write a file of the same name
+    scratch = path.with_name(f".tmp-{unique}-{path.name}")
     try:
         with naming_full_disks(path.parent):
             yield scratch
@@ -38,44 +46,76 @@ def whole(path: Path):
         scratch.unlink(missing_ok=True)
 
 
-def write(path: Path, content: str | bytes) -> None:
+def remove_scratch(folder: Path):
+    """Removes what killed processes left of `whole`, but nothing that is younger than ten minutes
+    and may be a living one's."""
+    for path in folder.rglob(".tmp-*"):
+        with suppress(FileNotFoundError):  # it has become the file it is for
+            if time.time() - path.stat().st_mtime > 600:
+                path.unlink()
+
+
+def write(path: Path, content: str | bytes):
     """All of it or nothing, whenever the process is killed."""
     with whole(path) as scratch:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def appending(path: Path):
-    """`path`, open for lines at its end; a last line that a killed run left torn is ended first."""
-    torn, file = path.exists() and not path.read_bytes().endswith(b"\n"), path.open("a")
-    file.write("\n" * torn)
-    return file
 
 
 def read_json(path: Path, notes: list[str]) -> dict:
     """A json file's dict; {}, and a note, when it is missing or unreadable."""
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
+    except FileNotFoundError:
+        notes.append(f"{path.name} is not in {path.parent}")
     except (OSError, ValueError) as error:
-        notes.append(
-            f"{path.name} is unreadable: {error}"
-            if path.exists()
-            else f"{path.name} is not in {path.parent}"
-        )
-        return {}
+        notes.append(f"{path.name} is unreadable: {error}")
+    return {}
+
+
+# ------------------------------------------------------------------------------------- JSON lines
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]):
+    """A row a line, all of them or nothing; the rows may be computed on the way."""
+    with whole(path) as scratch, scratch.open("w", encoding="utf-8") as lines:
+        for row in rows:
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def appending(path: Path) -> TextIO:
+    """`path`, open for lines at its end; a last line that a killed run left torn is ended first."""
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    file = path.open("a")
+    if torn:
+        file.write("\n")
+    return file
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, counted from 1, and bytes, with the line's end) of each line that is not blank."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line
 
 
 def read_jsonl(path: Path, notes: list[str]) -> list[dict]:
-    """Rows of a jsonl file; NaN and infinities become None. Noted: that it is missing, or had lines that a kill left torn."""
-    rows, torn = [], 0
+    """Rows of a jsonl file; NaN and infinities become None. Noted: that it is missing, or had lines
+    that a kill left torn."""
     if not path.is_file():
         notes.append(f"{path.name} is not in {path.parent}")
-        return rows
-    for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").split("\n")):
+        return []
+    rows = []
+    torn = 0
+    for _, line in numbered_lines(path):
         try:
-            rows.append(json.loads(line, parse_constant=lambda name: None))
+            text = line.decode(errors="replace")
+            rows.append(json.loads(text, parse_constant=lambda name: None))
         except json.JSONDecodeError:
             torn += 1
-    notes += [f"{path.name}: {torn} unreadable line{'s' * (torn > 1)} left out"] * (torn > 0)
+    if torn:
+        plural = "s" if torn > 1 else ""
+        notes.append(f"{path.name}: {torn} unreadable line{plural} left out")
     return rows
 
 

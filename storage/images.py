@@ -7,60 +7,61 @@ from PIL import Image, ImageOps
 
 from storage.files import whole
 
+AGAIN = "Fetch or save the file again, or take it out of the data."
+
 
 def load_image(path: str | Path) -> Image.Image:
-    """The picture at `path` as upright 8-bit RGB: EXIF rotation applied, 16-bit shifted to 8, alpha laid on white, CMYK
-    converted, the first frame of an animation. All of it is decoded, so a truncated file raises here and not later.
+    """The picture at `path` as upright 8-bit RGB: EXIF rotation applied, 16-bit shifted to 8, alpha
+    laid on white, CMYK converted, the first frame of an animation. All of it is decoded, so a
+    truncated file raises here and not later.
 
     Raises FileNotFoundError, or ValueError for what is no picture or not whole.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{path} is {'a folder' if Path(path).is_dir() else 'not there'}. Expected an image file."
-        )
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "not there"
+        raise FileNotFoundError(f"{path} is {found}. Expected an image file.")
     try:
-        with (
-            open(path, "rb") as file,
-            Image.open(file) as image,
-        ):  # by its path Pillow maps and garbles rotated TIFFs
+        # opened here: given a path, Pillow maps the file and garbles rotated TIFFs
+        with path.open("rb") as file, Image.open(file) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):  # plain conversion would saturate
-                return Image.fromarray(
-                    (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-                ).convert("RGB")
-            if image.mode == "F":
-                raise ValueError(
-                    "floating point pixels of unknown range; expected 8 or 16 bits a channel"
-                )
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return in_rgb(image)
     except Exception as error:  # decoders raise errors of any kind
+        size = path.stat().st_size
         raise ValueError(
-            f"{path} ({Path(path).stat().st_size:,} bytes) cannot be read whole as a picture: {error}. "
-            "Fetch or save the file again, or take it out of the data."
+            f"{path} ({size:,} bytes) cannot be read whole as a picture: {error}. {AGAIN}"
         ) from error
 
 
+def in_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB."""
+    if image.mode == "F":
+        raise ValueError("floating point pixels of unknown range; expected 8 or 16 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits: plain conversion would saturate
+        shifted = np.asarray(image) >> 8
+        image = Image.fromarray(shifted.clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of a picture as its header gives it, mostly before EXIF rotation. Raises ValueError."""
+    """(width, height) of a picture as its header gives it, mostly before EXIF rotation. Raises
+    ValueError."""
     try:
         with Image.open(path) as image:
             return image.size
     except Exception as error:  # decoders raise errors of any kind
-        raise ValueError(
-            f"{path} cannot be read as a picture: {error}. Fetch or save the file again, or take it out of the "
-            "data."
-        ) from error
+        raise ValueError(f"{path} cannot be read as a picture: {error}. {AGAIN}") from error
 
 
-def save(image: Image.Image, path: Path) -> None:
-    """PNG, or JPEG at quality 95 with full colour resolution, by the suffix."""
+def save_image(image: Image.Image, path: Path):
+    """PNG, or JPEG at quality 95 with full colour resolution, by the suffix; never with the colour
+    profile of its source."""
+    options = {"icc_profile": None}
+    if path.suffix != ".png":
+        options |= {"quality": 95, "subsampling": 0}
     with whole(path) as scratch:
-        image.save(
-            scratch,
-            icc_profile=None,
-            **({} if path.suffix == ".png" else {"quality": 95, "subsampling": 0}),
-        )
+        image.save(scratch, **options)

@@ -40,11 +40,12 @@ from torch import Tensor  # noqa: E402
 
 import model as M  # noqa: E402
 import storage.images as images
-import synth  # noqa: E402
 import toy.tiny as tiny_model
 import train  # noqa: E402  before torch: it sets the allocator of GPU memory
 from loss import divergence  # noqa: E402
 from rollout import CACHES, sample  # noqa: E402
+from synthesis.photos import load_photo  # noqa: E402
+from synthesis.regions import Region, cut  # noqa: E402
 
 SIZES = {  # name: text hidden, MLP, layers, heads, KV heads, head dim, linear key / value heads, vision depth, hidden, MLP
     "small": (192, 576, 4, 4, 2, 48, 4, 4, 2, 64, 128),
@@ -534,18 +535,19 @@ def bench_synth(args) -> None:
     )  # a JPEG of about 2 MB, as a camera's
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        images.save(Image.fromarray(grain.clip(0, 255).astype(np.uint8)), folder / "photo.jpg")
+        images.save_image(
+            Image.fromarray(grain.clip(0, 255).astype(np.uint8)), folder / "photo.jpg"
+        )
         size = (folder / "photo.jpg").stat().st_size / 1e6
-        photo = synth.photograph(folder, "photo.jpg")["image"]
-        window = synth.geometry(photo.size, box)[2]
-        framed = synth.draw_frame(photo, box)
-        crop, _ = synth.cut(framed, window)
+        region = Region(load_photo(folder, "photo.jpg"), box)
+        framed = region.framed()
+        crop = cut(framed, region.window)
         for name, job in (
-            ("decode", lambda: synth.photograph(folder, "photo.jpg")),
-            ("draw the frame", lambda: synth.draw_frame(photo, box)),
-            ("crop and enlarge", lambda: synth.cut(framed, window)),
-            ("write the image, JPEG", lambda: images.save(framed, folder / "a.jpg")),
-            ("write the crop, PNG", lambda: images.save(crop, folder / "a.png")),
+            ("decode", lambda: load_photo(folder, "photo.jpg")),
+            ("draw the frame", region.framed),
+            ("crop and enlarge", lambda: cut(framed, region.window)),
+            ("write the image, JPEG", lambda: images.save_image(framed, folder / "a.jpg")),
+            ("write the crop, PNG", lambda: images.save_image(crop, folder / "a.png")),
         ):
             spent[name] = measure(job, args)[0]
     print(

@@ -1,14 +1,14 @@
-"""synth.py --images: from photographs to triplets, with a scripted model, a tiny Qwen3.5 and a tiny SAM 3."""
+"""synth.py --images: from photographs to triplets, with a scripted model, a tiny Qwen3.5 and a tiny
+SAM 3; and its rooms in synthesis/."""
 
-import argparse
 import errno
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import signal
 import struct
-import subprocess
 import sys
 import time
 import zlib
@@ -17,18 +17,21 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, noise
-from PIL import Image, ImageFont
+from conftest import noise
+from PIL import Image
 
-import benchmarks.sources as sources
-import model as M
+import model as vision_model
 import rollout
-import storage.images as images
 import synth
-import toy.scenes as toy_scenes
-import toy.tiny as tiny_model
-import triplets.format as triplet_format
-import triplets.preview as previews
+from benchmarks import sources
+from launch.flags import settings_parser
+from storage.images import load_image
+from synthesis import checking, parts, photos, proposers
+from synthesis.photos import Photo
+from synthesis.regions import Region, cut, small_regions
+from synthesis.texts import PROMPTS, broken_rule, drafted, json_in_reply, normal
+from toy import scenes, tiny
+from triplets.format import FOLDERS, RED, Triplet, read_triplets, write_triplets
 
 ASKED = [
     {"question": "What colour is the tag?", "answer": "red", "type": "colour"},
@@ -37,90 +40,93 @@ ASKED = [
 
 
 def kind_of(prompt):
-    return (
-        "find"
-        if prompt.startswith(synth.PROMPTS["find"])
-        else "ask"
-        if prompt.startswith(synth.PROMPTS["ask"][:20])
-        else "vote"
-        if 'reply "unknown"' in prompt
-        else "wrong"
+    if prompt.startswith(PROMPTS["find"]):
+        return "find"
+    if prompt.startswith(PROMPTS["ask"][:20]):
+        return "ask"
+    return "vote" if 'reply "unknown"' in prompt else "wrong"
+
+
+def found_in(image, *_):
+    """Two boxes in thousandths that depend on the picture's pixels alone."""
+    x, y = np.random.default_rng(zlib.crc32(image.tobytes())).integers(20, 700, 2).tolist()
+    return json.dumps(
+        [
+            {"bbox_2d": [x, y, x + 120, y + 90], "label": "tag"},
+            {"bbox_2d": [x + 150, y + 100, x + 250, y + 190], "label": "knob"},
+        ]
     )
 
 
-def found_in(image):
-    """Two boxes in thousandths that depend on the picture's pixels alone."""
-    x, y = np.random.default_rng(zlib.crc32(image.tobytes())).integers(20, 700, 2).tolist()
-    return [
-        {"bbox_2d": [x, y, x + 120, y + 90], "label": "tag"},
-        {"bbox_2d": [x + 150, y + 100, x + 250, y + 190], "label": "knob"},
-    ]
-
-
 class Script:
-    """Stands in for rollout.answers: what it says to each kind of prompt, a text or a function of (image, prompt, seed)."""
+    """Stands in for rollout.answers: what it says to each kind of prompt, a text or a function of
+    (image, prompt, n), the n-th of a group. A picture 641 px wide never fits into its memory, nor
+    do more than `most` pictures."""
 
-    def __init__(self, **said):
+    def __init__(self, most=100, **said):
         self.said = {
-            "find": lambda image, *_: json.dumps(found_in(image)),
+            "find": found_in,
             "ask": json.dumps(ASKED),
             "vote": "Red.",
             "wrong": '["blue", "green", "white"]',
         } | said
-        self.calls = []
+        self.most = most
+        self.calls = []  # (kind, prompts, temperature)
 
-    def __call__(
-        self,
-        model,
-        processor,
-        images,
-        texts,
-        max_new_tokens,
-        rounds=0,
-        *,
-        temperature=0,
-        seeds=None,
-        group=1,
-    ):
+    def __call__(self, model, processor, images, texts, group=1, temperature=0, **how):
+        if len(texts) > self.most or any(image.width == 641 for image in images):
+            raise torch.OutOfMemoryError("CUDA out of memory")
         self.calls.append((kind_of(texts[0]), len(texts), temperature))
         replies = []
-        for row, (image, prompt) in enumerate(zip(images, texts, strict=True)):
+        for image, prompt in zip(images, texts, strict=True):
+            said = self.said[kind_of(prompt)]
             for n in range(group):
-                said = self.said[kind_of(prompt)]
-                said = (
-                    said(image, prompt, (seeds[row], n) if seeds else None)
-                    if callable(said)
-                    else said
-                )
-                replies.append({"output": said, "tokens": 1, "truncated": False})
+                text = said(image, prompt, n) if callable(said) else said
+                replies.append(rollout.Reply(text, 1, False))
         return replies
 
 
 def scripted(monkeypatch, **said):
     script = Script(**said)
     monkeypatch.setattr(rollout, "answers", script)
-    monkeypatch.setattr(synth, "load_engine", lambda args: {"model": (None, None), "sam3": None})
+    monkeypatch.setattr(vision_model, "load", lambda *args, **how: (None, None))
     return script
 
 
-def photo(path, seed=0, size=(640, 480), **settings):
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """make(*flags) runs synth.py on the three photographs in tmp_path/in; returns the folder it
+    writes. Keywords: what the model says; its script is then make.script."""
+    photographs(tmp_path / "in")
+
+    def go(*flags, out="out", **said):
+        go.script = scripted(monkeypatch, **said)
+        main("--images", tmp_path / "in", "--out", tmp_path / out, *flags)
+        return tmp_path / out
+
+    return go
+
+
+def main(*argv):
+    synth.main([*map(str, argv)])
+
+
+def photograph(path, seed=0, size=(640, 480), **settings):
     """Smooth noise, so that JPEGs are small and every picture differs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    noise(size[0] // 16, size[1] // 16, seed).resize(size, Image.Resampling.BICUBIC).save(
-        path, **settings
-    )
+    image = noise(size[0] // 16, size[1] // 16, seed)
+    image.resize(size, Image.Resampling.BICUBIC).save(path, **settings)
     return path
 
 
-def photos(folder, count=3):
+def photographs(folder, count=3):
     for n in range(count):
-        photo(folder / ("sub" if n % 2 else ".") / f"{n}.jpg", n)
+        photograph(folder / ("sub" if n % 2 else ".") / f"{n}.jpg", n)
     return folder
 
 
-def main(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["synth.py", *map(str, argv)])
-    synth.main()
+def blank(width, height):
+    return Photo("x", image=Image.new("RGB", (width, height)))
 
 
 def stats(out):
@@ -128,237 +134,175 @@ def stats(out):
 
 
 def rows(out):
-    return [
-        json.loads(line) for line in (out / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return [json.loads(line) for line in (out / "train.jsonl").open(encoding="utf-8")]
 
 
-# ------------------------------------------------------------------------------------------------------------ the pipeline
+def done(out):
+    return [line for line in parts.read_parts(out) if "file" in line]
 
 
-def test_photographs_become_triplets_with_their_provenance(tmp_path, monkeypatch, capsys):
-    script = scripted(monkeypatch)
-    main(
-        monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out", "--full", "png"
-    )
-    found = triplet_format.read_triplets(tmp_path / "out")
-    assert len(found) == 6 and [call[:2] for call in script.calls] == [("find", 3), ("ask", 6)]
-    assert [r["id"] for r in found] == sorted(r["id"] for r in found)
-    for r in found:
-        e, (x1, y1, x2, y2) = r["extra"], r["bbox"]
-        source, image, crop = (
-            images.load_image(p) for p in (tmp_path / "in" / e["source"], r["image"], r["crop"])
-        )
-        assert (
-            r["question"] == "What colour is the tag?" + synth.PROMPTS["hint"]
-            and r["answer"] is None
-            and e["type"] == "colour"
-        )
-        assert (
-            e["source_size"] == [640, 480]
-            and e["box"] == r["bbox"]
-            and e["seed"] == 0
-            and len(e["config"]) == 12
-        )
-        before, after = np.asarray(source), np.asarray(image)
-        assert (before[y1:y2, x1:x2] == after[y1:y2, x1:x2]).all()
+def pixels(image):
+    return np.asarray(image, dtype=int)
+
+
+# ------------------------------------------------------------------------------------ the pipeline
+
+
+def test_photographs_become_triplets_with_their_provenance(tmp_path, make):
+    out = make("--full", "png")
+    assert [call[:2] for call in make.script.calls] == [("find", 3), ("ask", 6)]
+    found = read_triplets(out)
+    assert len(found) == 6
+    assert [t.id for t in found] == sorted(t.id for t in found)
+    for t in found:
+        assert t.question == "What colour is the tag?" + PROMPTS["hint"]
+        assert t.answer is None
+        assert t.extra["box"] == t.bbox
+        assert t.extra["source_size"] == [640, 480]
+        x1, y1, x2, y2 = t.bbox
+        before = pixels(load_image(tmp_path / "in" / t.extra["source"]))
+        after = pixels(load_image(t.image))
         changed = (before != after).any(-1)
-        assert changed.any() and (after[changed] == triplet_format.RED).all()
-        left, top, right, bottom = e["window"]
-        assert e["scale"] == 2 and crop.size == (2 * (right - left), 2 * (bottom - top))
-    told = stats(tmp_path / "out")
-    assert (
-        told["photographs"] == 3
-        and told["samples"] == 6
-        and told["dropped"] == {"question_spare": 6}
+        assert changed.any()
+        assert not changed[y1:y2, x1:x2].any()
+        assert (after[changed] == RED).all()
+        left, top, right, bottom = t.extra["window"]
+        assert load_image(t.crop).size == (2 * (right - left), 2 * (bottom - top))
+    told = stats(out)
+    assert (told["photographs"], told["samples"]) == (3, 6)
+    assert told["dropped"] == {"question_spare": 6}
+    assert {"load", "propose", "question", "write"} == told["seconds"].keys()
+    assert told["photographs_per_second_and_rank"] > 0
+    make("--full", "png")  # nothing left to do
+    assert not make.script.calls
+    assert read_triplets(out) == found
+
+
+def test_questions_that_break_a_rule_and_those_after_three_are_dropped(make):
+    bad = ASKED[0] | {"type": "mood"}
+    out = make(ask=json.dumps([bad, *ASKED, ASKED[0]]))
+    assert stats(out)["dropped"] == {"question_type": 6, "question_spare": 12}
+
+
+def test_labels_need_seven_of_eight_votes_and_are_written(make):
+    def vote(image, prompt, n):
+        agree = 7 if prompt.startswith("What colour") else 6
+        if n < agree:
+            return "It is RED."
+        return "unknown" if n == 7 else "blue"
+
+    out = make("--labels", vote=vote)
+    assert make.script.calls[-1] == ("vote", 12, 1.0)
+    for row in rows(out):
+        assert row["answer"] == "RED"
+        assert row["extra_info"]["draft"] == "red"
+        assert row["extra_info"]["votes"] == [7, 8]
+    assert stats(out)["dropped"] == {"no_consensus": 6}
+
+
+def test_what_the_votes_agree_on_keeps_to_the_rules_of_answers(make):
+    with pytest.raises(ValueError, match="12 yes_no"):
+        make("--labels", vote="Yes")
+
+
+def test_votes_for_nothing_are_none(make):
+    with pytest.raises(ValueError, match="12 no_consensus"):
+        make("--labels", vote="")
+
+
+def test_multiple_choice_is_written_as_released(tmp_path, make):
+    photographs(tmp_path / "in", 8)
+    wrong = '["Blue", "a red", "unknown", "I cannot tell", "green", "red.", "white", "brown"]'
+    out = make("--format", "mcq", wrong=wrong)
+    letters = Counter(row["answer"] for row in rows(out))
+    assert set(letters) == set("ABCD")
+    assert letters.total() == 16
+    for row in rows(out):
+        stem, tail = row["problem"].split(PROMPTS["hint"] + "\n\n")
+        assert stem == "<image>\nWhat colour is the tag?"
+        assert tail.endswith(PROMPTS["choose"])
+        lines = tail.removesuffix(PROMPTS["choose"]).split("\n")
+        options = dict(line.split(". ") for line in lines)
+        assert options[row["answer"]] == "Red"
+        assert sorted(options.values()) == ["Blue", "Red", "green", "white"]
+    assert "16 of 16 answers are 'red'" in checking.balance(read_triplets(out))[0]
+
+
+def test_multiple_choice_needs_three_wrong_options(make):
+    with pytest.raises(ValueError, match="6 question_spare\n +6 options_too_few"):
+        make("--format", "mcq", wrong='["red", "blue", "green"]')
+
+
+def test_boxes_of_ones_own_need_no_model_to_find_them(tmp_path, make, capsys):
+    boxes = tmp_path / "boxes.jsonl"
+    boxes.write_text(
+        '{"image": "0.jpg", "labels": ["tag", "mug"],'
+        ' "boxes": [[9.5, 10, 90, 80], [300, 200, 400, 290]]}\n\n'
+        '{"image": "gone.jpg", "boxes": []}\n{"image": 7, "boxes": []}\n'
     )
-    assert {"load", "propose", "question", "write"} <= told["seconds"].keys() and told[
-        "photographs_per_second_and_rank"
-    ] > 0
-    assert (tmp_path / "out" / "preview.png").is_file()
-    assert (
-        "6 question_spare" in (shown := capsys.readouterr().out)
-        and "are 'colour', over 35%" in shown
-    )
-    main(
-        monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out", "--full", "png"
-    )  # nothing left to do
-    assert len(script.calls) == 2 and triplet_format.read_triplets(tmp_path / "out") == found
-
-
-def test_labels_need_seven_of_eight_votes_and_are_written(tmp_path, monkeypatch):
-    right = {"What colour": 7, "What number": 6}
-
-    def vote(image, prompt, seed):
-        return (
-            "It is RED."
-            if seed[1] < right[prompt[: len("What colour")]]
-            else "unknown"
-            if seed[1] == 7
-            else "blue"
-        )
-
-    script = scripted(monkeypatch, vote=vote)
-    main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out", "--labels")
-    assert script.calls[-1] == ("vote", 12, 1.0)
-    assert {
-        (r["answer"], r["extra_info"]["draft"], *r["extra_info"]["votes"])
-        for r in rows(tmp_path / "out")
-    } == {("RED", "red", 7, 8)}
-    assert stats(tmp_path / "out")["dropped"] == {"no_consensus": 6}
+    out = make("--proposer", boxes, "--clean-crop")
+    assert sorted(row["bbox"] for row in rows(out)) == [[9, 10, 90, 80], [300, 200, 400, 290]]
+    assert "names 2 images" in capsys.readouterr().out
+    assert {call[0] for call in make.script.calls} == {"ask"}
+    assert stats(out)["dropped"]["nothing_found"] == 2
+    for t in read_triplets(out):
+        clean = cut(load_image(tmp_path / "in" / "0.jpg"), t.extra["window"])
+        assert (pixels(load_image(t.crop)) == pixels(clean)).all()
 
 
 @pytest.mark.parametrize(
-    "votes, reason",
+    "line, expected",
     [
-        ("Yes", "yes_no"),
-        ("one two three four five six", "answer_form"),
-        ("tag", "leak"),
-        ("unknown", "answer_form"),
-        ("", "no_consensus"),
+        ('{"image": "a", "boxes": [[1, 2, 3, 4]], "labels": []}', {"a": [([1, 2, 3, 4], None)]}),
+        ('\ufeff{"image": "größe.jpg", "boxes": []}', {"größe.jpg": []}),
+        ("{", None),
+        ("[]", None),
+        ('{"image": "a"}', None),
+        ('{"image": "a", "boxes": [[5, 5, 1, 9]]}', None),
+        ('{"image": "a", "boxes": [[1, 2, NaN, 4]]}', None),
+        (b'{"image": "gr\xf6\xdfe.jpg", "boxes": []}', None),
     ],
 )
-def test_what_the_votes_agree_on_keeps_to_the_rules_of_answers(
-    votes, reason, tmp_path, monkeypatch
-):
-    scripted(monkeypatch, vote=votes)
-    with pytest.raises(ValueError, match=f"12 {reason}"):
-        main(
-            monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out", "--labels"
-        )
+def test_a_file_of_boxes_is_read_or_its_bad_line_named(tmp_path, line, expected):
+    path = tmp_path / "boxes.jsonl"
+    path.write_bytes(line if isinstance(line, bytes) else line.encode())
+    if expected is None:
+        path.write_bytes(b"\n" + path.read_bytes())
+        with pytest.raises(ValueError, match=r"boxes\.jsonl, line 2"):
+            proposers.read_boxes(path)
+    else:
+        assert proposers.read_boxes(path) == expected
 
 
-def test_multiple_choice_is_written_as_released(tmp_path, monkeypatch):
-    wrong = '["Blue", "a red", "unknown", "I cannot tell", "green", "red.", "white", "brown"]'
-    scripted(monkeypatch, wrong=wrong)
-    main(
-        monkeypatch,
-        "--images",
-        photos(tmp_path / "in", 8),
-        "--out",
-        tmp_path / "out",
-        "--format",
-        "mcq",
+# ------------------------------------------------------------------------------- the failure table
+
+
+def png_header(width, height):
+    """A PNG that says how large it is, and has no pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(13, header), (0, b"IDAT")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", size) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for size, chunk in chunks
     )
-    letters = Counter(r["answer"] for r in rows(tmp_path / "out"))
-    assert set(letters) == set("ABCD") and letters.total() == 16
-    for r in rows(tmp_path / "out"):
-        stem, options = r["problem"].split(synth.PROMPTS["hint"] + "\n\n")
-        assert stem == "<image>\nWhat colour is the tag?" and options.endswith(
-            synth.PROMPTS["choose"].strip()
-        )
-        options = dict(line.split(". ") for line in options.split("\n\n")[0].split("\n"))
-        assert options[r["answer"]] == "Red" and sorted(options.values()) == [
-            "Blue",
-            "Red",
-            "green",
-            "white",
-        ]
-    assert (
-        synth.balance(triplet_format.read_triplets(tmp_path / "out"))[0]
-        == "16 of 16 answers are 'red', over 10%"
-    )
-    assert all(row["kind"] == "mc" for row in sources.benchmark(str(tmp_path / "out"), tmp_path))
-    scripted(monkeypatch, wrong='["red", "Red"]')
-    with pytest.raises(ValueError, match="6 question_spare\n +6 options_too_few"):
-        main(
-            monkeypatch,
-            "--images",
-            photos(tmp_path / "in2"),
-            "--out",
-            tmp_path / "out2",
-            "--format",
-            "mcq",
-        )
-
-
-def test_boxes_of_ones_own_need_no_model_to_find_them(tmp_path, monkeypatch, capsys):
-    photos(tmp_path / "in", 2)
-    boxes = tmp_path / "boxes.jsonl"
-    boxes.write_text(
-        '{"image": "0.jpg", "boxes": [[9.5, 10, 90, 80], [300, 200, 400, 290]], "labels": ["tag", "mug"]}\n\n'
-        '{"image": "gone.jpg", "boxes": []}\n{"image": 7, "boxes": []}\n'
-    )
-    script = scripted(monkeypatch)
-    main(
-        monkeypatch,
-        "--images",
-        tmp_path / "in",
-        "--out",
-        tmp_path / "out",
-        "--proposer",
-        boxes,
-        "--clean-crop",
-    )
-    assert sorted(r["bbox"] for r in rows(tmp_path / "out")) == [
-        [9, 10, 90, 80],
-        [300, 200, 400, 290],
-    ]
-    assert (
-        "names 2 images that are not under" in (told := capsys.readouterr().out)
-        and "the first 7" in told
-    )
-    assert {call[0] for call in script.calls} == {"ask"} and stats(tmp_path / "out")["dropped"][
-        "nothing_found"
-    ] == 1
-    for r in triplet_format.read_triplets(tmp_path / "out"):
-        clean, _ = synth.cut(images.load_image(tmp_path / "in" / "0.jpg"), r["extra"]["window"])
-        assert (np.asarray(images.load_image(r["crop"])) == np.asarray(clean)).all()
-    for bad in (
-        "{",
-        '{"image": "a"}',
-        '{"image": "a", "boxes": [[5, 5, 1, 9]]}',
-        '{"image": "a", "boxes": [[1, 2, NaN, 4]]}',
-        '{"image": "a", "boxes": [[1, 2, 3, 4]], "labels": []}',
-        "[]",
-    ):
-        boxes.write_text(f"\n{bad}\n")
-        if bad.endswith('"labels": []}'):
-            assert synth.read_boxes(boxes) == {"a": [([1, 2, 3, 4], None, None)]}
-        else:
-            with pytest.raises(ValueError, match=r"boxes\.jsonl, line 2"):
-                synth.read_boxes(boxes)
-
-
-# ------------------------------------------------------------------------------------------------------- the failure table
 
 
 def bad_photographs(folder):
     """One of each kind; returns the expected drops."""
-    photo(folder / "good.jpg", 1)
-    (folder / "copy of good.jpg").write_bytes((folder / "good.jpg").read_bytes())
-    whole = photo(folder / "truncated.jpg", 2).read_bytes()
-    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    damaged = bytearray(photo(folder / "corrupt.png", 3).read_bytes())
-    damaged[len(damaged) // 2 : len(damaged) // 2 + 400] = bytes(400)
+    good = photograph(folder / "good.jpg", 1).read_bytes()
+    (folder / "copy of good.jpg").write_bytes(good)
+    (folder / "truncated.jpg").write_bytes(good[:5000])
+    damaged = bytearray(photograph(folder / "corrupt.png", 3).read_bytes())
+    middle = len(damaged) // 2
+    damaged[middle : middle + 400] = bytes(400)
     (folder / "corrupt.png").write_bytes(damaged)
     (folder / "empty.jpg").touch()
     (folder / "notes.txt").write_text("hello")
-    photo(folder / "tiny.png", 4, (640, 440))
-    for name, side in (("huge.png", 60000), ("large.png", 10100)):
-        header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-        (folder / name).write_bytes(
-            b"\x89PNG\r\n\x1a\n"
-            + struct.pack(">I", 13)
-            + header
-            + struct.pack(">I", zlib.crc32(header))
-            + struct.pack(">I", 0)
-            + b"IDAT"
-            + struct.pack(">I", zlib.crc32(b"IDAT"))
-        )
-    Image.fromarray(np.arange(640 * 480, dtype=np.uint32).reshape(480, 640).astype(np.uint16)).save(
-        folder / "deep.png"
-    )
-    photo(folder / "palette.gif", 5)
-    Image.open(folder / "palette.gif").convert("P").save(folder / "palette.png", transparency=3)
-    Image.new("CMYK", (640, 480), (0, 90, 90, 0)).save(folder / "cmyk.jpg")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    photo(folder / "turned.jpg", 6, exif=exif)
+    photograph(folder / "tiny.png", 4, (640, 440))
+    (folder / "huge.png").write_bytes(png_header(60000, 60000))
+    (folder / "large.png").write_bytes(png_header(10100, 10100))
+    (folder / "long.png").write_bytes(png_header(91000, 450))
     os.symlink("nowhere", folder / "dangling.jpg")
-    Image.new("RGB", (91000, 450)).save(
-        folder / "long.png"
-    )  # no image processor takes more than 200 : 1
     return {
         "duplicate": 1,
         "corrupt": 2,
@@ -367,37 +311,33 @@ def bad_photographs(folder):
         "too_small": 1,
         "too_large": 2,
         "too_long": 1,
+        "question_spare": 4,
     }
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, monkeypatch):
-    (tmp_path / "in").mkdir()
-    expected = bad_photographs(tmp_path / "in")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    expected = bad_photographs(folder)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photograph(folder / "turned.jpg", 6, exif=exif)
     scripted(monkeypatch)
-    main(
-        monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "in" / "out"
-    )  # the output is no photograph
-    told, found = stats(tmp_path / "in" / "out"), rows(tmp_path / "in" / "out")
-    assert {k: v for k, v in told["dropped"].items() if k in expected} == expected and set(
-        told["dropped"]
-    ) == {*expected, "question_spare"}
-    assert Counter(r["extra_info"]["source"] for r in found) == dict.fromkeys(
-        ["copy of good.jpg", "deep.png", "palette.gif", "palette.png", "cmyk.jpg", "turned.jpg"], 2
-    )
-    assert told["photographs"] == 15 and any(
-        note.startswith("truncated.jpg: corrupt: ") for note in told["notes"]
-    )
-    assert any(
-        note.startswith("notes.txt: not_an_image: ") and "notes.txt'" in note
-        for note in told["notes"]
-    )
-    assert [
-        r["extra_info"]["source_size"] for r in found if r["extra_info"]["source"] == "turned.jpg"
-    ] == [[480, 640]] * 2
+    main("--images", folder, "--out", folder / "out")  # the output is no photograph
+    told = stats(folder / "out")
+    assert told["dropped"] == expected
+    assert told["photographs"] == 11
+    for start in ("truncated.jpg: corrupt: ", "notes.txt: not_an_image: "):
+        assert any(note.startswith(start) for note in told["notes"])
+    used = [row["extra_info"] for row in rows(folder / "out")]
+    assert Counter((each["source"], *each["source_size"]) for each in used) == {
+        ("copy of good.jpg", 640, 480): 2,
+        ("turned.jpg", 480, 640): 2,
+    }
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
-    assert [
-        synth.photograph(tmp_path / "in", name)["drops"] for name in ("huge.png", "large.png")
-    ] == [{"too_large": 1}] * 2
+    for name in ("huge.png", "large.png"):
+        assert photos.load_photo(folder, name).drops == {"too_large": 1}
 
 
 @pytest.mark.parametrize(
@@ -409,9 +349,7 @@ def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, mon
         ("None: [].", []),
         ('<think>["x"]</think>\n["y"]', ["y"]),
         ('{"objects": [{"a": 1}]}', [{"a": 1}]),
-        ('{"a": 1}\n{"a": 2}', [{"a": 1}, {"a": 2}]),
         ('[{"a": 1}, {"a": 2}, {"a": [3', [{"a": 1}, {"a": 2}]),
-        ('["größe", "字"]', ["größe", "字"]),
         ("", None),
         ("I see nothing", None),
         ("[__import__('os').system('x')]", None),
@@ -419,12 +357,8 @@ def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, mon
         ('{"a":' * 50000, None),
         ("[" + "9" * 9000 + "]", None),
         ('["sign [red]", "cup {2}"]', ["sign [red]", "cup {2}"]),
-        (
-            '[{"question": "What is {x}?", "answer": "OPEN}"}]',
-            [{"question": "What is {x}?", "answer": "OPEN}"}],
-        ),
-        ('["a \\"quoted\\" ]"]', ['a "quoted" ]']),
-        ("[1e999]", None),
+        ('[{"q": "What is {x}?", "a": "OPEN}"}]', [{"q": "What is {x}?", "a": "OPEN}"}]),
+        ('["größe \\"M\\" ]"]', ['größe "M" ]']),
         ('Here [as asked]: ["a", "b"]', ["a", "b"]),
         ('{"a": ' + "[" * 9000 + "]" * 9000 + "}", None),
         ("\x00\ud800[", None),
@@ -432,12 +366,11 @@ def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, mon
     ],
 )
 def test_json_is_found_in_whatever_surrounds_it_and_never_evaluated(text, expected):
-    assert synth.read_json(text) == expected
+    assert json_in_reply(text) == expected
 
 
-@pytest.mark.parametrize(
-    "box",
-    [
+def test_boxes_that_are_none_are_dropped_and_the_others_kept():
+    bad = [
         [0, 0, 1001, 10],
         [-1, 0, 5, 5],
         [5, 0, 5, 9],
@@ -449,47 +382,39 @@ def test_json_is_found_in_whatever_surrounds_it_and_never_evaluated(text, expect
         [0, 0, float("nan"), 9],
         [0, 0, float("inf"), 9],
         [0, 0, 10**400, 9],
-    ],
-)
-def test_a_box_that_is_none_is_dropped_and_the_others_kept(tmp_path, monkeypatch, box):
-    good = [300, 300, 420, 420]
-    items = [
-        {"bbox_2d": box, "label": "x"},
-        {"bbox_2d": good, "label": "y"},
-        {"bbox_2d": good, "label": "<image> y"},
-        {"label": "y"},
     ]
-    scripted(monkeypatch, find=json.dumps(items))
-    main(monkeypatch, "--images", photos(tmp_path / "in", 1), "--out", tmp_path / "out")
-    assert [r["bbox"] for r in rows(tmp_path / "out")] == [[192, 144, 269, 202]] and stats(
-        tmp_path / "out"
-    )["dropped"]["bad_box"] == 3
+    good = [300, 300, 420, 420]
+    items = [{"bbox_2d": box, "label": "x"} for box in [*bad, good]]
+    items += [{"bbox_2d": good, "label": "<image> y"}, {"label": "y"}, "y"]
+    photo = blank(640, 480)
+    [region] = proposers.replied_boxes(photo, items)
+    assert region.box == pytest.approx([192, 144, 268.8, 201.6])
+    assert photo.drops == {"bad_box": len(bad) + 3}
 
 
 def test_regions_are_small_visible_distinct_and_at_most_three():
-    drops = Counter()
-    box = lambda x, y, w=50, h=50: ([x, y, x + w, y + h], "tag", None)
-    found = [
-        *[box(100, 100)] * 100,
-        box(102, 101),
-        ([105, 105, 130, 130], "the tag", None),
-        box(10, 300, 19, 60),
-        box(10, 300, 20, 170),
-        box(300, 10, 400, 300),
-        box(2000, 10),
-        box(200, 100),
-        box(300, 100),
-        box(400, 100),
-        ([1, 2, 60, 60], "a<|im_end|>", None),
+    photo = blank(1000, 800)
+
+    def region(x, y, w=50, h=50, label="the tag"):
+        return Region(photo, [x, y, x + w, y + h], label)
+
+    proposed = [
+        region(1, 2, label="a<|im_end|>"),
+        *[region(100, 100) for _ in range(100)],
+        region(102, 101),
+        region(105, 105, 25, 25),
+        region(10, 300, 19, 60),
+        region(10, 300, 20, 170),
+        region(300, 10, 400, 300),
+        region(2000, 10),
+        region(200, 100),
+        region(299.5, 100.5),
+        region(400, 100),
     ]
-    kept = synth.small_regions(found, (1000, 800), drops)
-    assert [r["box"] for r in kept] == [
-        [100, 100, 150, 150],
-        [200, 100, 250, 150],
-        [300, 100, 350, 150],
-    ]
-    assert drops == {
-        None: 3,
+    kept = small_regions(photo, proposed)
+    assert [each.box[0] for each in kept] == [100, 200, 299]
+    assert kept[2].box == [299, 100, 350, 151]
+    assert photo.drops == {
         "box_repeated": 101,
         "box_small": 1,
         "box_thin": 1,
@@ -497,10 +422,12 @@ def test_regions_are_small_visible_distinct_and_at_most_three():
         "bad_box": 2,
         "box_spare": 1,
     }
-    assert (
-        not synth.small_regions([box(0, 0, 500, 80)], (500, 900), drops)
-        and drops["box_at_edges"] == 1
-    )  # three edges hide it
+
+
+def test_a_box_whose_frame_three_edges_hide_is_dropped():
+    photo = blank(500, 900)
+    assert small_regions(photo, [Region(photo, [0, 0, 500, 80])]) == []
+    assert photo.drops == {"box_at_edges": 1}
 
 
 @pytest.mark.parametrize(
@@ -529,6 +456,7 @@ def test_regions_are_small_visible_distinct_and_at_most_three():
         ({"type": "mood"}, "question_type"),
         ({"type": None}, "question_type"),
         ({"answer": "one two three four five"}, "answer_form"),
+        ({"answer": "one two three four five", "type": "text"}, None),
         ({"answer": "unknown"}, "answer_form"),
         ({"question": "What colour is the red tag?"}, "leak"),
         ({"question": "How many of the two lights shine?", "answer": "2"}, "leak"),
@@ -537,614 +465,441 @@ def test_regions_are_small_visible_distinct_and_at_most_three():
     ],
 )
 def test_a_question_breaks_a_rule_or_none(change, reason):
-    assert (
-        synth.fault(
-            {"question": "What colour is the tag?", "answer": "red", "type": "colour"} | change
-        )
-        == reason
-    )
-    assert synth.fault(["a"]) == synth.fault(None) == synth.fault({}) == "question_malformed"
+    assert broken_rule(drafted(ASKED[0] | change, 0)) == reason
+
+
+def test_what_is_no_question_at_all_is_malformed():
+    for item in (["a"], None, {}):
+        assert broken_rule(drafted(item, 0)) == "question_malformed"
 
 
 @pytest.mark.parametrize(
-    "text, question, expected",
+    "text, expected",
     [
-        ("The answer is: Red.", "", "red"),
-        ("\\boxed{1} so \\boxed{ Two }", "", "2"),
-        ("It's a grey one", "", "gray 1"),
-        ("COLOUR", "", "color"),
-        ("1,250", "", "1250"),
-        ("<think>red</think> blue", "", "blue"),
-        ("there are 3 of the 5", "How many?", "3"),
-        ("ＥＸＩＴ", "", "exit"),
-        ("an apple", "", "apple"),
-        ("A", "", "a"),
-        ("Platform A", "", "platform a"),
-        ("N/A", "", "n/a"),
-        ("They are twenty", "", "20"),
-        ("12:30", "", "12:30"),
-        ("", "", ""),
-        ("红色。", "", "红色"),
+        ("The answer is: Red.", "red"),
+        ("\\boxed{1} so \\boxed{ Two }", "2"),
+        ("It's a grey one", "gray 1"),
+        ("COLOUR", "color"),
+        ("1,250", "1250"),
+        ("<think>red</think> blue", "blue"),
+        ("ＥＸＩＴ", "exit"),
+        ("an apple", "apple"),
+        ("A", "a"),
+        ("Platform A", "platform a"),
+        ("N/A", "n/a"),
+        ("They are twenty", "20"),
+        ("12:30", "12:30"),
+        ("", ""),
+        ("红色。", "红色"),
     ],
 )
-def test_votes_are_counted_in_one_spelling(text, question, expected):
-    assert synth.normal(text, question) == expected
+def test_votes_are_counted_in_one_spelling(text, expected):
+    assert normal(text) == expected
 
 
-def test_text_without_json_is_asked_for_again_then_counted_and_kept(tmp_path, monkeypatch):
-    say = lambda image, prompt, seed: (
-        json.dumps(found_in(image)) if np.asarray(image)[0, 0, 0] % 2 else "no " * 500
-    )
-    photos(tmp_path / "in", 6)
-    odd = sum(
-        int(np.asarray(images.load_image(p))[0, 0, 0]) % 2 for p in (tmp_path / "in").rglob("*.jpg")
-    )
-    script = scripted(monkeypatch, find=say)
-    main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out")
-    assert 0 < odd < 6 and script.calls[:2] == [("find", 6, 0.0), ("find", 6 - odd, 0.7)]
-    told = stats(tmp_path / "out")
-    assert told["dropped"]["boxes_malformed"] == 6 - odd and re.fullmatch(
-        r"(sub/)?\d\.jpg: boxes_malformed: .{500}", told["notes"][0]
-    )
+def test_how_many_is_answered_by_the_first_whole_number():
+    assert normal("there are 3 of the 5", "How many?") == "3"
+    assert normal("a lot", "How many?") == "lot"
 
 
-def test_out_of_memory_halves_the_batch_and_skips_what_does_not_fit_alone(tmp_path, monkeypatch):
-    script = scripted(monkeypatch)
-
-    def limited(model, processor, images, texts, *args, **settings):
-        if len(texts) > 2 or any(image.width == 641 for image in images):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return script(model, processor, images, texts, *args, **settings)
-
-    monkeypatch.setattr(rollout, "answers", limited)
-    photo(photos(tmp_path / "in", 5) / "x.jpg", 9, (641, 480))
-    main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out", "--batch", 8)
-    assert (
-        stats(tmp_path / "out")["dropped"]["out_of_memory"] == 1
-        and len(rows(tmp_path / "out")) == 10
-    )
-    assert {call[1] for call in script.calls if call[0] == "ask"} == {
-        2
-    }  # one that never fits slows no other down
+def test_text_without_json_is_asked_for_again_then_counted_and_kept(tmp_path, make):
+    bad = load_image(tmp_path / "in" / "0.jpg")
+    out = make(find=lambda image, *_: "no " * 500 if image == bad else found_in(image))
+    assert make.script.calls[:2] == [("find", 3, 0.0), ("find", 1, 0.7)]
+    told = stats(out)
+    assert told["dropped"]["boxes_malformed"] == 1
+    assert re.fullmatch(r"0\.jpg: boxes_malformed: .{500}", told["notes"][0])
 
 
-@pytest.mark.parametrize("full", ["save", "line", "merge"])
-def test_a_full_disk_stops_the_run_and_leaves_nothing_half_done(tmp_path, monkeypatch, full):
-    photos(tmp_path / "in")
-    scripted(monkeypatch)
+def test_out_of_memory_halves_the_batch_and_skips_what_does_not_fit_alone(tmp_path, make):
+    photographs(tmp_path / "in", 5)
+    photograph(tmp_path / "in" / "x.jpg", 9, (641, 480))
+    out = make("--batch", 4, most=2)
+    assert stats(out)["dropped"]["out_of_memory"] == 1
+    assert len(rows(out)) == 10
+    # one that never fits slows no other down
+    assert {call[1] for call in make.script.calls if call[0] == "ask"} == {2}
+
+
+def no_space(*args, **how):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("full", ["image", "line", "merge"])
+def test_a_full_disk_stops_the_run_and_leaves_nothing_half_done(tmp_path, monkeypatch, make, full):
+    dumps, replace = json.dumps, os.replace
     with monkeypatch.context() as patch:
-
-        def no_space(*args, **settings):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        if full == "save":
+        if full == "image":
             patch.setattr(Image.Image, "save", no_space)
-        else:
-            place, true = ("dumps", json.dumps) if full == "line" else ("replace", os.replace)
+        elif full == "line":
             patch.setattr(
-                synth.json if full == "line" else os,
-                place,
-                lambda *a, **k: (
-                    no_space()
-                    if ("file" in a[0] if full == "line" else str(a[1]).endswith("train.jsonl"))
-                    else true(*a, **k)
-                ),
+                json,
+                "dumps",
+                lambda row, **how: dumps(row, **how) if "file" not in row else no_space(),
             )
-        with pytest.raises(OSError, match="MB free.*make room"):
-            main(patch, "--images", tmp_path / "in", "--out", tmp_path / "out")
-    assert not list((tmp_path / "out").rglob(".tmp-*"))
-    assert len([row for row in synth.read_parts(tmp_path / "out") if "file" in row]) == (
-        3 if full == "merge" else 0
-    )
-    main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out")
-    assert len(triplet_format.read_triplets(tmp_path / "out")) == 6
+        else:
+            patch.setattr(
+                os, "replace", lambda a, b: no_space() if b.name == "train.jsonl" else replace(a, b)
+            )
+        with pytest.raises(OSError, match="MB free"):
+            make()
+    out = tmp_path / "out"
+    assert not list(out.rglob(".tmp-*"))
+    assert len(done(out)) == (3 if full == "merge" else 0)
+    assert len(read_triplets(make())) == 6
 
 
-def test_no_sample_at_the_end_is_an_error_with_the_table(tmp_path, monkeypatch):
-    scripted(
-        monkeypatch,
-        ask=lambda image, *_: "[]" if np.asarray(image)[0, 0, 0] % 2 else "I see nothing",
-    )
+def test_no_sample_at_the_end_is_an_error_with_the_table(tmp_path, make):
+    def ask(image, *_):
+        return "[]" if pixels(image)[0, 0, 0] % 2 else "I see nothing"
+
     with pytest.raises(ValueError, match=r"no sample from 3 photographs[\s\S]* no_question"):
-        main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out")
+        make(ask=ask)
     told = stats(tmp_path / "out")
-    assert (
-        told["dropped"].keys() == {"no_question", "questions_malformed"}
-        and "0.jpg: questions_malformed: I see nothing" in told["notes"]
-    )
-    with pytest.raises(FileNotFoundError, match="Expected the --out of a run"):
-        main(monkeypatch, "--merge", tmp_path / "in")
+    assert told["dropped"].keys() == {"no_question", "questions_malformed"}
+    assert "0.jpg: questions_malformed: I see nothing" in told["notes"]
+
+
+def test_folders_that_make_no_sense_are_refused(tmp_path, make):
+    with pytest.raises(FileNotFoundError, match="no finished photographs"):
+        main("--merge", tmp_path / "in")
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no files"):
-        main(monkeypatch, "--images", tmp_path / "none", "--out", tmp_path / "out2")
-    for out in (tmp_path / "in", tmp_path):
-        with pytest.raises(
-            ValueError, match="is or holds --images .*Choose an --out beside it, or inside it"
-        ):
-            main(monkeypatch, "--images", tmp_path / "in", "--out", out)
+        main("--images", tmp_path / "none", "--out", tmp_path / "out")
+    for out in ("in", "."):  # what is written would be taken for photographs
+        with pytest.raises(ValueError, match="is or holds --images"):
+            make(out=out)
+    scenes.draw(tmp_path / "toy", 2, 0)
+    with pytest.raises(FileExistsError, match="another data set"):
+        make(out="toy")
 
 
-def test_a_check_finds_pictures_that_no_image_processor_takes(tmp_path):
-    triplet_format.write_triplets(
-        tmp_path,
-        [
-            {
-                "id": "a",
-                "question": "What?",
-                "answer": None,
-                "image": Image.new("RGB", (2100, 10)),
-                "crop": Image.new("RGB", (9, 9)),
-                "bbox": None,
-                "extra": {},
-            }
-        ],
-    )
-    with pytest.raises(ValueError, match="has 1 errors and 1 well-formed rows"):
-        synth.check(tmp_path)
-
-
-def test_a_damaged_line_of_a_rank_is_named(tmp_path, monkeypatch):
-    scripted(monkeypatch)
-    main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", tmp_path / "out")
-    with (tmp_path / "out" / ".parts" / "00000.jsonl").open("ab") as part:
-        part.write(b"\x00\xff\n")
-    with pytest.raises(
-        ValueError,
-        match=r"00000.jsonl has a damaged line \(.*Delete it: its photographs are done again",
-    ):
-        main(monkeypatch, "--merge", tmp_path / "out")
-
-
-def test_boxes_may_be_in_any_encoding_of_json_and_a_font_must_be_there(
-    tmp_path, monkeypatch, capsys
-):
-    (tmp_path / "boxes.jsonl").write_bytes('\ufeff{"image": "größe.jpg", "boxes": []}'.encode())
-    assert synth.read_boxes(tmp_path / "boxes.jsonl") == {"größe.jpg": []}
-    (tmp_path / "boxes.jsonl").write_bytes('{"image": "größe.jpg", "boxes": []}'.encode("latin-1"))
-    with pytest.raises(ValueError, match="boxes.jsonl, line 1: UnicodeDecodeError"):
-        synth.read_boxes(tmp_path / "boxes.jsonl")
-    with pytest.raises(SystemExit):
-        main(monkeypatch, "--preview", tmp_path, "--font", tmp_path / "none.ttf")
-    assert "none.ttf is no file. Expected a .ttf, .otf or .ttc font" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--images", "x"],
+        ["--images", "x", "--out", "y", "--batch", "0"],
+        ["--images", "x", "--out", "y", "--proposer", "none.jsonl"],
+        ["--preview", "x", "--font", "none.ttf"],
+        ["--pre", "x"],  # no abbreviations
+    ],
+)
+def test_a_command_line_that_asks_for_nothing_or_too_little_is_refused(flags):
+    with pytest.raises(SystemExit) as error:
+        main(*flags)
+    assert error.value.code == 2
 
 
 def test_missing_weights_are_said_before_the_first_photograph(tmp_path, monkeypatch):
-    photos(tmp_path / "in", 1)
-    monkeypatch.setattr(synth, "photograph", lambda *_: pytest.fail("loaded"))
+    photographs(tmp_path / "in", 1)
+    monkeypatch.setattr(photos, "load_photo", lambda *_: pytest.fail("loaded"))
     with pytest.raises(FileNotFoundError, match="hf auth login"):
-        main(
-            monkeypatch,
-            "--images",
-            tmp_path / "in",
-            "--out",
-            tmp_path / "out",
-            "--model",
-            "no/where",
-        )
-    with pytest.raises(FileNotFoundError, match="It is gated: accept its terms"):
-        sam3(tmp_path / "nowhere", monkeypatch)
+        main("--images", tmp_path / "in", "--out", tmp_path / "out", "--model", "no/where")
+    with pytest.raises(FileNotFoundError, match="gated"):
+        proposers.Sam3(str(tmp_path / "nowhere"), "cpu")
 
 
-# --------------------------------------------------------------------------------------------------- ranks and interruption
+# -------------------------------------------------------------------------- ranks and interruption
 
 
 def child(folder, out, rank=0, world=1, kill_at=0):
-    """Exit code of a run in a process of its own, killed (-9) at the kill_at-th reply of the model, sample drawn or file renamed."""
-    process = multiprocessing.get_context("fork").Process(
-        target=scripted_run, args=(kill_at, rank, world, folder, out)
-    )
+    """Exit code of a run in a process of its own, killed (-9) at the kill_at-th reply of the model,
+    sample drawn or file renamed."""
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=mortal_run, args=(kill_at, rank, world, folder, out))
     process.start()
     process.join()
     return process.exitcode
 
 
-def scripted_run(kill_at, rank, world, folder, out):
-    count = [0]
+def mortal_run(kill_at, rank, world, folder, out):
+    count = 0
 
     def mortal(function):
-        def wrapper(*args, **settings):
-            count[0] += 1
-            if count[0] == kill_at:
+        def wrapper(*args, **how):
+            nonlocal count
+            count += 1
+            if count == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **settings)
+            return function(*args, **how)
 
         return wrapper
 
     patch = pytest.MonkeyPatch()
     scripted(patch)
-    patch.setattr(rollout, "answers", mortal(rollout.answers))
-    patch.setattr(synth, "finish", mortal(synth.finish))
-    patch.setattr(os, "replace", mortal(os.replace))
+    for place, name in ((rollout, "answers"), (synth, "draw_triplet"), (os, "replace")):
+        patch.setattr(place, name, mortal(getattr(place, name)))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    main(patch, "--images", folder, "--out", out, "--batch", 2)
+    main("--images", folder, "--out", out, "--batch", 2)
 
 
-def test_a_killed_run_goes_on_with_other_ranks_to_the_same_data_set(tmp_path):
-    photo(photos(tmp_path / "in", 9) / "z.jpg", 2)  # the bytes of 2.jpg
-    assert child(tmp_path / "in", tmp_path / "straight") == 0
-    out = tmp_path / "killed"
+def test_a_killed_run_goes_on_with_other_ranks_to_the_same_data_set(tmp_path, capsys):
+    photograph(photographs(tmp_path / "in", 9) / "z.jpg", 2)  # the bytes of 2.jpg
+    straight, out = tmp_path / "straight", tmp_path / "killed"
+    assert child(tmp_path / "in", straight) == 0
     assert child(tmp_path / "in", out, 0, 1, 20) == -signal.SIGKILL
-    first = [row["file"] for row in synth.read_parts(out) if "file" in row]
+    assert 0 < len(done(out)) < 9
     with (out / ".parts" / "00000.jsonl").open("ab") as torn:
         torn.write(b'{"file": "torn')
     assert child(tmp_path / "in", out, 1, 2, 9) == -signal.SIGKILL
     assert [child(tmp_path / "in", out, rank, 3) for rank in range(3)] == [0] * 3
-    assert 0 < len(first) < 9 and not (out / "train.jsonl").exists()
-    for name in (
-        "images/.tmp-old.jpg",
-        "teacher_images/.tmp-old.png",
-        "images/.tmp-new.jpg",
-    ):  # of a killed and of a living rank
-        (out / name).touch()
-        os.utime(out / name, (age := time.time() - ("old" in name) * 3600, age))
+    assert not (out / "train.jsonl").exists()
+
+    an_hour_ago = time.time() - 3600
+    (out / "images" / ".tmp-of-a-living-rank.jpg").touch()
+    for old in (out / "images" / ".tmp-old.jpg", out / "teacher_images" / ".tmp-old.png"):
+        old.touch()
+        os.utime(old, (an_hour_ago, an_hour_ago))
     for _ in range(2):
-        merged = subprocess.run(
-            [sys.executable, synth.__file__, "--merge", out], capture_output=True, text=True
-        )
-        assert merged.returncode == 0 and "18 samples of 10 photographs" in merged.stdout, (
-            merged.stderr
-        )
-        assert (out / "train.jsonl").read_bytes() == (
-            tmp_path / "straight" / "train.jsonl"
-        ).read_bytes()
+        main("--merge", out)
+        assert "18 samples of 10 photographs" in capsys.readouterr().out
+        merged, expected = ((each / "train.jsonl").read_bytes() for each in (out, straight))
+        assert merged == expected
     assert (
         stats(out)["dropped"]
-        == stats(tmp_path / "straight")["dropped"]
+        == stats(straight)["dropped"]
         == {"question_spare": 18, "duplicate": 1}
     )
-    assert (
-        "new.jpg" in (left := str([path.name for path in out.rglob(".tmp-*")]))
-        and "old" not in left
-    )
-    for key in triplet_format.FOLDERS:
-        a, b = (
-            {p.name: p.read_bytes() for p in (place / key).iterdir() if p.name[0] != "."}
-            for place in (out, tmp_path / "straight")
-        )
-        assert a == b and len(a) == 18
+    left = {path.name for path in out.rglob(".tmp-*")}
+    assert ".tmp-of-a-living-rank.jpg" in left
+    assert left.isdisjoint({".tmp-old.jpg", ".tmp-old.png"})
+    for key in FOLDERS:
+        images = list((straight / key).iterdir())
+        assert len(images) == 18
+        for image in images:
+            assert (out / key / image.name).read_bytes() == image.read_bytes()
 
 
-def test_another_configuration_is_refused_on_resume_and_in_a_merge(tmp_path, monkeypatch):
-    scripted(monkeypatch)
-    photos(tmp_path / "in")
-    main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out")
-    for flags, key in (
-        (["--seed", 1], "seed"),
-        (["--clean-crop"], "clean_crop"),
-        (["--full", "png"], "full"),
-        (["--labels"], "labels"),
-        (["--format", "mcq"], "format"),
-        (["--model", "other"], "model"),
+def test_another_configuration_is_refused_on_resume_and_in_a_merge(make, monkeypatch):
+    out = make()
+    for key, *flags in (
+        ("seed", "--seed", 1),
+        ("clean_crop", "--clean-crop"),
+        ("model", "--model", "other"),
     ):
-        with pytest.raises(FileExistsError, match=rf"is {{'{key}': \("):
-            main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out", *flags)
-    monkeypatch.setitem(synth.PROMPTS, "hint", " Look closely.")
-    with pytest.raises(FileExistsError, match=r"is {'texts': \("):
-        main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "out")
-    monkeypatch.undo()
-    scripted(monkeypatch)
-    (tmp_path / "out" / ".parts" / "00001.jsonl").write_text('{"config": {"seed": 1}}\n')
+        with pytest.raises(FileExistsError, match=rf"{{'{key}': \("):
+            make(*flags)
+    with monkeypatch.context() as patch:
+        patch.setitem(PROMPTS, "hint", " Look closely.")
+        with pytest.raises(FileExistsError, match=r"{'texts': \("):
+            make()
+    (out / ".parts" / "00001.jsonl").write_text('{"config": {"seed": 1}}\n')
     with pytest.raises(FileExistsError, match="another configuration"):
-        main(monkeypatch, "--merge", tmp_path / "out")
-    toy_scenes.draw(tmp_path / "toy", 2, 0)
-    with pytest.raises(FileExistsError, match="holds another data set"):
-        main(monkeypatch, "--images", tmp_path / "in", "--out", tmp_path / "toy")
+        main("--merge", out)
 
 
-# ---------------------------------------------------------------------------------------------------------------- geometry
+def test_a_damaged_line_of_a_rank_is_named(make):
+    out = make()
+    with (out / ".parts" / "00000.jsonl").open("ab") as part:
+        part.write(b"\x00\xff\n")
+    with pytest.raises(ValueError, match=r"00000\.jsonl has a damaged line"):
+        main("--merge", out)
 
 
-def test_the_evidence_survives_and_its_frame_is_seen_wherever_the_box_lies():
-    rng, grain, seen = np.random.default_rng(0), noise(1100, 1000), 0
-    for trial in range(250):
-        W, H = (int(v) for v in rng.integers(448, 1000, 2))
-        w, h = (int(np.exp(rng.uniform(np.log(20), np.log(0.9 * side)))) for side in (W, H))
-        x, y = (
-            int(
-                rng.choice(
-                    [0, 1, 3, side - own, max(0, side - own - 2), rng.integers(0, side - own + 1)]
-                )
-            )
-            for side, own in ((W, w), (H, h))
-        )
-        regions = synth.small_regions([([x, y, x + w, y + h], "tag", None)], (W, H), Counter())
-        if not regions:
-            continue
-        seen += 1
-        [box], image = [r["box"] for r in regions], grain.crop((trial % 100, 0, trial % 100 + W, H))
-        line, frame, window = synth.geometry((W, H), box)
-        framed = synth.draw_frame(image, box)
-        before, after = np.asarray(image), np.asarray(framed)
-        assert (
-            box == [x, y, x + w, y + h]
-            and (before[y : y + h, x : x + w] == after[y : y + h, x : x + w]).all()
-        )
-        outside = np.ones((H, W), bool)
-        outside[frame[1] : frame[3], frame[0] : frame[2]] = False
-        assert (before[outside] == after[outside]).all()
-        red = (after == triplet_format.RED).all(-1)
+# ---------------------------------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize("w, h", [(20, 60), (60, 50), (150, 150)])
+def test_the_evidence_survives_and_its_frame_is_seen_wherever_the_box_lies(w, h):
+    photo = Photo("x", image=noise(640, 480))
+    before = pixels(photo.image)
+    starts = itertools.product((0, 1, 300, 638 - w, 640 - w), (0, 3, 200, 478 - h, 480 - h))
+    for x, y in starts:
+        [region] = small_regions(photo, [Region(photo, [x, y, x + w, y + h])])
+        assert region.box == [x, y, x + w, y + h]
+        after = pixels(region.framed())
+        left, top, right, bottom = region.frame
+        changed = (before != after).any(-1)
+        assert not changed[y : y + h, x : x + w].any()
+        changed[top:bottom, left:right] = False
+        assert not changed.any()
+        red = (after == RED).all(-1)
         strips = [
-            red[y : y + h, frame[0] : frame[0] + line],
-            red[y : y + h, frame[2] - line : frame[2]],
-            red[frame[1] : frame[1] + line, x : x + w],
-            red[frame[3] - line : frame[3], x : x + w],
+            red[y : y + h, left : left + region.line],
+            red[y : y + h, right - region.line : right],
+            red[top : top + region.line, x : x + w],
+            red[bottom - region.line : bottom, x : x + w],
         ]
         assert sum(strip.all() for strip in strips) >= 2
-        assert 2 <= line <= 16 and window[0] <= frame[0] <= x and window[3] >= frame[3] >= y + h
-        assert 0 <= window[0] and 0 <= window[1] and window[2] <= W and window[3] <= H
-        crop, scale = synth.cut(framed, window)
-        assert (
-            min(crop.size) >= 64
-            and crop.width * crop.height <= 2**22
-            and (scale >= 2 or crop.width * crop.height > 2**22 - 9000)
-        )
-    assert seen > 100
-    assert synth.geometry((2250, 1500), [1000, 700, 1100, 800]) == (
-        5,
-        [994, 694, 1106, 806],
-        [988, 688, 1112, 812],
-    )
-    crop, scale = synth.cut(Image.new("RGB", (9000, 9000)), [0, 0, 3001, 2503])
-    assert scale < 1 and 2**22 - 9000 < crop.width * crop.height <= 2**22
+        x1, y1, x2, y2 = region.window
+        assert 0 <= x1 <= left <= x
+        assert 0 <= y1 <= top <= y
+        assert x + w <= right <= x2 <= 640
+        assert y + h <= bottom <= y2 <= 480
+        assert min(region.crop.size) >= 64
 
 
-# -------------------------------------------------------------------------------------------- real models, as small as can be
+def test_frame_and_window_are_those_measured_on_the_released_set():
+    region = Region(blank(2250, 1500), [1000, 700, 1100, 800])
+    assert region.line == 5
+    assert region.frame == [994, 694, 1106, 806]
+    assert region.window == [988, 688, 1112, 812]
+
+
+def test_a_large_window_is_made_smaller():
+    crop = cut(Image.new("RGB", (9000, 9000)), [0, 0, 3001, 2503])
+    assert 2**22 - 9000 < crop.width * crop.height <= 2**22
+
+
+# ---------------------------------------------------------------- real models, as small as can be
 
 
 def tiny_sam3(folder):
     from transformers import CLIPTokenizer, Sam3Config, Sam3Model
 
-    small = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_layers=1)
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    small = size | {"num_layers": 1}
+    backbone = size | {
+        "model_type": "sam3_vit_model",
+        "num_hidden_layers": 1,
+        "image_size": 56,
+        "window_size": 2,
+        "global_attn_indexes": [0],
+        "pretrain_image_size": 28,
+    }
+    vision = {
+        "fpn_hidden_size": 32,
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "backbone_config": backbone,
+    }
+    text = size | {
+        "model_type": "clip_text_model",
+        "vocab_size": 300,
+        "projection_dim": 16,
+        "num_hidden_layers": 1,
+        "eos_token_id": 1,
+    }
     config = Sam3Config(
-        vision_config=dict(
-            fpn_hidden_size=32,
-            backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
-            backbone_config=dict(
-                model_type="sam3_vit_model",
-                hidden_size=32,
-                intermediate_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                image_size=56,
-                window_size=2,
-                global_attn_indexes=[0],
-                pretrain_image_size=28,
-            ),
-        ),
-        text_config=dict(
-            model_type="clip_text_model",
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=32,
-            projection_dim=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            eos_token_id=1,
-        ),
+        vision_config=vision,
+        text_config=text,
         geometry_encoder_config=small,
         detr_encoder_config=small,
         detr_decoder_config=small | {"num_queries": 5},
-        mask_decoder_config=dict(hidden_size=32, num_attention_heads=2),
+        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 2},
     )
     torch.manual_seed(0)
     Sam3Model(config).save_pretrained(folder)
-    letters = sorted({chr(c) for c in range(33, 127)})
-    vocabulary = {
-        token: n
-        for n, token in enumerate(
-            ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
-        )
-    }
+    letters = [chr(c) for c in range(33, 127)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
+    vocabulary = {word: n for n, word in enumerate(words)}
     CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
-    return folder
-
-
-def sam3(path, monkeypatch):
-    monkeypatch.setattr(M, "load", lambda *args, **settings: (None, None))
-    return synth.load_engine(argparse.Namespace(model="", proposer="sam3", sam3=str(path)))["sam3"]
+    return proposers.Sam3(str(folder), "cpu")
 
 
 def test_sam3_boxes_names_without_torchvision_as_its_plain_forward_does(tmp_path, monkeypatch):
-    sam, tokenizer = sam3(tiny_sam3(tmp_path / "sam3"), monkeypatch)
-    image = images.load_image(photo(tmp_path / "in" / "a.jpg"))
-    shown = {"image": image, "drops": Counter()}
-    assert "torchvision" not in sys.modules
-    assert synth.sam3_boxes(sam, tokenizer, shown, ["tag", "red mug"]) == [] and +shown[
-        "drops"
-    ] == {"name_not_found": 2}
+    sam3 = tiny_sam3(tmp_path)
+    forward = sam3.model.forward
+    photo = Photo("x", image=load_image(photograph(tmp_path / "a.png")))
+    shown = pixels(photo.image.resize((56, 56), Image.Resampling.BILINEAR)) / 127.5 - 1
+    shown = torch.tensor(shown, dtype=torch.float32).permute(2, 0, 1)[None]
+    words = sam3.tokenizer(["red mug"], padding="max_length", max_length=32, return_tensors="pt")
     with torch.inference_mode():
-        pixels = (
-            torch.tensor(np.asarray(image.resize((56, 56), 2))).permute(2, 0, 1)[None] / 127.5 - 1
-        )
-        plain = sam(
-            pixel_values=pixels,
-            **tokenizer(["red mug"], padding="max_length", max_length=32, return_tensors="pt"),
-        )
+        plain = forward(pixel_values=shown, **words)
     best = int(plain.pred_logits[0].argmax())
-    forward = sam.forward
+    expected = plain.pred_boxes[0, best] * torch.tensor([640, 480, 640, 480])
 
-    def sure(**inputs):  # of the likeliest query alone
-        out = forward(**inputs)
-        top = torch.nn.functional.one_hot(out.pred_logits.argmax(1), out.pred_logits.shape[1])
-        out.pred_logits, out.presence_logits = (
-            out.pred_logits + 20 * top - 10,
-            out.presence_logits + 20,
-        )
-        return out
+    def boxes_where(sure):  # of that many queries, the likeliest
+        def sure_forward(**inputs):
+            out = forward(**inputs)
+            likely = out.pred_logits.topk(sure).indices
+            out.pred_logits = torch.full_like(out.pred_logits, -9).scatter(1, likely, 9.0)
+            out.presence_logits = torch.full_like(out.presence_logits, 9)
+            return out
+
+        monkeypatch.setattr(sam3.model, "forward", sure_forward)
+        return sam3.boxes_in(photo, ["tag", {"label": "red mug"}, "tag", 7])
+
+    first, second = boxes_where(sure=1)
+    assert (first.label, second.label) == ("tag", "red mug")
+    assert first.score == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(second.box, expected, atol=0.05)
+    assert photo.drops == {"name_malformed": 1}
+    boxes_where(sure=0)
+    boxes_where(sure=2)
+    assert photo.drops == {"name_malformed": 3, "name_not_found": 2, "name_ambiguous": 2}
+    assert sam3.boxes_in(photo, []) == []
+    assert "torchvision" not in sys.modules
+
+
+def test_sam3_is_given_the_models_names_and_may_run_out_of_memory(tmp_path, monkeypatch, make):
+    sam3 = tiny_sam3(tmp_path / "sam3")
 
     def full(**inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(sam, "forward", full)
-    assert (
-        synth.sam3_boxes(sam, tokenizer, shown, ["tag"]) == []
-        and shown["drops"]["out_of_memory"] == 1
-    )
-    monkeypatch.setattr(sam, "forward", sure)
-    (_, name, score), (box, other, _) = synth.sam3_boxes(sam, tokenizer, shown, ["tag", "red mug"])
-    assert (name, other) == ("tag", "red mug") and 0.75 <= score <= 1
-    np.testing.assert_allclose(
-        box, (plain.pred_boxes[0, best] * torch.tensor([640, 480, 640, 480])).tolist(), atol=0.05
-    )
-    script = scripted(monkeypatch, find='["tag", "red mug", "tag", 7]')
-    monkeypatch.setattr(
-        synth, "load_engine", lambda args: {"model": (None, None), "sam3": (sam, tokenizer)}
-    )
-    with pytest.raises(ValueError, match="name_malformed"):  # random boxes are mostly too large
-        main(
-            monkeypatch,
-            "--images",
-            tmp_path / "in",
-            "--out",
-            tmp_path / "out",
-            "--proposer",
-            "sam3",
-        )
-    assert script.calls[0][0] == "find"
+    monkeypatch.setattr(sam3.model, "forward", full)
+    monkeypatch.setattr(synth, "Sam3", lambda *_: sam3)
+    with pytest.raises(ValueError, match="3 out_of_memory"):
+        make("--proposer", "sam3", find='["tag", "red mug"]')
 
 
-def test_the_tiny_models_babble_is_counted_and_reproducible(tmp_path, monkeypatch):
-    photos(tmp_path / "in", 2)
-    M.save(*tiny_model.tiny(), tmp_path / "model")
-    true = rollout.answers
-    monkeypatch.setattr(
-        rollout,
-        "answers",
-        lambda m, p, i, t, max_new_tokens, **settings: true(m, p, i, t, 48, **settings),
-    )
-    for out in (tmp_path / "a", tmp_path / "b"):
-        with pytest.raises(ValueError, match="2 boxes_malformed"):
-            main(
-                monkeypatch,
-                "--images",
-                tmp_path / "in",
-                "--out",
-                out,
-                "--model",
-                tmp_path / "model",
-            )
-    a, b = (
-        [{k: v for k, v in row.items() if k != "seconds"} for row in synth.read_parts(out)]
-        for out in (tmp_path / "a", tmp_path / "b")
-    )
-    assert a == b and len(a) == 3
+def test_a_group_of_texts_depends_on_its_seed(tmp_path):
+    vision_model.save(*tiny.tiny(), tmp_path)
+    requests = [
+        synth.Request(None, key, noise(32, 32), text)
+        for key, text in ((1, "what"), (2, "is"), (1, "what"))
+    ]
+
+    def say(batch):
+        flags = ["--model", str(tmp_path), "--batch", str(batch)]
+        settings = settings_parser(synth.Settings, "").parse_args(flags)
+        engine = synth.load_engine(settings, {})
+        return synth.reply_texts(engine, "label", requests, 6, group=4, temperature=1.0)
+
+    one = say(1)
+    assert one == say(3)
+    assert [len(texts) for texts in one] == [4] * 3
+    assert one[0] == one[2] != one[1]
 
 
-def test_a_group_of_texts_depends_on_its_seed():
-    model, processor = tiny_model.tiny()
-    rows = [({}, key, noise(32, 32), text) for key, text in ((1, "what"), (2, "is"), (1, "what"))]
-    say = lambda batch: synth.say(
-        {"model": (model, processor), "seed": 0, "batch": batch},
-        "label",
-        rows,
-        6,
-        4,
-        temperature=1.0,
-    )
-    one, two = say(1), say(3)
-    assert one == two and [len(texts) for texts in one] == [4] * 3 and one[0] == one[2] != one[1]
+# ---------------------------------------------------------------------------------------- checking
 
 
-def test_photographs_train_and_evaluate_a_model_end_to_end(tmp_path, monkeypatch, capsys):
-    scripted(monkeypatch)
-    out = tmp_path / "mine"
-    main(monkeypatch, "--images", photos(tmp_path / "in"), "--out", out, "--labels")
-    main(monkeypatch, "--check", out)
-    assert "6 well-formed rows, 6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
-    monkeypatch.undo()
-    M.save(*tiny_model.tiny(), tmp_path / "model")
-    cli = lambda *args: subprocess.run(
-        [sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT
-    )
-    trained = cli(
-        "train.py",
-        "--model",
-        tmp_path / "model",
-        "--data",
-        out,
-        "--out",
-        tmp_path / "run",
-        "--steps",
-        2,
-        "--prompts",
-        2,
-        "--group",
-        2,
-        "--max-new-tokens",
-        4,
-        "--device",
-        "cpu",
-        "--workers",
-        0,
-        "--threads",
-        1,
-    )
-    assert trained.returncode == 0 and "step    2/2" in trained.stdout, trained.stderr
-    told = cli(
-        "evaluate.py",
-        "--bench",
-        out,
-        "--model",
-        tmp_path / "run" / "checkpoint-000002",
-        "--out",
-        tmp_path / "eval",
-        "--view",
-        "both",
-        "--max-new-tokens",
-        4,
-        "--device",
-        "cpu",
-    )
-    assert told.returncode == 0 and "mine" in told.stdout, told.stderr
+def test_what_is_made_is_whole_and_can_be_evaluated(tmp_path, make, capsys):
+    out = make("--labels")
+    main("--check", out)
+    assert "6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
+    assert [row["answer"] for row in sources.benchmark(str(out), tmp_path)] == ["Red"] * 6
 
 
-# ------------------------------------------------------------------------------------------------------- check and preview
+def sample(n, **changes):
+    fields = {
+        "id": f"s{n}",
+        "question": f"What colour is tag {n}?",
+        "answer": "red",
+        "image": noise(40, 30, n),
+        "crop": noise(16, 16, n),
+        "bbox": [1, 2, 9, 10],
+        "extra": {"type": "colour"},
+    }
+    return Triplet(**fields | changes)
 
 
-def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, monkeypatch, capsys):
-    sample = lambda n, **changes: (
-        {
-            "id": f"s{n}",
-            "question": f"What colour is tag {n}?",
-            "answer": "red",
-            "image": noise(40, 30, n),
-            "crop": noise(16, 16, n),
-            "bbox": [1, 2, 9, 10],
-            "extra": {"type": "colour"},
-        }
-        | changes
-    )
-    triplet_format.write_triplets(
-        tmp_path,
-        [
-            sample(0),
-            sample(1, bbox=[1, 2, 41, 9]),
-            sample(2, question="What is red?"),
-            sample(3),
-            sample(4),
-            sample(5),
-        ],
-    )
+def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, capsys):
+    samples = [
+        sample(0),
+        sample(1, bbox=[1, 2, 41, 9]),
+        sample(2, question="What is red?"),
+        sample(3),
+        sample(4),
+        sample(5, image=Image.new("RGB", (2100, 10))),  # no image processor takes it
+    ]
+    write_triplets(tmp_path, samples)
     (tmp_path / "images" / "s3.png").write_bytes(b"")
-    (tmp_path / "teacher_images" / "s4.png").write_bytes(
-        (tmp_path / "teacher_images" / "s0.png").read_bytes()[:200]
-    )
+    crop = tmp_path / "teacher_images" / "s4.png"
+    crop.write_bytes(crop.read_bytes()[:200])
+    line = json.dumps(rows(tmp_path)[0])
+    wrong = [
+        "{torn",
+        line,
+        line.replace("What", "What <image>"),
+        line.replace("images/s0", "images/none"),
+    ]
     with (tmp_path / "train.jsonl").open("a") as file:
-        line = json.dumps(rows(tmp_path)[0])
-        file.write(
-            "\n".join(
-                [
-                    "{torn",
-                    line,
-                    line.replace("What", "What <image>"),
-                    line.replace("images/s0", "images/none"),
-                ]
-            )
-            + "\n"
-        )
-    with pytest.raises(ValueError, match="has 7 errors"):
-        main(monkeypatch, "--check", tmp_path)
+        file.write("\n".join(wrong) + "\n")
+    with pytest.raises(ValueError, match="8 errors"):
+        main("--check", tmp_path)
     told = capsys.readouterr().out
     for found in (
         "line 7: no JSON",
@@ -1154,41 +909,14 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, monk
         "sample s1: bbox is [1, 2, 41, 9]",
         "s3.png (0 bytes)",
         "s4.png",
+        "sample s5: 2100 x 10",
         "1 questions contain their answer, the first ['s2']",
         "6 of 6 answers are 'red', over 10%",
         "types are 'colour', over 35%",
     ):
         assert found in told
-    assert (
-        subprocess.run(
-            [sys.executable, synth.__file__, "--check", tmp_path], capture_output=True
-        ).returncode
-        == 1
-    )
-    one_each = [
-        {"question": "What is it?", "answer": str(n), "extra": {"type": str(n)}, "id": str(n)}
-        for n in range(4)
-    ]
-    assert synth.balance(one_each) == []  # four of four: each 25%, but none repeated
-    toy_scenes.draw(tmp_path / "toy", 6, 0)
-    main(monkeypatch, "--check", tmp_path / "toy")
-    assert "6 well-formed rows, 6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "word " * 300,
-        "x" * 900,
-        "一个很长的问题没有空格" * 40,
-        "W" * 40 + "\n\nA. bark\nB. moss",
-        "",
-        "i" * 80 + " W" * 80,
-    ],
-)
-def test_the_contact_sheet_wraps_by_width_in_any_script(text):
-    font = ImageFont.load_default(18)
-    lines = previews.wrapped(text, font, 630, 12)
-    assert len(lines) <= 12 and all(font.getlength(line) <= 640 for line in lines)
-    if font.getlength(text) < 3000:
-        assert "".join("".join(lines).split()) == "".join(text.split())
+def test_answers_that_do_not_repeat_are_in_balance():
+    samples = [sample(n, answer=str(n), extra={"type": str(n)}, question="What?") for n in range(4)]
+    assert checking.balance(samples) == []  # each is 25%

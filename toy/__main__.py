@@ -4,10 +4,6 @@ python -m toy --out data/toy --n 100            draw triplets: no model, no labe
 python -m toy --ablate --out runs/ablate        the table: every method, several seeds
 """
 
-import os
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # made for the CPU; launch.environment looks for a GPU
-
 import launch.environment  # noqa: F401  (first: it sets what torch and transformers read)
 
 # isort: split
@@ -22,7 +18,7 @@ from launch.flags import natural, positive_int, refuse_idle, setting, settings_p
 from storage.files import write
 from toy.scenes import SPLITS, draw
 from toy.table import VARIANTS, render, run_variants
-from triplets.preview import preview
+from triplets.preview import draw_preview
 
 
 @dataclass
@@ -60,7 +56,7 @@ def main(argv: list[str]) -> None:
     refuse_idle(parser, argv, has_effect, "with --ablate" if tabled else "without --ablate")
     if not tabled:
         folder = draw(settings.out, settings.n, settings.seed, settings.split)
-        print(f"drawn: {preview(folder)}")
+        print(f"drawn: {draw_preview(folder)}")
         return
     torch.set_num_threads(1)  # as train.py --toy: the bits depend on it
     variants = list(dict.fromkeys(["vision-opd", *settings.variants]))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from toy.base import train_base
 from toy.scenes import ROWS, draw
-from triplets.preview import preview
+from triplets.preview import draw_preview
 
 # Its defaults of train.py's settings (ours: a tiny model trained from scratch in minutes).
 RUN = {
@@ -32,7 +32,7 @@ def prepare(out: Path, data: Path, model: Path, seed: int) -> str:
     """Draw the scenes and train the base model, where they are the run's own (out/data, out/base)
     and not there yet. Returns what seconds.json is to hold: the time the base model took."""
     if data == out / "data":
-        preview(draw(data, ROWS, seed))
+        draw_preview(draw(data, ROWS, seed))
     if model == out / "base" and not model.exists():
         train_base(model, seed)
     seconds = model.with_name("base-seconds.json")

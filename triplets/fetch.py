@@ -7,21 +7,24 @@ from storage.hub import download, unpack
 from triplets.format import FOLDERS, read_triplets
 
 
-def fetch(data: str | Path) -> Path:
-    """The folder of data set `data`, ready for read_triplets: a local folder, or a hub data set's id such as
-    yuanqianhao/Vision-OPD-6K, which is kept in data/<owner>/<name> under the working directory.
+def fetch_triplets(data: str | Path) -> Path:
+    """The folder of data set `data`, ready for read_triplets: a local folder, or a hub data set's
+    id such as yuanqianhao/Vision-OPD-6K, which is kept in data/<owner>/<name> under the working
+    directory.
 
-    Not in the hub's cache: its files are links into a store that other tools prune. Archives are unpacked in place when a
-    row's image is missing; once all are there, neither archives nor network are needed (delete the folder to fetch anew).
-    Call it from one process per machine. Raises FileNotFoundError, ValueError (bad archive or row), OSError (disk full).
+    Not in the hub's cache: its files are links into a store that other tools prune. Archives are
+    unpacked in place when a row's image is missing; once all are there, neither archives nor
+    network are needed (delete the folder to fetch anew). Call it from one process per machine.
+    Raises FileNotFoundError, ValueError (bad archive or row), OSError (disk full).
     """
-    here = Path(data).expanduser()
-    is_id = not here.is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(data))
-    folder = Path("data", data) if is_id else here
+    folder = Path(data).expanduser()
+    is_id = not folder.is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(data))
+    if is_id:
+        folder = Path("data", data)
     try:
         read_triplets(folder)
     except FileNotFoundError:
-        if folder != here:
+        if is_id:
             download(
                 str(data),
                 f"{data!r} is no folder here",
@@ -30,10 +33,15 @@ def fetch(data: str | Path) -> Path:
                 local_dir=folder,
                 allow_patterns=["train.jsonl", *(f"{key}/*" for key in FOLDERS)],
             )
-        for key in FOLDERS:
-            if (folder / "train.jsonl").is_file() and (
-                parts := sorted((folder / key).glob(f"{key}.tar.gz*"))
-            ):
-                unpack(parts, folder / key)
+        if (folder / "train.jsonl").is_file():
+            unpack_archives(folder)
         read_triplets(folder)
     return folder
+
+
+def unpack_archives(folder: Path):
+    """images/images.tar.gz* and teacher_images/teacher_images.tar.gz*, each into its folder."""
+    for key in FOLDERS:
+        parts = sorted((folder / key).glob(f"{key}.tar.gz*"))
+        if parts:
+            unpack(parts, folder / key)

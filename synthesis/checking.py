@@ -1,0 +1,95 @@
+"""What is wrong with any data set of triplets, and what looks wrong."""
+
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from storage.images import load_image
+from synthesis.photos import LONGEST
+from synthesis.texts import PROMPTS, leaks, normal
+from triplets.format import Triplet, read_triplets
+
+
+def check_triplets(folder: Path):
+    """Prints what is wrong with a data set, and what looks wrong. Raises ValueError when there are
+    errors."""
+    errors = []
+    samples = read_triplets(folder, errors)
+    with ThreadPoolExecutor() as pool:
+        flaws = tqdm(pool.map(flaw, samples), "check", len(samples), unit="row", disable=None)
+        errors += filter(None, flaws)
+    for error in errors:
+        print(f"error: {error}")
+    for warning in balance(samples):
+        print(f"warning: {warning}")
+    boxes = sum(sample.bbox is not None for sample in samples)
+    answers = sum(sample.answer is not None for sample in samples)
+    print(
+        f"{folder}: {len(samples)} well-formed rows, {boxes} with a box, {answers} with an answer; "
+        f"{len(errors)} errors"
+    )
+    if errors:
+        raise ValueError(
+            f"{folder} has {len(errors)} errors and {len(samples)} well-formed rows. Correct or "
+            "remove what is named."
+        )
+
+
+def flaw(sample: Triplet) -> str | None:
+    """What is wrong with a sample's images or box, if anything."""
+    try:
+        image = load_image(sample.image)
+        crop = load_image(sample.crop)
+    except (OSError, ValueError) as error:
+        return f"sample {sample.id}: {error}"
+    width, height = image.size
+    if any(max(size) > LONGEST * min(size) for size in (image.size, crop.size)):
+        return (
+            f"sample {sample.id}: {width} x {height} px, crop {crop.width} x {crop.height}. "
+            f"Expected under {LONGEST} : 1: leave it out."
+        )
+    if sample.bbox:
+        x1, y1, x2, y2 = sample.bbox
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+            return (
+                f"sample {sample.id}: bbox is {sample.bbox}. Expected x1 < x2 <= {width}, y1 < y2 "
+                f"<= {height}: correct it, or write null."
+            )
+    return None
+
+
+def balance(samples: list[Triplet]) -> list[str]:
+    """Warnings: answers in their own question, one answer over 10% or one type over 35% of the
+    samples."""
+    answers = []
+    types = []
+    leaky = []
+    for sample in samples:
+        stem, answer = stem_and_answer(sample)
+        if answer:
+            answers.append(normal(answer))
+        if leaks(stem, answer):
+            leaky.append(sample.id)
+        if isinstance(sample.extra.get("type"), str):
+            types.append(sample.extra["type"])
+    found = [f"{len(leaky)} questions contain their answer, the first {leaky[:5]}"] if leaky else []
+    for what, limit, values in (("answer", 0.1, answers), ("type", 0.35, types)):
+        for value, n in Counter(values).items():
+            if n > max(1, limit * len(values)):
+                found.append(f"{n} of {len(values)} {what}s are {value!r}, over {limit:.0%}")
+    return found
+
+
+def stem_and_answer(sample: Triplet) -> tuple[str, str]:
+    """The question without hint and options, and the answer's text where it is a letter: "A.
+    bark"."""
+    question = sample.question.replace(PROMPTS["hint"], "")  # which says "red"
+    stem, *lines = re.split(r"\n+(?=\(?[A-H][.)] )", question)
+    options = {}
+    for line in lines:
+        line = line.strip("(")
+        options[line[0]] = line[3:].split("\n")[0]
+    return stem, options.get(sample.answer, sample.answer) or ""

@@ -1,0 +1,141 @@
+"""Regions: which boxes are worth asking about, and the geometry of frame and crop, as measured on
+the released set. A box is [x1, y1, x2, y2] px of the upright photograph, a size is (width, height)
+px."""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from PIL import Image, ImageDraw
+
+from synthesis.photos import Photo
+from synthesis.texts import normal, one_line
+from triplets.format import RED
+
+
+@dataclass
+class Region:
+    """A box that somebody proposed; if it is kept, it is framed, cropped and asked about."""
+
+    photo: Photo
+    box: list  # of whole px once it is kept
+    label: str | None = None  # what is in it, as the question's writer is told
+    score: float | None = None  # SAM 3's confidence
+    questions: list = field(default_factory=list)  # DraftQuestion; the first becomes a sample
+
+    @property
+    def id(self):
+        return "-".join([self.photo.digest, *map(str, self.box)])
+
+    @property
+    def line(self):
+        """Width of the frame's line, px."""
+        return min(max(round(min(self.photo.image.size) / 300), 2), 16)
+
+    @property
+    def frame(self):
+        """The outer edge of the frame, which is drawn inwards."""
+        margins = [max(round(side / 20), self.line + 1) for side in sides(self.box)]
+        return grow(self.box, margins, self.photo.image.size)
+
+    @property
+    def window(self):
+        """What is cropped: the frame and a margin."""
+        margins = [round(side / 20) for side in sides(self.frame)]
+        return grow(self.frame, margins, self.photo.image.size)
+
+    @cached_property
+    def crop(self):
+        """The window, enlarged, without the frame."""
+        return cut(self.photo.image, self.window)
+
+    def framed(self):
+        """The photograph with a red frame round the box, whose own pixels stay as they are: they
+        are the evidence."""
+        x1, y1, x2, y2 = self.frame
+        framed = self.photo.image.copy()
+        draw = ImageDraw.Draw(framed)
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=RED, width=self.line)
+        framed.paste(self.photo.image.crop(self.box), self.box[:2])
+        return framed
+
+
+def sides(box):
+    return box[2] - box[0], box[3] - box[1]
+
+
+def grow(box, margins, size):
+    """The box, larger by `margins` (horizontal, vertical) on each side, within an image."""
+    x1, y1, x2, y2 = box
+    dx, dy = margins
+    return [max(0, x1 - dx), max(0, y1 - dy), min(size[0], x2 + dx), min(size[1], y2 + dy)]
+
+
+def enlargement(window) -> float:
+    """2; more where the short side would stay under 64 px, less where there would be over 4,194,304
+    px."""
+    width, height = sides(window)
+    return min(max(2, 64 / min(width, height)), math.sqrt(2**22 / (width * height)))
+
+
+def cut(image: Image.Image, window):
+    """The window, enlarged."""
+    scale = enlargement(window)
+    size = [int(side * scale + 1e-6) for side in sides(window)]
+    return image.crop(window).resize(size, Image.Resampling.LANCZOS)
+
+
+# --------------------------------------------------------------------------------------- selection
+
+
+def small_regions(photo: Photo, proposed: list[Region]) -> list[Region]:
+    """Of a photograph's regions the first three worth asking about; the others are counted."""
+    kept = []
+    for region in proposed:
+        x1, y1, x2, y2 = region.box
+        whole = [math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)]
+        region.box = grow(whole, (0, 0), photo.image.size)
+        region.label = "this thing" if region.label is None else one_line(region.label)
+        reason = region_fault(region, kept)
+        if reason:
+            photo.drop(reason)
+        else:
+            kept.append(region)
+    return kept
+
+
+def region_fault(region: Region, kept: list[Region]) -> str | None:
+    """Why a region is not asked about, as the reason to count; `kept`: those before it that are."""
+    width, height = region.photo.image.size
+    x1, y1, x2, y2 = region.box
+    short, long = sorted(sides(region.box))
+    if short <= 0 or not region.label:
+        return "bad_box"
+    share = short * long / (width * height)
+    if share >= 0.1:
+        return "box_large"
+    if share < 2e-4 or short < 20:
+        return "box_small"
+    if long > 8 * short:
+        return "box_thin"
+    if sum(room >= region.line for room in (x1, y1, width - x2, height - y2)) < 2:
+        return "box_at_edges"  # its frame is hidden
+    if any(same_thing(region, other) for other in kept):
+        return "box_repeated"
+    return "box_spare" if len(kept) == 3 else None
+
+
+def same_thing(a: Region, b: Region) -> bool:
+    """Whether two regions show one thing: IoU over 0.5, or one lies to 80% in the other and their
+    labels share a word."""
+    shared = area([*map(max, a.box[:2], b.box[:2]), *map(min, a.box[2:], b.box[2:])])
+    areas = [area(a.box), area(b.box)]
+    if shared > 0.5 * (sum(areas) - shared):
+        return True
+    a_word = not set(normal(a.label).split()).isdisjoint(normal(b.label).split())
+    return shared >= 0.8 * min(areas) and a_word
+
+
+def area(box):
+    width, height = sides(box)
+    return max(0, width) * max(0, height)
