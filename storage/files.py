@@ -120,7 +120,7 @@ def read_jsonl(path: Path, notes: list[str]) -> list[dict]:
 
 
 def flush(folder: Path, inside: bool = True) -> None:
-    """Returns when `folder` (and, unless told otherwise, all that lies in it) is safely on the disk:
+    """Returns when `folder` (and, unless told otherwise, all that lies in it) is safely on disk:
     a rename alone may reach the disk before the contents do."""
     paths = [*folder.rglob("*"), folder] if inside else [folder]
     for path in paths:

@@ -22,6 +22,7 @@ import torch
 from conftest import ROOT, livelier, noise
 
 import benchmarks.figures as figures
+from benchmarks.rows import Scored, read_answer
 import benchmarks.judge as judging
 import benchmarks.page as pages
 import benchmarks.scoring as scoring
@@ -107,10 +108,14 @@ def line(
     } | more
 
 
-def results(folder: Path, answers: list[dict], **scoring) -> Path:
+def scored(lines: list[dict]) -> list[Scored]:
+    return [scoring.score(read_answer(each)) for each in lines]
+
+
+def results(folder: Path, answers: list[dict], **how) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "answers-mine-0.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
-    figures.summarise(folder, **scoring)
+    figures.summarise(folder, figures.Scorer(**how))
     return folder
 
 
@@ -121,10 +126,9 @@ def outcome(out: Path) -> tuple[dict, dict]:
         if isinstance(value, dict)
         else value
     )
-    return {
-        (a["bench"], a["id"], a["view"]): (a.get("output"), a.get("tokens"))
-        for a in figures.saved(out)
-    }, timeless(figures.summarise(out)["benches"])
+    return {a.place(): (a.output, a.tokens) for a in figures.saved_answers(out)}, timeless(
+        figures.summarise(out, figures.Scorer())["benches"]
+    )
 
 
 @pytest.fixture
@@ -139,7 +143,7 @@ def model(monkeypatch):
         model.before(prompts)
         model.asked.append(prompts)
         return [
-            {"output": text, "tokens": len(text), "truncated": len(text) > 12}
+            rollout.Reply(text, len(text), len(text) > 12)
             for text in (model.says[int(p.split()[-1])] for p in prompts)
         ]
 
@@ -153,17 +157,8 @@ def model(monkeypatch):
 
 def answer(path: Path, out: Path, batch: int = 2, **more) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    evaluate.answer(
-        None,
-        None,
-        "mine",
-        sources.benchmark(str(path), path),
-        out,
-        views=["full", "crop"],
-        max_new_tokens=9,
-        batch=batch,
-        **more,
-    )
+    how = evaluate.Asking(["full", "crop"], 9, batch, **more)
+    evaluate.answer_all(None, None, "mine", sources.read_benchmark(str(path), path), out, how)
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +322,7 @@ def test_rows_that_cannot_be_asked_are_errors_that_the_next_run_tries_again_and_
         (6, 1),
         (5, None),
     ]  # full, crop, gap
-    cut, large, _ = [a["error"] for a in figures.saved(out) if "error" in a]
+    cut, large, _ = [a["error"] for a in figures.saved_answers(out) if "error" in a]
     assert "mine3.png" in cut and "OutOfMemoryError with this row alone" in large
     model.before = lambda prompts: None
     model.asked.clear()
@@ -483,8 +478,7 @@ def test_the_judge_is_asked_once_and_only_about_what_is_undecided(judge, tmp_pat
     assert "sk-very" not in "".join(capsys.readouterr()) and not any(
         b"sk-very" in path.read_bytes() for path in tmp_path.iterdir()
     )
-    figures.summarise(
-        tmp_path, judge=judge.url, judge_model="other"
+    figures.summarise(tmp_path, figures.Scorer(judge=judge.url, judge_model="other"
     )  # another judge has verdicts of its own
     assert len(judge.requests) == 6
 
@@ -508,7 +502,7 @@ def test_a_call_that_fails_is_tried_again_then_counted_then_asked_next_time(
         "no verdict on mine 2" in (printed := "".join(capsys.readouterr()))
         and "no verdict on mine 3: 'hm'" in printed
     )
-    again = figures.summarise(tmp_path, judge=judge.url)
+    again = figures.summarise(tmp_path, figures.Scorer(judge=judge.url)
     assert (
         again["judge_failures"] == 0
         and again["benches"]["mine"]["full"]["right"] == 4
@@ -531,7 +525,7 @@ def test_a_verdict_torn_by_a_kill_is_asked_again_once(judge, tmp_path):
     file = results(tmp_path, FREE, judge=judge.url) / "verdicts.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
     for _ in range(2):
-        figures.summarise(tmp_path, judge=judge.url)
+        figures.summarise(tmp_path, figures.Scorer(judge=judge.url)
     assert len(judge.requests) == 4
 
 
@@ -706,11 +700,11 @@ def test_the_toys_small_and_large_targets_and_ones_own_rows_share_a_folder(
         tmp_path / "out",
     )
     (tmp_path / "out/answers-torn-0.jsonl").write_text('{"id": "0", "bench": "to')
-    benches = figures.summarise(tmp_path / "out")["benches"]
+    benches = figures.summarise(tmp_path / "out", figures.Scorer())["benches"]
     assert {name: [(view, f["n"]) for view, f in benches[name].items()] for name in benches} == {
         name: [("full", 7), ("crop", 7), ("gap", 7)] for name in ("toy", "toy-large", "mine")
     } | {"toy-holdout": [("full", 7)]}
-    groups = {(a["bench"], a["group"]) for a in figures.saved(tmp_path / "out")}
+    groups = {(a["bench"], a["group"]) for a in figures.saved_answers(tmp_path / "out")}
     assert groups == {
         ("toy", "small"),
         ("toy", "pair"),
@@ -855,7 +849,7 @@ def test_the_checkpoints_of_a_run_make_a_trajectory(checkpoint, tmp_path):
     (out / "step-000005/result.json").write_text(
         "{"
     )  # as a kill may leave it: the page does without
-    assert pages.report(out).exists()
+    assert pages.write_page(out).exists()
 
 
 @pytest.mark.parametrize("rounds", [0, 1])
@@ -875,7 +869,7 @@ def test_the_tiny_model_answers_a_choice_a_yes_or_no_and_a_free_question(
         "--out",
         tmp_path / "out",
     )
-    rows, loaded = sources.benchmark(str(path), tmp_path), M.load(str(checkpoint))
+    rows, loaded = sources.read_benchmark(str(path), tmp_path), M.load(str(checkpoint))
     asked = (
         *loaded,
         [images.load_image(row["image"]) for row in rows],
@@ -883,7 +877,7 @@ def test_the_tiny_model_answers_a_choice_a_yes_or_no_and_a_free_question(
         6,
     )
     want = zoom.zoomed(*asked, rounds) if rounds else rollout.answers(*asked)
-    saved = figures.saved(tmp_path / "out")
+    saved = figures.saved_answers(tmp_path / "out")
     assert [{key: a[key] for key in want[0]} for a in saved] == want and [
         a["kind"] for a in saved
     ] == ["mc", "yn", "free"]

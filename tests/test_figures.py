@@ -7,11 +7,11 @@ import re
 
 import numpy as np
 import pytest
-from test_evaluate import line, results
+from test_evaluate import line, results, scored
 
 import benchmarks.figures as figures
-import benchmarks.scoring as scoring
 import benchmarks.sources as sources
+from benchmarks.rows import Scored
 
 
 @pytest.mark.parametrize(
@@ -52,31 +52,31 @@ def marks(text: str, **more) -> list[dict]:
 def test_a_paired_difference_has_the_interval_of_its_formula_and_the_p_value_of_all_coin_flips(
     first, second
 ):
-    found = figures.paired(*([scoring.score(a) for a in marks(text)] for text in (first, second)))
+    found = figures.paired(*(scored(marks(text)) for text in (first, second)))
     a, b = (np.array(list(text), int) for text in (first, second))
-    assert (found["n"], found["first"], found["second"], found["difference"]) == (
+    assert (found.n, found.first, found.second, found.difference) == (
         len(a),
         a.mean(),
         b.mean(),
         pytest.approx((b - a).mean()),
     )
-    assert (found["gained"], found["lost"]) == ((b > a).sum(), (a > b).sum()) and found[
-        "flipped"
-    ] == [str(i) for i in np.flatnonzero(a != b)]
+    assert (found.gained, found.lost) == ((b > a).sum(), (a > b).sum()) and found.flipped == [
+        str(i) for i in np.flatnonzero(a != b)
+    ]
     padded = (
         np.concatenate([2 * (b - a).repeat(2), [2, -2, 0, 0]]) / 2
     )  # half a row more of each kind, rows counted twice
     half = 1.96 * math.sqrt(
         padded.var() / (len(a) + 2)
     )  # Agresti and Min 2005: a Wald interval of these
-    assert found["interval"] == pytest.approx(
+    assert found.interval == pytest.approx(
         [max(-1, padded.mean() - half), min(1, padded.mean() + half)], abs=1e-4
     )
     coins, off = (
         [sum(flips) for flips in itertools.product((0, 1), repeat=int((a != b).sum()))],
         abs((b - a).sum()),
     )
-    assert found["p"] == pytest.approx(
+    assert found.p == pytest.approx(
         np.mean([abs(2 * heads - (a != b).sum()) >= off for heads in coins])
     )
 
@@ -90,9 +90,9 @@ def test_two_folders_are_compared_over_the_rows_that_both_answered(tmp_path):
     )
     text, found = figures.compare(tmp_path / "before", tmp_path / "after")
     full, none = found["mine"]["full"], figures.paired([], [])  # rows 0 to 3 and 5
-    assert (none["n"], none["difference"], none["p"]) == (0, 0, 1) and none["interval"][
+    assert (none.n, none.difference, none.p) == (0, 0, 1) and none.interval[
         0
-    ] < -0.9 < 0.9 < none["interval"][1]
+    ] < -0.9 < 0.9 < none.interval[1]
     assert (full["n"], full["first"], full["second"], full["gained"], full["lost"]) == (
         5,
         0.4,
@@ -153,7 +153,7 @@ def test_the_gaps_of_a_comparison_are_over_the_rows_that_both_folders_hold(tmp_p
 def test_a_comparison_with_no_evaluation_says_so(tmp_path):
     with pytest.raises(
         FileNotFoundError,
-        match="none holds no answers-.*Expected the --out folder of an evaluation",
+        match="answers-",
     ):
         figures.compare(results(tmp_path / "a", [line(0, "A")]), tmp_path / "none")
 
@@ -163,9 +163,7 @@ def test_folders_that_were_scored_by_different_rules_are_not_compared(tmp_path):
         results(tmp_path / "a", [line(0, "A")]),
         results(tmp_path / "b", [line(0, "A")], scorer="official"),
     )
-    with pytest.raises(
-        ValueError, match="'scorer': 'ours'.*'scorer': 'official'.*Score both alike with --rescore"
-    ):
+    with pytest.raises(ValueError, match="ours.*official"):
         figures.compare(a, b)
 
 
@@ -174,7 +172,7 @@ def test_the_interval_of_a_mean_over_groups_is_about_the_normal_one():
     mean, interval = figures.headline(
         "visualprobe",
         [
-            {"group": group, "correct": i < right}
+            Scored(id=str(i), image="", prompt="", answer="", group=group, correct=i < right)
             for group, (n, right) in shares.items()
             for i in range(n)
         ],
@@ -196,14 +194,17 @@ def test_an_average_is_of_a_whole_group_of_benchmarks_or_absent(tmp_path):
         for n, bench in enumerate(sources.GROUPS["holdout"])
         for a in marks("1" * n + "0" * (4 - n), bench=bench, group="2D")
     ]
-    assert figures.summarise(results(tmp_path / "whole", answers))["averages"] == {
-        "holdout": pytest.approx((0 + 1 + 2 + 3) / 16)
-    }
-    assert figures.summarise(results(tmp_path / "part", answers[:-4]))["averages"] == {}
+    assert figures.summarise(results(tmp_path / "whole", answers), figures.Scorer())[
+        "averages"
+    ] == {"holdout": pytest.approx((0 + 1 + 2 + 3) / 16)}
     assert (
-        figures.summarise(results(tmp_path / "errors", answers[:-4] + marks("xx", bench="pope")))[
-            "averages"
-        ]
+        figures.summarise(results(tmp_path / "part", answers[:-4]), figures.Scorer())["averages"]
+        == {}
+    )
+    assert (
+        figures.summarise(
+            results(tmp_path / "errors", answers[:-4] + marks("xx", bench="pope")), figures.Scorer()
+        )["averages"]
         == {}
     )
 
@@ -221,7 +222,8 @@ def test_the_table_has_a_line_for_every_view_group_and_gap(tmp_path):
             answers
             + [line(n, "Answer: A", view="crop", crop="c.png", group="far") for n in (1, 2)]
             + [line(0, "Yes", "yes", "yn", "pope"), line(1, "Yes", "no", "yn", "pope")],
-        )
+        ),
+        figures.Scorer(),
     )
     assert (
         figures.table(result)

@@ -86,7 +86,7 @@ def results(folder: Path, answers: list[dict]) -> Path:
             }
         )
     )
-    figures.summarise(folder)
+    figures.summarise(folder, figures.Scorer())
     return folder
 
 
@@ -191,7 +191,7 @@ def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed
 
 def build(run: Path) -> tuple[str, dict]:
     """The page's text, and the data it draws, read as strictly as a browser reads it."""
-    page = pages.report(run).read_text()
+    page = pages.write_page(run).read_text()
     data = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1]
     return page, json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
@@ -471,7 +471,7 @@ def test_the_old_page_stays_when_a_new_one_cannot_be_written(run, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
     (run / "args.json").write_text("{}")
     with pytest.raises(OSError, match="disk full"):
-        pages.report(run)
+        pages.write_page(run)
     assert (run / "report.html").read_text() == old
 
 
@@ -480,7 +480,7 @@ def test_a_folder_that_is_no_run_is_refused_with_what_it_holds(tmp_path, files):
     for name in files:
         (tmp_path / name).touch()
     with pytest.raises(FileNotFoundError, match=re.escape(f"({files}; ['result.json is not in ")):
-        pages.report(tmp_path)
+        pages.write_page(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------- in a browser
@@ -529,7 +529,7 @@ def test_a_browser_draws_every_section_and_shows_markup_as_text(run):
     )
     for step in (0, 100, 200):
         shutil.copytree(run / "eval-before", run / f"step-{step:06}")
-    seen = dom(pages.report(run), probe="place('javascript:alert(7)').protocol")
+    seen = dom(pages.write_page(run), probe="place('javascript:alert(7)').protocol")
     for title in (
         "Did it learn to see?",
         "The gap over the run",
@@ -554,7 +554,9 @@ def test_a_browser_draws_every_section_and_shows_markup_as_text(run):
 
 @chromium
 def test_a_browser_draws_the_page_of_a_run_that_has_only_just_begun(tmp_path):
-    seen = dom(pages.report(only_a_log(tmp_path / "run", [{"step": 1, "steps": 9, "loss": 0.5}])))
+    seen = dom(
+        pages.write_page(only_a_log(tmp_path / "run", [{"step": 1, "steps": 9, "loss": 0.5}]))
+    )
     assert seen.count("<svg") == 1 and "1 of 9" in seen
     assert "accuracies before and after, held-out samples, rollouts" in seen
 
@@ -582,7 +584,7 @@ def test_a_long_log_is_averaged_and_a_long_rollout_is_cut(tmp_path):
         ],
     )
     steps, losses, spans, sides = probed(
-        pages.report(run),
+        pages.write_page(run),
         "[binned(data.log).map(r => r.step), binned(data.log).map(r => r.loss), "
         "document.querySelectorAll('.tokens span').length, [...document.querySelectorAll('.when')].map(e => e.textContent)]",
     )
@@ -596,7 +598,7 @@ def test_a_long_log_is_averaged_and_a_long_rollout_is_cut(tmp_path):
 @chromium
 def test_the_address_chooses_what_the_gallery_shows(run):
     page, shown = (
-        pages.report(run),
+        pages.write_page(run),
         "[...document.querySelectorAll('.sample small')].map(e => e.textContent)",
     )
     said = [
@@ -627,7 +629,7 @@ def test_two_thousand_photographs_open_at_once_in_less_than_20_mb(tmp_path):
     for n in range(2000):
         scene.crop((n, n % 999, n + 240, n % 999 + 180)).save(tmp_path / f"{n}.jpg", quality=90)
         rows.append(reply(row(f"{n:04}", tmp_path / f"{n}.jpg"), "photos", "full", "a blue cross"))
-    page, start = pages.report(results(tmp_path / "run", rows)), time.time()
+    page, start = pages.write_page(results(tmp_path / "run", rows)), time.time()
     cards, images, opened, lead = probed(
         page,
         "[document.querySelectorAll('.sample').length, Object.keys(data.images).length, performance.now(), "

@@ -44,7 +44,7 @@ def play(monkeypatch):
             )
             return M.encode(processor, images, chats)
 
-        def sample(model, processor, prompt, group, *, max_new_tokens, temperature, seeds=None):
+        def sample(model, processor, prompt, group, *, max_new_tokens, temperature):
             assert (group, temperature, max_new_tokens) == (1, 0, 99) and prompt[
                 "image_grid_thw"
             ].shape[0] == sum(len(views) for views, _ in calls[-1])
@@ -62,7 +62,11 @@ def play(monkeypatch):
 
         monkeypatch.setattr(rollout, "encode", encode)
         monkeypatch.setattr(rollout, "sample", sample)
-        return zoom.zoomed(model, processor, images, list(script), 99, rounds), calls
+
+        def ask(images, chats):
+            return rollout.answers(model, processor, images, chats, 99)
+
+        return zoom.answer_with_zoom(ask, images, list(script), rounds), calls
 
     run.tokens = lambda text: len(tokens(text))
     return run
@@ -110,7 +114,7 @@ def test_a_call_gives_the_region_enlarged_and_the_next_turn_is_the_answer(play):
 )  # 1000 * (2007 / 1000) is more than 2007
 def test_a_region_is_in_thousandths_of_the_images_sides(size, box, pixels):
     image = noise(*size)
-    crop, want = zoom.region(call(*box)[11:-12], image), image.crop(pixels)
+    crop, want = zoom.zoomed_region(call(*box)[11:-12], image), image.crop(pixels)
     scale = max(1, 448 / max(want.size))
     assert (
         crop.tobytes()
@@ -228,6 +232,10 @@ def test_with_a_tool_that_no_row_calls_the_answers_take_one_turn(lively):
         [[{"role": "system", "content": zoom.TOOLS}, {"role": "user", "content": look}]] * 3,
         6,
     )
-    assert zoom.zoomed(model, processor, images, ["a ?"] * 3, 6, 2) == [
-        reply | {"calls": 0, "malformed": 0} for reply in want
+
+    def ask(images, chats):
+        return rollout.answers(model, processor, images, chats, 6)
+
+    assert zoom.answer_with_zoom(ask, images, ["a ?"] * 3, 2) == [
+        vars(reply) | {"calls": 0, "malformed": 0} for reply in want
     ]
