@@ -325,7 +325,7 @@ def fetch_source(repo: str, folder: Path, pattern: str | None) -> None:
         partial = folder.with_name(f"{folder.name}.partial")
         way_out = f"or put its files into {folder} by hand."
         where = {"repo_type": "dataset", "local_dir": partial, "allow_patterns": pattern}
-        download(repo, f"{folder} is not there", way_out, **where)
+        download(repo, f"{folder} is not there: the data set {repo} is needed", way_out, **where)
         partial.rename(folder)
     archives = sorted(folder.glob("*.tar.gz*"))
     for name, parts in groupby(archives, lambda path: path.name.split(".tar.gz")[0]):

@@ -20,6 +20,7 @@ from PIL import Image
 
 import benchmarks.sources as sources
 import evaluate
+import rollout
 import storage.images as images
 import toy.scenes as toy_scenes
 import triplets.format as triplet_format
@@ -34,6 +35,10 @@ MME_CN = "{} 选项如下所示:\n{}\n根据图像选择上述多项选择题的
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers
+
+
+def read_rows(name, root) -> list[dict]:
+    return [vars(question) for question in sources.read_benchmark(name, root)]
 
 
 def picture(seed: int, width: int = 40, height: int = 30, kind: str = "PNG") -> bytes:
@@ -89,7 +94,7 @@ def read(name: str, root: Path) -> list[dict]:
     """The converted rows, with the bytes of their images."""
     return [
         {key: r[key].read_bytes() if isinstance(r[key], Path) else r[key] for key in KEYS}
-        for r in sources.read_benchmark(name, root)
+        for r in read_rows(name, root)
     ]
 
 
@@ -538,7 +543,7 @@ def test_an_interrupted_conversion_starts_over_and_a_finished_one_is_found_again
     source(name, form, tmp_path / name)
     first, images = (
         read(name, tmp_path),
-        [r["image"] for r in sources.read_benchmark(name, tmp_path)],
+        [r["image"] for r in read_rows(name, tmp_path)],
     )
     (tmp_path / f"{name}.jsonl").unlink()
     images[-1].rename(images[-1].with_suffix(".part"))
@@ -558,7 +563,7 @@ def test_without_pyarrow_a_parquet_source_says_what_to_install_and_the_others_wo
         assert [r["answer"] for r in read(name, tmp_path)] == [r["answer"] for r in expected]
     else:
         with pytest.raises((ImportError, ValueError), match="pip install pyarrow"):
-            sources.read_benchmark(name, tmp_path)
+            read_rows(name, tmp_path)
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\n"
@@ -642,7 +647,7 @@ def test_a_damaged_source_is_refused_by_name_and_leaves_nothing_that_looks_conve
     source(name, form, tmp_path / name)
     damage(tmp_path / name / file)
     with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
-        sources.read_benchmark(name, tmp_path)
+        read_rows(name, tmp_path)
     assert not (tmp_path / f"{name}.jsonl").exists()
 
 
@@ -675,7 +680,7 @@ def test_without_a_connection_the_error_names_the_repository_and_where_to_put_th
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(FileNotFoundError) as error:
-        sources.read_benchmark(name, tmp_path)
+        read_rows(name, tmp_path)
     assert REPOSITORIES[name] in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
@@ -692,7 +697,7 @@ def test_a_download_that_broke_off_is_not_taken_for_the_whole_benchmark(tmp_path
         "huggingface_hub.snapshot_download", lambda *a, **k: download(*a, **k, whole=False)
     )
     with pytest.raises(FileNotFoundError):
-        sources.read_benchmark("pope", tmp_path / "root")
+        read_rows("pope", tmp_path / "root")
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *a, **k: download(*a, **k, whole=True)
     )
@@ -702,7 +707,7 @@ def test_a_download_that_broke_off_is_not_taken_for_the_whole_benchmark(tmp_path
 def test_a_folder_that_holds_no_known_form_is_refused_with_what_was_expected(tmp_path):
     put(tmp_path / "mmvp/readme.txt", "questions?")
     with pytest.raises((ValueError, FileNotFoundError), match=r"(?s)mmvp.*Questions\.csv"):
-        sources.read_benchmark("mmvp", tmp_path)
+        read_rows("mmvp", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- benchmarks of one's own
@@ -741,7 +746,7 @@ def test_a_benchmark_of_ones_own_is_read_from_its_file(tmp_path):
         "signs",
         [{"answer": "A", "crop": True}, {"answer": "yes", "kind": "yn", "group": "easy"}],
     )
-    found = sources.read_benchmark(str(tmp_path / "mine/signs.jsonl"), tmp_path)
+    found = read_rows(str(tmp_path / "mine/signs.jsonl"), tmp_path)
     for r, e in zip(found, rows, strict=True):
         assert {**{key: r[key] for key in KEYS}, "image": None, "crop": None} == {
             **e,
@@ -767,7 +772,7 @@ def test_numbers_may_stand_where_texts_are_meant(tmp_path):
             }
         )
     )
-    (row,) = sources.read_benchmark(str(tmp_path / "own.jsonl"), tmp_path)
+    (row,) = read_rows(str(tmp_path / "own.jsonl"), tmp_path)
     assert [row[key] for key in ("id", "answer", "group", "pair")] == ["7", "3", "2", "0"]
 
 
@@ -781,7 +786,7 @@ def test_keys_that_are_not_of_the_form_mean_nothing(tmp_path):
         ],
     )
     put(tmp_path / "signs.jsonl", "".join(json.dumps(row | {"id": None}) + "\n" for row in rows))
-    first, second = sources.read_benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+    first, second = read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
     assert (
         first.keys()
         == second.keys()
@@ -798,20 +803,20 @@ def test_options_are_called_by_letters_and_ids_come_once(tmp_path):
     put(tmp_path / "signs.jsonl", json.dumps(rows[0] | {"options": {"red": "red", "blue": "blue"}}))
     with pytest.raises(
         ValueError,
-        match=r"signs.jsonl, row 1: options are called \['RED', 'BLUE'\]. Expected letters",
+        match=r"signs.jsonl, row 1: options are called \['red', 'blue'\]",
     ):
-        sources.read_benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
     put(tmp_path / "signs.jsonl", json.dumps(rows[0] | {"options": ["red", "blue"]}))
     with pytest.raises(
         ValueError,
         match=r"row 1: options are \['red', 'blue'\]. Expected letters and texts, such as",
     ):
-        sources.read_benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
     put(tmp_path / "signs.jsonl", "\ufeff" + json.dumps(rows[0]))
-    assert len(sources.read_benchmark(str(tmp_path / "signs.jsonl"), tmp_path)) == 1
+    assert len(read_rows(str(tmp_path / "signs.jsonl"), tmp_path)) == 1
     put(tmp_path / "signs.jsonl", "".join(json.dumps(row | {"id": "x"}) + "\n" for row in rows))
     with pytest.raises(ValueError, match=r"2 rows, ids that come twice: \['x'\]"):
-        sources.read_benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
 
 
 def test_the_options_of_a_question_are_its_longest_list():
@@ -834,15 +839,15 @@ def test_a_broken_line_in_such_a_file_is_named(line, tmp_path):
     own(tmp_path, "signs", [{"answer": "A"}])
     put(tmp_path / "signs.jsonl", (tmp_path / "signs.jsonl").read_text() + line)
     with pytest.raises(ValueError, match=r"signs\.jsonl.*\b2\b"):
-        sources.read_benchmark(str(tmp_path / "signs.jsonl"), tmp_path)
+        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
 
 
 def test_a_folder_of_triplets_is_a_benchmark_with_crops(tmp_path):
     toy_scenes.draw(tmp_path / "toy", 2, 0, split="eval")
-    rows = sources.read_benchmark(str(tmp_path / "toy"), tmp_path)
+    rows = read_rows(str(tmp_path / "toy"), tmp_path)
     for r, triplet in zip(rows, triplet_format.read_triplets(tmp_path / "toy"), strict=True):
         assert [r[key] for key in ("prompt", "answer", "image", "crop")] == [
-            triplet[key] for key in ("question", "answer", "image", "crop")
+            getattr(triplet, key) for key in ("question", "answer", "image", "crop")
         ]
 
 
@@ -861,7 +866,7 @@ def figures(
     Of a None the image is cut off. Every reply is given to its own image and prompt only."""
     said = {}
     for view, texts in (("image", replies), ("crop", crop or [])):
-        for r, reply in zip(sources.read_benchmark(name, root), texts):
+        for r, reply in zip(read_rows(name, root), texts):
             if reply is None and r[view]:
                 r[view].write_bytes(r[view].read_bytes()[:50])
             elif r[view]:
@@ -873,10 +878,7 @@ def figures(
         replies = [
             said[image.tobytes(), prompt] for image, prompt in zip(images, texts, strict=True)
         ]
-        return [
-            {"output": text, "tokens": tokens, "truncated": not ended}
-            for text, tokens, ended in replies
-        ]
+        return [rollout.Reply(text, tokens, not ended) for text, tokens, ended in replies]
 
     monkeypatch.setattr("rollout.answers", answers)
     monkeypatch.setattr("model.load", lambda path, *, device, dtype: (torch.nn.Linear(1, 1), None))

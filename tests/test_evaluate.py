@@ -22,7 +22,6 @@ import torch
 from conftest import ROOT, livelier, noise
 
 import benchmarks.figures as figures
-from benchmarks.rows import Scored, read_answer
 import benchmarks.judge as judging
 import benchmarks.page as pages
 import benchmarks.scoring as scoring
@@ -33,6 +32,7 @@ import model as M
 import rollout
 import storage.images as images
 import toy.tiny as tiny_model
+from benchmarks.rows import Scored, read_answer
 
 COLOURS = {"A": "red", "B": "blue", "C": "green", "D": "white"}
 ROWS = [
@@ -478,7 +478,8 @@ def test_the_judge_is_asked_once_and_only_about_what_is_undecided(judge, tmp_pat
     assert "sk-very" not in "".join(capsys.readouterr()) and not any(
         b"sk-very" in path.read_bytes() for path in tmp_path.iterdir()
     )
-    figures.summarise(tmp_path, figures.Scorer(judge=judge.url, judge_model="other"
+    figures.summarise(
+        tmp_path, figures.Scorer(judge=judge.url, judge_model="other")
     )  # another judge has verdicts of its own
     assert len(judge.requests) == 6
 
@@ -502,7 +503,7 @@ def test_a_call_that_fails_is_tried_again_then_counted_then_asked_next_time(
         "no verdict on mine 2" in (printed := "".join(capsys.readouterr()))
         and "no verdict on mine 3: 'hm'" in printed
     )
-    again = figures.summarise(tmp_path, figures.Scorer(judge=judge.url)
+    again = figures.summarise(tmp_path, figures.Scorer(judge=judge.url))
     assert (
         again["judge_failures"] == 0
         and again["benches"]["mine"]["full"]["right"] == 4
@@ -525,7 +526,7 @@ def test_a_verdict_torn_by_a_kill_is_asked_again_once(judge, tmp_path):
     file = results(tmp_path, FREE, judge=judge.url) / "verdicts.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
     for _ in range(2):
-        figures.summarise(tmp_path, figures.Scorer(judge=judge.url)
+        figures.summarise(tmp_path, figures.Scorer(judge=judge.url))
     assert len(judge.requests) == 4
 
 

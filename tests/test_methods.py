@@ -5,13 +5,13 @@ import random
 import shutil
 import statistics
 
+import baselines
 import pytest
 import torch
 from conftest import SMALL, plain_logits
 from safetensors.torch import load_file
 from test_train import aligned, assert_same_update, in_processes, launch, log, one_rank
 
-import baselines
 import loss
 import model as M
 import storage.images as images

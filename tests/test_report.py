@@ -21,6 +21,7 @@ import benchmarks.page as pages
 import evaluate
 import toy.scenes as toy_scenes
 import triplets.format as triplet_format
+from triplets.format import Triplet
 
 ATTACK = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{data}} \u2028 \ud800 &amp;"
@@ -51,20 +52,20 @@ def misread(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def reply(row: dict, bench: str, view: str, output: str) -> dict:
+def reply(row: Triplet, bench: str, view: str, output: str) -> dict:
     """A line of answers-BENCH-0.jsonl."""
     return {
-        "id": row["id"],
+        "id": row.id,
         "bench": bench,
         "view": view,
-        "prompt": row["question"],
-        "answer": row["answer"],
+        "prompt": row.question,
+        "answer": row.answer,
         "kind": "exact",
         "options": {},
-        "group": row.get("extra", {}).get("toy"),
+        "group": row.extra.get("toy"),
         "pair": None,
-        "image": str(row["image"]),
-        "crop": row["crop"] and str(row["crop"]),
+        "image": str(row.image),
+        "crop": row.crop and str(row.crop),
         "output": output,
         "tokens": 7,
         "truncated": False,
@@ -104,9 +105,9 @@ def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed
         ("after", {"full": 0.95, "crop": 0.98, "large": 0.99}),
     ):
         asked = [
-            (row, "toy" if row["extra"]["toy"] == "small" else "toy-large", view)
+            (row, "toy" if row.extra["toy"] == "small" else "toy-large", view)
             for row in rows
-            for view in ("full", "crop")[: 1 + (row["extra"]["toy"] == "small")]
+            for view in ("full", "crop")[: 1 + (row.extra["toy"] == "small")]
         ]
         results(
             out / f"eval-{when}",
@@ -115,9 +116,9 @@ def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed
                     row,
                     bench,
                     view,
-                    row["answer"]
+                    row.answer
                     if rng.random() < hit["large" if bench != "toy" else view]
-                    else misread(row["answer"], rng),
+                    else misread(row.answer, rng),
                 )
                 for row, bench, view in asked
             ],
@@ -167,7 +168,7 @@ def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed
         )
         for row in rng.sample(rows, 5) if step in (1, steps // 2, steps) else []:
             gold = row["answer"].split()
-            words = gold if rng.random() > fall else misread(row["answer"], rng).split()
+            words = gold if rng.random() > fall else misread(row.answer, rng).split()
             off = [
                 rng.uniform(0.4, 0.95) if w != g else rng.random() ** 4 * (0.06 + 0.4 * fall)
                 for w, g in zip(words, gold)
@@ -263,10 +264,10 @@ def test_a_sample_has_its_images_its_question_and_the_answers_of_both_views(run)
         for a in read(run / f"eval-{when}/answers-toy-0.jsonl")
         if a["id"] == sample["id"]
     }
-    triplet = next(r for r in triplet_format.read_triplets(run / "eval") if r["id"] == sample["id"])
+    triplet = next(r for r in triplet_format.read_triplets(run / "eval") if r.id == sample["id"])
     assert (sample["question"], sample["gold"], sample["bench"]) == (
-        triplet["question"],
-        triplet["answer"],
+        triplet.question,
+        triplet.answer,
         "toy",
     )
     assert (
@@ -286,12 +287,13 @@ def test_small_images_stay_exact_and_large_ones_become_a_jpeg_of_at_most_640_px(
     assert sizes == {"data:image/png": (40, 20), "data:image/jpeg": (640, 320)}
 
 
-def test_images_that_do_not_fit_are_counted_not_shown(tmp_path):
+def test_images_that_do_not_fit_are_counted_not_shown(tmp_path, monkeypatch):
     paths = [f"{n}.png" for n in range(5)]
     for n, path in enumerate(paths):
         Image.effect_noise((100, 100), 10 + n).save(tmp_path / path)
     notes, whole = [], pages.pictures(tmp_path, paths, [])
-    uris = pages.pictures(tmp_path, paths, notes, budget=sum(map(len, whole.values())) - 1)
+    monkeypatch.setattr(pages, "IMAGE_BYTES", sum(map(len, whole.values())) - 1)
+    uris = pages.pictures(tmp_path, paths, notes)
     assert (
         uris == dict(list(whole.items())[:4]) and len(notes) == 1 and notes[0].startswith("1 image")
     )
