@@ -673,6 +673,9 @@ def test_a_killed_run_goes_on_with_other_ranks_to_the_same_data_set(tmp_path, ca
 
 def test_another_configuration_is_refused_on_resume_and_in_a_merge(make, monkeypatch):
     out = make()
+    other = make("--clean-crop", out="other")
+    marks = [row["extra_info"]["config"] for row in (*rows(out), *rows(other))]
+    assert len(set(marks)) == 2
     for key, *flags in (
         ("seed", "--seed", 1),
         ("clean_crop", "--clean-crop"),
@@ -836,10 +839,7 @@ def test_sam3_is_given_the_models_names_and_may_run_out_of_memory(tmp_path, monk
 
 def test_a_group_of_texts_depends_on_its_seed(tmp_path):
     vision_model.save(*tiny.tiny(), tmp_path)
-    requests = [
-        synth.Request(None, key, noise(32, 32), text)
-        for key, text in ((1, "what"), (2, "is"), (1, "what"))
-    ]
+    requests = [synth.Request(None, key, noise(32, 32), "what") for key in (1, 2, 1)]
 
     def say(batch):
         flags = ["--model", str(tmp_path), "--batch", str(batch)]
