@@ -692,6 +692,7 @@ def test_a_download_that_broke_off_is_not_taken_for_the_whole_benchmark(tmp_path
             put(Path(local_dir) / "data" / path.name, path.read_bytes())
         if not whole:
             raise ConnectionError("connection reset")
+        return local_dir
 
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *a, **k: download(*a, **k, whole=False)

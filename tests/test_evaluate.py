@@ -315,14 +315,14 @@ def test_rows_that_cannot_be_asked_are_errors_that_the_next_run_tries_again_and_
     answer(path, out, batch=9)
     assert max(
         map(len, model.asked)
-    ) == 2 and "out of memory with 4 rows at once, going on with 2" in "".join(capsys.readouterr())
+    ) == 2 and "out of memory with 4 at once, going on with 2" in "".join(capsys.readouterr())
     answers, found = outcome(out)
     assert [(f["n"], f.get("errors")) for f in found["mine"].values()] == [
         (5, 2),
         (6, 1),
         (5, None),
     ]  # full, crop, gap
-    cut, large, _ = [a["error"] for a in figures.saved_answers(out) if "error" in a]
+    cut, large, _ = [a.error for a in figures.saved_answers(out) if a.error]
     assert "mine3.png" in cut and "OutOfMemoryError with this row alone" in large
     model.before = lambda prompts: None
     model.asked.clear()
@@ -390,14 +390,14 @@ def test_a_verdict_counts_only_where_the_scorer_is_undecided(
 ):
     for scorer, states in (("ours", [ours, yes, no]), ("official", official)):
         marks = [
-            scoring.score(line(0, output, gold, kind), verdict, scorer)
+            scoring.score(read_answer(line(0, output, gold, kind)), verdict, scorer)
             for verdict in (None, True, False)
         ]
-        assert [a["state"] for a in marks] == states and [a["correct"] for a in marks] == [
-            state == "right" for state in states
-        ]
-        assert [a["judged"] for a in marks] == [False, marks[0]["undecided"], marks[0]["undecided"]]
-    assert scoring.score({"error": "no image"}, True) == {"error": "no image", "state": "error"}
+        assert [mark.state for mark in marks] == states
+        assert [mark.correct for mark in marks] == [state == "right" for state in states]
+        assert [mark.judged for mark in marks] == [False, marks[0].undecided, marks[0].undecided]
+    unread = line(0, output, gold, kind) | {"error": "no image"}
+    assert scoring.score(read_answer(unread), True).state == "error"
 
 
 @pytest.fixture
@@ -682,9 +682,7 @@ def test_the_toys_small_and_large_targets_and_ones_own_rows_share_a_folder(
 ):
     monkeypatch.setattr(
         "rollout.answers",
-        lambda m, p, images, prompts, *_: [
-            {"output": "A", "tokens": 1, "truncated": False} for _ in prompts
-        ],
+        lambda m, p, images, prompts, **_: [rollout.Reply("A", 1, False) for _ in prompts],
     )
     run(
         "--bench",
@@ -705,7 +703,7 @@ def test_the_toys_small_and_large_targets_and_ones_own_rows_share_a_folder(
     assert {name: [(view, f["n"]) for view, f in benches[name].items()] for name in benches} == {
         name: [("full", 7), ("crop", 7), ("gap", 7)] for name in ("toy", "toy-large", "mine")
     } | {"toy-holdout": [("full", 7)]}
-    groups = {(a["bench"], a["group"]) for a in figures.saved_answers(tmp_path / "out")}
+    groups = {(a.bench, a.group) for a in figures.saved_answers(tmp_path / "out")}
     assert groups == {
         ("toy", "small"),
         ("toy", "pair"),
@@ -764,7 +762,7 @@ def test_crops_are_asked_for_only_where_there_are_some(model, tmp_path):
         ),
         (["--report", "o", "--scorer", "official"], "show answers as they were scored"),
         (["--report", "o", "--bench", "toy"], "are about saved answers"),
-        (["--report", "o", "--rescore", "o"], "not allowed with argument"),
+        (["--report", "o", "--rescore", "o"], "one of --report"),
         (
             ["--bench", "toy", "--model", "m"],
             "expected --bench, --out, and --model or --checkpoints",
@@ -775,9 +773,9 @@ def test_crops_are_asked_for_only_where_there_are_some(model, tmp_path):
             "--model or --checkpoints",
         ),
         ([], "or one of --report, --rescore, --compare"),
-        (["--bench", "toy", "--model", "m", "--out", "o", "--limit", "0"], "must be at least 1"),
+        (["--bench", "toy", "--model", "m", "--out", "o", "--limit", "0"], "argument --limit"),
         (["--mod", "m"], "unrecognized arguments: --mod"),
-        (["--bench", "toy", "--model", "m", "--out", "o", "--zoom", "-1"], "--zoom at least 0"),
+        (["--bench", "toy", "--model", "m", "--out", "o", "--zoom", "-1"], "argument --zoom"),
         (["--view", "crops"], "invalid choice: 'crops'"),
     ],
 )
@@ -871,20 +869,19 @@ def test_the_tiny_model_answers_a_choice_a_yes_or_no_and_a_free_question(
         tmp_path / "out",
     )
     rows, loaded = sources.read_benchmark(str(path), tmp_path), M.load(str(checkpoint))
-    asked = (
-        *loaded,
-        [images.load_image(row["image"]) for row in rows],
-        [row["prompt"] for row in rows],
-        6,
-    )
-    want = zoom.zoomed(*asked, rounds) if rounds else rollout.answers(*asked)
+    shown, prompts = [images.load_image(row.image) for row in rows], [row.prompt for row in rows]
+
+    def ask(images, chats):
+        return rollout.answers(*loaded, images, chats, 6)
+
+    want = list(map(vars, ask(shown, prompts)))
+    if rounds:
+        want = zoom.answer_with_zoom(ask, shown, prompts, rounds)
     saved = figures.saved_answers(tmp_path / "out")
-    assert [{key: a[key] for key in want[0]} for a in saved] == want and [
-        a["kind"] for a in saved
-    ] == ["mc", "yn", "free"]
-    assert all(
-        (tmp_path / "out" / a["image"]).samefile(row["image"]) for a, row in zip(saved, rows)
-    )
+    assert [{key: getattr(a, key) for key in want[0]} for a in saved] == want
+    assert [a.kind for a in saved] == ["mc", "yn", "free"]
+    for answer, row in zip(saved, rows, strict=True):
+        assert (tmp_path / "out" / answer.image).samefile(row.image)
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["settings"]["model"] == str(checkpoint) and (
         "calls" in result["benches"]["mine"]["full"]

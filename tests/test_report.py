@@ -167,7 +167,7 @@ def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed
             }
         )
         for row in rng.sample(rows, 5) if step in (1, steps // 2, steps) else []:
-            gold = row["answer"].split()
+            gold = row.answer.split()
             words = gold if rng.random() > fall else misread(row.answer, rng).split()
             off = [
                 rng.uniform(0.4, 0.95) if w != g else rng.random() ** 4 * (0.06 + 0.4 * fall)
@@ -176,11 +176,11 @@ def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed
             saved.append(
                 {
                     "step": step,
-                    "id": row["id"],
-                    "question": row["question"],
-                    "image": str(row["image"].relative_to(out)),
-                    "crop": str(row["crop"].relative_to(out)),
-                    "answer": row["answer"],
+                    "id": row.id,
+                    "question": row.question,
+                    "image": str(row.image.relative_to(out)),
+                    "crop": str(row.crop.relative_to(out)),
+                    "answer": row.answer,
                     "tokens": [words[0], *(" " + word for word in words[1:]), "<|im_end|>"],
                     "divergence": [math.log(2) * d for d in off] + [0.0001],
                 }
@@ -216,14 +216,8 @@ def only_a_log(folder: Path, rows: list[dict]) -> Path:
     return folder
 
 
-def row(name: str, image: Path) -> dict:
-    return {
-        "id": name,
-        "question": f"what is on {name} ?",
-        "answer": "a red cross",
-        "image": image,
-        "crop": None,
-    }
+def row(name: str, image: Path) -> Triplet:
+    return Triplet(name, f"what is on {name} ?", image, None, answer="a red cross")
 
 
 # ------------------------------------------------------------------------------------------------------------- what it shows
@@ -385,7 +379,7 @@ def test_two_evaluations_stand_side_by_side(run):
 def test_nothing_a_model_wrote_can_act_in_the_page(run):
     for path in run.glob("eval-*/answers-*.jsonl"):
         write(path, [a | {"output": ATTACK, "prompt": ATTACK, "group": ATTACK} for a in read(path)])
-        figures.summarise(path.parent)
+        figures.summarise(path.parent, figures.Scorer())
     write(
         run / "rollouts.jsonl",
         [
