@@ -214,7 +214,7 @@ def test_the_command_line_draws_a_set_and_its_contact_sheet(toy, tmp_path, capsy
         ("--out x --ablate --seeds", "--seeds"),
     ],
 )
-def test_what_asks_for_nothing_or_too_little_is_refused(toy, flags, named, capsys):
+def test_what_asks_for_nothing_or_too_little_is_refused(toy, started, flags, named, capsys):
     with pytest.raises(SystemExit, match="2"):
         toy(*flags.split())
     assert named in capsys.readouterr().err.split("error:")[1]
