@@ -255,6 +255,7 @@ def test_masked_and_extreme_logits_give_no_nan(kind, dtype):
     for k in (1, 8, V):
         value = divergence(s, t, k=k, kind=kind)
         (gradient,) = grad(value.sum(), s)
+        assert value.dtype == torch.promote_types(dtype, float32)
         assert value.isfinite().all()
         assert gradient.isfinite().all()
 

@@ -53,7 +53,7 @@ def test_splits_and_seeds_share_no_scene():
     for split, seed in product(SPLITS, (0, 1)):
         for drawn in scenes(40, split, seed):
             pictures.add(drawn.image.tobytes())
-    assert len(pictures) == 3 * 2 * 40 * 5
+    assert len(pictures) == 1200  # 3 splits, 2 seeds, 40 scenes of each of 5 kinds
 
 
 def test_the_crop_is_the_target_and_only_the_full_view_has_the_red_box():
@@ -249,8 +249,8 @@ def started(monkeypatch):
         flags = dict(part.split("=") for part in command if "=" in part)
         folder = Path(flags["--out"])
         seed = int(flags["--seed"])
-        assert flags["--model"] == f"{folder.parent}/base"
-        assert flags["--data"] == f"{folder.parent}/data"
+        assert Path(flags["--model"]).is_dir()
+        assert Path(flags["--data"], "train.jsonl").is_file()
         if "grpo" in command:
             assert (folder / "eval-before" / "result.json").exists()
         time.sleep(0.1)  # what does not wait for another runs beside it
