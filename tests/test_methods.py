@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, plain_logits
+from conftest import SMALL, plain_logits, small_run
 from torch import Tensor
 
 import loss
@@ -273,8 +273,7 @@ def begin(world, tmp_path, monkeypatch):
     monkeypatch.setitem(methods.METHODS, "squared", Squared)
 
     def go(*flags, method=None):
-        places = ["--model", str(world / "base"), "--data", str(world / "data")]
-        settings = train.parse([*SMALL, *places, "--out", str(tmp_path / "run"), *flags])
+        settings = train.parse(small_run(world, tmp_path / "run", *flags))
         settings.method = method or settings.method
         run, _ = train.prepare(settings, *join_ranks("cpu"))
         return run
