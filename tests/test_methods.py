@@ -160,8 +160,8 @@ GOOD = "a green cross with 7 ."
 BAD = "a blue one ."
 
 
-def settings_of(*flags) -> train.Settings:
-    return train.parse([*SMALL, "--out", "unused", *flags])
+def settings_of(flags: str) -> train.Settings:
+    return train.parse([*SMALL, *flags.split()])
 
 
 def triplet(question="what is in the red box ?", answer=GOOD) -> Triplet:
@@ -178,7 +178,7 @@ def micro_of(texts: list[str], row: Triplet | None = None) -> methods.Micro:
     return methods.Micro([row or triplet()], {}, None, rollout, keep=all_of_them)
 
 
-def select(micros: list, *flags, further=()) -> tuple[list, list[int]]:
+def select(micros: list, flags: str, further=()) -> tuple[list, list[int]]:
     """(micro-batches, which further ones were asked for) as the method's select leaves them."""
     asked = []
 
@@ -186,7 +186,7 @@ def select(micros: list, *flags, further=()) -> tuple[list, list[int]]:
         asked.append(i)
         return further[i - 1]
 
-    settings = settings_of("--prompts", str(len(micros)), *flags)
+    settings = settings_of(f"--prompts {len(micros)} {flags}")
     rank, world, device = join_ranks("cpu")
     run = SimpleNamespace(settings=settings, rank=rank, world=world, device=device)
     run.processor = PROCESSOR
@@ -200,40 +200,40 @@ def test_sft_keeps_the_responses_that_match_the_label():
     choice = triplet("Which?\n\nA. moss\nB. bark", "B")
     choice.extra = {}
     micros = [micro_of([GOOD, "a blue cross with 7 ."]), micro_of(["A", "It is (B)."], choice)]
-    select(micros, "--method", "sft")
+    select(micros, "--method sft")
     for micro, right in zip(micros, [[True, False], [False, True]], strict=True):
         assert micro.keep.tolist() == micro.right.tolist() == right
 
 
-@pytest.mark.parametrize("flags", [["grpo"], ["dapo", "--resample", "0"]], ids=" ".join)
+@pytest.mark.parametrize("flags", ["grpo", "dapo --resample 0"])
 def test_dapo_leaves_out_groups_that_are_all_right_or_all_wrong_and_grpo_does_not(flags):
     micros = [micro_of(texts) for texts in ([GOOD, BAD], [GOOD, GOOD], [BAD, BAD])]
-    select(micros, "--max-new-tokens", "100", "--method", *flags)
+    select(micros, f"--max-new-tokens 100 --method {flags}")
     score = 0.5 / math.sqrt(0.5)  # 1 and 0: mean 1/2, deviation sqrt(1/2)
     assert micros[0].advantages.tolist() == pytest.approx([score, -score], abs=1e-5)
     for micro in micros[1:]:
         assert not micro.advantages.any()
     kept = [bool(micro.keep.all()) for micro in micros]
-    assert kept == [True, flags == ["grpo"], flags == ["grpo"]]
+    assert kept == [True, flags == "grpo", flags == "grpo"]
 
 
 def test_dapo_counts_a_long_response_as_worse():
     micro = micro_of([BAD, BAD])
     limit = int(micro.rollout.mask[0].sum())
     micro.rollout.mask[1, 4:] = False  # the second one has 4 tokens
-    select([micro], "--method", "dapo", "--max-new-tokens", str(limit), "--resample", "0")
+    select([micro], f"--method dapo --max-new-tokens {limit} --resample 0")
     assert micro.advantages[0] < 0 < micro.advantages[1]
 
 
 @pytest.mark.parametrize(
     "resample, batches, kept",
     [
-        pytest.param(9, "1111", "1111", id="full at once"),
-        pytest.param(9, "1001 0110", "1001 0110", id="exactly enough"),
-        pytest.param(9, "1001 0111", "1001 0110", id="one too many"),
-        pytest.param(9, "0001 0000 1111", "0001 0000 1110", id="two further batches"),
-        pytest.param(1, "0001 1000 1111", "0001 1000", id="no more may be drawn"),
-        pytest.param(0, "0100 1111", "0100", id="none may be drawn"),
+        (9, "1111", "1111"),  # full at once
+        (9, "1001 0110", "1001 0110"),  # exactly enough
+        (9, "1001 0111", "1001 0110"),  # one too many
+        (9, "0001 0000 1111", "0001 0000 1110"),  # two further batches
+        (1, "0001 1000 1111", "0001 1000"),  # no more may be drawn
+        (0, "0100 1111", "0100"),  # none may be drawn
     ],
 )
 def test_dapo_draws_until_enough_groups_are_mixed_and_leaves_the_last_ones_out(
@@ -242,8 +242,7 @@ def test_dapo_draws_until_enough_groups_are_mixed_and_leaves_the_last_ones_out(
     """1: a group of a right and a wrong response; 0: of two wrong ones."""
     texts = {"1": [GOOD, BAD], "0": [BAD, BAD]}
     first, *further = [[micro_of(texts[group]) for group in batch] for batch in batches.split()]
-    flags = ["--method", "dapo", "--resample", str(resample)]
-    found, asked = select(first, *flags, further=further)
+    found, asked = select(first, f"--method dapo --resample {resample}", further)
     assert asked == list(range(1, len(kept.split())))
     assert [bool(micro.keep.all()) for micro in found] == [c == "1" for c in kept if c != " "]
 
@@ -268,12 +267,12 @@ class Squared(methods.VisionOPD):
 
 @pytest.fixture
 def begin(world, tmp_path, monkeypatch):
-    """begin(*flags, method=..) is a run that is about to take its first step."""
+    """begin(flags, method=..) is a run that is about to take its first step."""
     monkeypatch.setattr(methods, "is_right", parity)
     monkeypatch.setitem(methods.METHODS, "squared", Squared)
 
-    def go(*flags, method=None):
-        settings = train.parse(small_run(world, tmp_path / "run", *flags))
+    def go(flags, method=None):
+        settings = train.parse(small_run(world, tmp_path / "run", flags))
         settings.method = method or settings.method
         run, _ = train.prepare(settings, *join_ranks("cpu"))
         return run
@@ -358,20 +357,19 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--objective", "sampled-token"],
-        ["--teacher", "trust-region", "--trust", "0.3"],
-        ["--divergence", "forward_kl"],
-        ["--method", "opsd"],
-        ["--method", "sft"],
-        ["--method", "grpo"],
-        ["--method", "dapo", "--resample", "0"],
-        ["squared"],
+        "--objective sampled-token",
+        "--teacher trust-region --trust 0.3",
+        "--divergence forward_kl",
+        "--method opsd",
+        "--method sft",
+        "--method grpo",
+        "--method dapo --resample 0",
+        "squared",
     ],
-    ids=" ".join,
 )
 def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags, begin):
     """ "squared" is a method that is not ours: a class, and a line in METHODS."""
-    run = begin(method="squared") if flags == ["squared"] else begin(*flags)
+    run = begin("", method="squared") if flags == "squared" else begin(flags)
     settings, shards = run.settings, run.shards
     initial = copy.deepcopy(shards.publish("student"))
     learn(run, 0)  # moves the student away from where it began
@@ -408,7 +406,7 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags,
 def test_the_answer_reaches_opsds_teacher_only(method, world):
     rows = read_triplets(world / "data")
     processor = load(str(world / "base"))[1]
-    run = SimpleNamespace(rows=rows, settings=settings_of("--method", method))
+    run = SimpleNamespace(rows=rows, settings=settings_of(f"--method {method}"))
     run.processor, run.shards = processor, SimpleNamespace(plain=torch.zeros(1))
     _, student, teacher = methods.EncodedMicros(run, [[3]])[0]
     assert rows[3].answer not in processor.tokenizer.decode(student["input_ids"][0])
@@ -421,10 +419,10 @@ def test_the_answer_reaches_opsds_teacher_only(method, world):
 
 
 @pytest.mark.parametrize("teacher, rate", [("current", "1"), ("initial", "0")])
-def test_current_and_initial_teachers_are_the_ema_at_its_ends(teacher, rate, begin, tmp_path):
+def test_current_and_initial_teachers_are_the_ema_at_its_ends(teacher, rate, begin):
     found = []
-    for flags in (["--teacher", teacher], ["--ema-rate", rate]):
-        run = begin(*flags, "--out", str(tmp_path / flags[0]))
+    for flags in (f"--teacher {teacher}", f"--ema-rate {rate}"):
+        run = begin(flags)
         start = [weight.clone() for weight in run.shards.teacher]
         learn(run, 0)
         assert learn(run, 1)["loss"] > 0
@@ -435,7 +433,7 @@ def test_current_and_initial_teachers_are_the_ema_at_its_ends(teacher, rate, beg
 
 
 def test_sft_goes_on_when_no_response_of_a_step_is_right(begin, monkeypatch):
-    run = begin("--method", "sft", "--weight-decay", "0")
+    run = begin("--method sft")
     monkeypatch.setattr(methods, "is_right", lambda row, text: False)
     before = [weight.clone() for weight in run.shards.student]
     entry = learn(run, 0)
@@ -449,26 +447,26 @@ def test_sft_goes_on_when_no_response_of_a_step_is_right(begin, monkeypatch):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--method", "grpo", "--teacher", "ema"], "--teacher"),
-        (["--method", "sft", "--top-k", "5"], "--top-k"),
-        (["--trust", "0.5"], "--trust"),
-        (["--teacher", "initial", "--ema-rate", "0.1"], "--ema-rate"),
-        (["--resample", "3"], "--resample"),
-        (["--objective", "sampled-token", "--beta", "0.3"], "--beta"),
-        (["--objective", "sampled-token", "--divergence", "jsd"], "--divergence"),
-        (["--divergence", "forward_kl", "--beta", "0.3"], "--beta"),
-        (["--method", "dapo", "--objective", "topk"], "--objective"),
-        (["--method", "grpo", "--max-crop-prompt", "99"], "--max-crop-prompt"),
-        (["--method", "sft", "--teacher", "trust-region"], "trust-region"),
-        (["--method", "grpo", "--group", "1"], "--group"),
-        (["--teacher", "trust-region", "--trust", "1.5"], "--trust"),
-        (["--method", "dapo", "--resample", "-1"], "--resample"),
-        (["--method", "ppo"], "ppo"),
+        ("--method grpo --teacher ema", "--teacher"),
+        ("--method sft --top-k 5", "--top-k"),
+        ("--trust 0.5", "--trust"),
+        ("--teacher initial --ema-rate 0.1", "--ema-rate"),
+        ("--resample 3", "--resample"),
+        ("--objective sampled-token --beta 0.3", "--beta"),
+        ("--objective sampled-token --divergence jsd", "--divergence"),
+        ("--divergence forward_kl --beta 0.3", "--beta"),
+        ("--method dapo --objective topk", "--objective"),
+        ("--method grpo --max-crop-prompt 99", "--max-crop-prompt"),
+        ("--method sft --teacher trust-region", "trust-region"),
+        ("--method grpo --group 1", "--group"),
+        ("--teacher trust-region --trust 1.5", "--trust"),
+        ("--method dapo --resample -1", "--resample"),
+        ("--method ppo", "ppo"),
     ],
 )
 def test_flags_that_would_be_ignored_or_make_no_sense_are_refused(flags, named, capsys):
     with pytest.raises(SystemExit):
-        settings_of(*flags)
+        settings_of(flags)
     message = capsys.readouterr().err.splitlines()[-1]
     assert named in message.partition(" with ")[0]
 
@@ -480,15 +478,15 @@ def test_methods_that_need_answers_say_so(method, begin, world, tmp_path):
     rows = [Triplet(f"r{i}", "what ?", picture, picture, None, a) for i, a in enumerate(answers)]
     write_triplets(tmp_path / "data", rows)
     with pytest.raises(ValueError, match="3 of 4"):
-        begin("--method", method, "--data", str(tmp_path / "data"))
+        begin(f"--method {method} --data {tmp_path / 'data'}")
 
 
 def test_changed_answers_are_another_run_where_answers_matter(begin, world, tmp_path):
     shutil.copytree(world / "data", tmp_path / "data")
 
     def begin_one(method):
-        places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / method)]
-        return begin(*places, "--method", method)
+        out = tmp_path / method
+        return begin(f"--data {tmp_path / 'data'} --out {out} --method {method}")
 
     for method in ("vision-opd", "sft"):
         run = begin_one(method)
