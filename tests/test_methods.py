@@ -30,13 +30,13 @@ core = pytest.mark.core
 # ------------------------------------------------------------------- the losses on sampled tokens
 
 
-def sides(n=7, d=6, v=11) -> tuple[list, Tensor]:
-    """Of a student and two teachers: hidden states (n, d) and head (v, d), float64; n token ids."""
-    draw = torch.Generator().manual_seed(0)
-    shapes = [(n, d), (v, d)] * 3
-    drawn = [torch.randn(shape, dtype=torch.float64, generator=draw) for shape in shapes]
-    pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
-    return pairs, torch.randint(v, (n,), generator=draw)
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
+HIDDEN = drawn(3, 7, 6)  # hidden states (n, D) of a student and two teachers
+HEADS = drawn(3, 11, 6)  # and their heads (V, D)
+IDS = torch.tensor([0, 3, 10, 3, 5, 1, 9])
 
 
 def picked(logits: Tensor, ids: Tensor) -> Tensor:
@@ -47,36 +47,28 @@ def picked(logits: Tensor, ids: Tensor) -> Tensor:
 @core
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_token_log_probs_are_those_of_full_logits_and_so_is_their_gradient(chunk):
-    (side, _, _), ids = sides()
-    weights = torch.linspace(-1, 2, len(ids), dtype=torch.float64)
-
-    def chunked(hidden, head):
-        return methods.token_log_probs([(hidden, head, 1.0)], ids, chunk)
-
-    def full(hidden, head):
-        return picked(hidden @ head.T, ids)
-
-    found = []
-    for log_probs in (chunked, full):
-        leaves = [leaf.clone().requires_grad_() for leaf in side]
-        values = log_probs(*leaves)
-        gradient = torch.autograd.grad((weights * values).sum(), leaves)
-        found.append([values, *gradient])
-    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    hidden = HIDDEN[0].clone().requires_grad_()
+    head = HEADS[0].clone().requires_grad_()
+    chunked = methods.token_log_probs([(hidden, head, 1.0)], IDS, chunk)
+    plain = picked(hidden @ head.T, IDS)
+    torch.testing.assert_close(chunked, plain, rtol=1e-12, atol=1e-12)
+    weights = torch.linspace(-1, 2, len(IDS), dtype=torch.float64)
+    gradients = [torch.autograd.grad(weights @ of, [hidden, head]) for of in (chunked, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 @core
 def test_token_log_probs_of_a_mixture_are_those_of_mixed_logits():
-    (_, initial, current), ids = sides()
-    mixed = 0.95 * initial[0] @ initial[1].T + 0.05 * current[0] @ current[1].T
-    got = methods.token_log_probs([(*initial, 0.95), (*current, 0.05)], ids, 2)
-    torch.testing.assert_close(got, picked(mixed, ids))
+    logits = HIDDEN @ HEADS.mT  # (3, n, V)
+    sides = [(HIDDEN[1], HEADS[1], 0.95), (HIDDEN[2], HEADS[2], 0.05)]
+    mixed = picked(0.95 * logits[1] + 0.05 * logits[2], IDS)
+    torch.testing.assert_close(methods.token_log_probs(sides, IDS, 2), mixed)
 
 
 @core
 def test_token_log_probs_of_no_tokens_are_none_and_have_a_gradient():
-    ((hidden, head), _, _), ids = sides()
-    nothing = methods.token_log_probs([(hidden[:0].requires_grad_(), head, 1.0)], ids[:0])
+    nobody = HIDDEN[0, :0].requires_grad_()
+    nothing = methods.token_log_probs([(nobody, HEADS[0], 1.0)], IDS[:0])
     assert nothing.shape == (0,)
     nothing.sum().backward()
 
@@ -84,15 +76,13 @@ def test_token_log_probs_of_no_tokens_are_none_and_have_a_gradient():
 @core
 def test_sampled_token_is_the_reverse_kl_in_expectation_and_so_is_its_gradient():
     """Over all tokens of a vocabulary, weighted by the student's probabilities: no sampling."""
-    ((student, teacher), _, _), _ = sides(n=1, d=9, v=1)
-    student.requires_grad_()
-    log_s = student.log_softmax(-1)
-    log_t = teacher.log_softmax(-1)
-    kl = (log_s.exp() * (log_s - log_t)).sum()
-    per_token = methods.sampled_token(log_s, log_t, log_s.detach())
-    estimate = (log_s.detach().exp() * per_token).sum()
+    logits = drawn(2, 9).requires_grad_()
+    log_s, log_t = logits.log_softmax(-1)
+    now = log_s.detach()
+    kl = (log_s.exp() * (log_s - log_t.detach())).sum()
+    estimate = (now.exp() * methods.sampled_token(log_s, log_t, now)).sum()
     torch.testing.assert_close(estimate, kl)
-    gradients = [torch.autograd.grad(of, student, retain_graph=True) for of in (estimate, kl)]
+    gradients = [torch.autograd.grad(of, logits, retain_graph=True) for of in (estimate, kl)]
     torch.testing.assert_close(*gradients)
 
 
