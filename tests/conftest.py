@@ -1,5 +1,7 @@
-"""Shared by the tests: everything runs offline, on the CPU (but for test_gpu.py, with --device cuda), on one thread per process."""
+"""Shared by the tests: everything runs offline, on the CPU (but for test_gpu.py, with --device
+cuda), on one thread per process."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,13 +21,12 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import model as vision_model  # noqa: E402
-import sharding  # noqa: E402
-import toy.scenes as toy_scenes
-import toy.tiny as tiny_model
 import train  # noqa: E402
+from sharding import join_ranks  # noqa: E402
+from toy.scenes import draw  # noqa: E402
+from toy.tiny import tiny  # noqa: E402
 
 torch.set_num_threads(1)
-sharding.BUCKET = 20_000  # the tiny model has several, as real ones do
 
 
 def pytest_addoption(parser):
@@ -39,18 +40,18 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if (config.getoption("--device") or "cpu") != DEVICE:
         raise pytest.UsageError(
-            "Give --device on the command line: it is read before pytest reads its own settings."
+            "Give --device on the command line: it is read before pytest's own settings are."
         )
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(
-            "--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA build of torch."
+            "--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA torch."
         )
 
 
 def pytest_collection_modifyitems(items):
     if DEVICE == "cuda" and any(item.path.name != "test_gpu.py" for item in items):
         raise pytest.UsageError(
-            "--device cuda is for tests/test_gpu.py alone: the other tests are made for the CPU."
+            "--device cuda is for tests/test_gpu.py alone: the others are made for the CPU."
         )
 
 
@@ -61,7 +62,8 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def livelier(model, factor: float = 1.7):
-    """Random weights give nearly the same logits everywhere; larger ones make every comparison harder to pass."""
+    """Random weights give nearly the same logits everywhere; larger ones make every comparison
+    harder to pass."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -70,10 +72,11 @@ def livelier(model, factor: float = 1.7):
 
 
 def tiny_qwen3_vl():
-    """A Qwen3-VL (full attention everywhere, vision features added to the first layers) with the tiny tokenizer."""
+    """A Qwen3-VL (full attention everywhere, vision features added to the first layers, an untied
+    head) with the tiny tokenizer."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    donor, processor = tiny_model.tiny()
+    donor, processor = tiny()
     ids = {
         key: getattr(donor.config, key)
         for key in (
@@ -118,7 +121,7 @@ def tiny_qwen3_vl():
 @pytest.fixture(params=["qwen3_5", "qwen3_vl"])
 def lively(request):
     """(model, processor), of both families."""
-    model, processor = tiny_model.tiny(0) if request.param == "qwen3_5" else tiny_qwen3_vl()
+    model, processor = tiny(0) if request.param == "qwen3_5" else tiny_qwen3_vl()
     return livelier(model), processor
 
 
@@ -135,7 +138,8 @@ def mixed_prompt(lively):
 
 @pytest.fixture
 def dense_mask(monkeypatch):
-    """The continuation's mask written out: torch's dispatch modes, which count flops and bytes, refuse its causal bias."""
+    """The continuation's mask written out: torch's dispatch modes, which count flops and bytes,
+    refuse its causal bias."""
     monkeypatch.setattr(
         vision_model,
         "causal_lower_right",
@@ -158,7 +162,8 @@ def alone(prompt, row: int) -> dict:
 
 
 def plain_logits(model, prompt, ids):
-    """(T, V) logits that predict the tokens `ids` (T,) after a prompt of one row: a plain forward of the whole sequence."""
+    """(T, V) logits that predict the tokens `ids` (T,) after a prompt of one row: a plain forward
+    of the whole sequence."""
     length, extra = prompt["input_ids"].shape[1], ids[None]
     model.model.rope_deltas = None
     out = model(
@@ -174,63 +179,58 @@ def plain_logits(model, prompt, ids):
     return out[0, length - 1 : -1]
 
 
-SMALL = [
-    "--toy",
-    "--prompts",
-    "4",
-    "--group",
-    "2",
-    "--max-new-tokens",
-    "6",
-    "--schedule",
-    "constant",
-    "--warmup",
-    "2",
-    "--lr",
-    "1e-3",
-    "--micro-prompts",
-    "2",
-    "--workers",
-    "0",
-    "--save-every",
-    "100",
-    "--show-every",
-    "1",
-    "--steps",
-    "3",
-    "--device",
-    "cpu",
-]
+# Small eps: AdamW would make a full step of a gradient that is only noise.
+SMALL = """--device cpu --threads 1 --workers 0 --prompts 4 --group 2 --max-new-tokens 6 --steps 3
+    --lr 1e-3 --warmup 2 --weight-decay 0 --adam-eps 1e-4 --micro-prompts 2 --gen-prompts 16
+    --save-every 100 --show-every 1""".split()
+
+
+def small_run(world: Path, out: Path, *flags: str) -> list[str]:
+    """The command line of a small run in the folder `out`."""
+    folders = ["--model", world / "base", "--data", world / "data", "--out", out]
+    return [*SMALL, *map(str, folders), *" ".join(flags).split()]
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A folder with twelve triplets and a base model with random weights."""
     folder = tmp_path_factory.mktemp("world")
-    toy_scenes.draw(folder / "data", 12, 0)
-    model, processor = tiny_model.tiny(0)
+    draw(folder / "data", 12, 0)
+    model, processor = tiny(0)
     vision_model.save(livelier(model, 3.0), processor, folder / "base")
     return folder
 
 
 @pytest.fixture
 def run(world, tmp_path):
-    """run(name, *flags) trains in tmp_path/name and returns the final weights; without the toy's own drawing and judging."""
+    """run(name, *flags) trains in tmp_path/name and returns the final weights."""
 
     def go(name, *flags):
-        args = train.parse(
-            [
-                *SMALL,
-                "--model",
-                str(world / "base"),
-                "--data",
-                str(world / "data"),
-                "--out",
-                str(tmp_path / name),
-                *flags,
-            ]
-        )
-        rank, size, device = train.setup(args.device)
-        return load_file(train.train(args, rank, size, device) / "model.safetensors")
+        settings = train.parse(small_run(world, tmp_path / name, *flags))
+        return weights(train.train(settings, *join_ranks("cpu")))
 
     return go
+
+
+def weights(checkpoint: Path) -> dict:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def log(out: Path, name: str = "log") -> list[dict]:
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def distance(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return sum((a[key] - b[key]).double().square().sum().item() for key in a) ** 0.5
+
+
+def assert_same_update(got: dict, want: dict, base: dict, tolerance: float = 1e-3):
+    """The distance between two results, as a share of what training changed."""
+    assert distance(want, base) > 0.01
+    assert distance(got, want) < tolerance * distance(want, base)
+
+
+def assert_equal(got: dict, want: dict):
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], want[key]) for key in want)

@@ -1,567 +1,490 @@
-"""The paper's baselines and ablations (Tables 2, 3 and 6): each method's loss, gradient, filter and inputs against a few plain lines."""
+"""The paper's methods (Tables 2, 3 and 6): each one's loss, gradient, filter and inputs against a
+few plain lines."""
 
+import copy
 import math
 import random
 import shutil
 import statistics
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import baselines
 import pytest
 import torch
-from conftest import SMALL, plain_logits
-from safetensors.torch import load_file
-from test_train import aligned, assert_same_update, in_processes, launch, log, one_rank
+from conftest import SMALL, plain_logits, small_run
+from torch import Tensor
 
 import loss
-import model as M
-import storage.images as images
+import methods
 import toy.tiny as tiny_model
 import train
-import triplets.format as triplet_format
-from rollout import Rollout
+from model import VISION_TOKENS, encode, load
+from rollout import Rollout, sample
+from sharding import join_ranks, save_checkpoint
+from storage.images import load_image
+from triplets.format import Triplet, read_triplets, write_triplets
 
-# ---------------------------------------------------------------------------------------------- the losses on sampled tokens
-
-
-def sides(n=7, d=6, v=11, seed=0):
-    """Student, two teachers: (hidden (n, d), head (v, d)) each, and n token ids; float64."""
-    draw = torch.Generator().manual_seed(seed)
-    pairs = [
-        (
-            torch.randn(n, d, dtype=torch.float64, generator=draw),
-            torch.randn(v, d, dtype=torch.float64, generator=draw),
-        )
-        for _ in range(3)
-    ]
-    return pairs, torch.randint(v, (n,), generator=draw)
+core = pytest.mark.core
 
 
+# ------------------------------------------------------------------- the losses on sampled tokens
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
+HIDDEN = drawn(3, 7, 6)  # hidden states (n, D) of a student and two teachers
+HEADS = drawn(3, 11, 6)  # and their heads (V, D)
+IDS = torch.tensor([0, 3, 10, 3, 5, 1, 9])
+
+
+def picked(logits: Tensor, ids: Tensor) -> Tensor:
+    """(n,) log-probabilities of the tokens `ids` (n,) under logits (n, V)."""
+    return logits.log_softmax(-1)[range(len(ids)), ids]
+
+
+@core
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_token_log_probs_are_those_of_full_logits_and_so_is_their_gradient(chunk):
-    ((hidden, head), _, _), ids = sides()
-    weights, got = torch.linspace(-1, 2, len(ids), dtype=torch.float64), []
-    for log_p in (
-        lambda h, w: baselines.token_log_probs([(h, w, 1.0)], ids, chunk),
-        lambda h, w: (h @ w.T).log_softmax(-1)[range(len(ids)), ids],
-    ):
-        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-        values = log_p(*leaves)
-        (weights * values).sum().backward()
-        got.append([values.detach(), *(leaf.grad for leaf in leaves)])
-    torch.testing.assert_close(*got, rtol=1e-12, atol=1e-12)
+    hidden = HIDDEN[0].clone().requires_grad_()
+    head = HEADS[0].clone().requires_grad_()
+    chunked = methods.token_log_probs([(hidden, head, 1.0)], IDS, chunk)
+    plain = picked(hidden @ head.T, IDS)
+    torch.testing.assert_close(chunked, plain, rtol=1e-12, atol=1e-12)
+    weights = torch.linspace(-1, 2, len(IDS), dtype=torch.float64)
+    gradients = [torch.autograd.grad(weights @ of, [hidden, head]) for of in (chunked, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
-def test_token_log_probs_of_a_mixture_of_logits_and_of_no_tokens():
-    (_, (ref, ref_head), (now, now_head)), ids = sides()
-    mixed = (0.95 * (ref @ ref_head.T) + 0.05 * (now @ now_head.T)).log_softmax(-1)[
-        range(len(ids)), ids
-    ]
-    torch.testing.assert_close(
-        baselines.token_log_probs([(ref, ref_head, 0.95), (now, now_head, 0.05)], ids, 2), mixed
-    )
-    empty = baselines.token_log_probs([(ref[:0].requires_grad_(), ref_head, 1.0)], ids[:0])
-    assert empty.shape == (0,) and empty.sum().backward() is None
+@core
+def test_token_log_probs_of_a_mixture_are_those_of_mixed_logits():
+    logits = HIDDEN @ HEADS.mT  # (3, n, V)
+    sides = [(HIDDEN[1], HEADS[1], 0.95), (HIDDEN[2], HEADS[2], 0.05)]
+    mixed = picked(0.95 * logits[1] + 0.05 * logits[2], IDS)
+    torch.testing.assert_close(methods.token_log_probs(sides, IDS, 2), mixed)
 
 
-def test_sampled_token_has_the_gradient_of_the_reverse_kl_in_expectation():
-    """Over all tokens of a vocabulary, weighted by the student's probabilities, without any sampling."""
-    student, teacher = torch.randn(
-        2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-    student.requires_grad_()
-    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
-    (kl,) = torch.autograd.grad((log_s.exp() * (log_s - log_t)).sum(), student, retain_graph=True)
-    per_token = baselines.sampled_token(log_s, log_t, log_s.detach())
-    (expected,) = torch.autograd.grad((log_s.detach().exp() * per_token).sum(), student)
-    torch.testing.assert_close(expected, kl)
-    torch.testing.assert_close(
-        (log_s.exp() * per_token).sum(), (log_s.exp() * (log_s - log_t)).sum()
-    )
+@core
+def test_token_log_probs_of_no_tokens_are_none_and_have_a_gradient():
+    nobody = HIDDEN[0, :0].requires_grad_()
+    nothing = methods.token_log_probs([(nobody, HEADS[0], 1.0)], IDS[:0])
+    assert nothing.shape == (0,)
+    nothing.sum().backward()
 
 
-@pytest.mark.parametrize(
-    "ratio, used", [(0.5, 0.5), (1.0, 1.0), (1.9, 1.9), (2.1, 2.0), (50.0, 2.0)]
-)
+@core
+def test_sampled_token_is_the_reverse_kl_in_expectation_and_so_is_its_gradient():
+    """Over all tokens of a vocabulary, weighted by the student's probabilities: no sampling."""
+    logits = drawn(2, 9).requires_grad_()
+    log_s, log_t = logits.log_softmax(-1)
+    now = log_s.detach()
+    kl = (log_s.exp() * (log_s - log_t.detach())).sum()
+    estimate = (now.exp() * methods.sampled_token(log_s, log_t, now)).sum()
+    torch.testing.assert_close(estimate, kl)
+    gradients = [torch.autograd.grad(of, logits, retain_graph=True) for of in (estimate, kl)]
+    torch.testing.assert_close(*gradients)
+
+
+def value_and_slope(formula, ratio: float, *more) -> tuple[float, float]:
+    """Of a token whose probability is `ratio` times that at sampling."""
+    log_s = torch.tensor([-1.0], requires_grad=True)
+    value = formula(log_s, log_s.detach() - math.log(ratio), *more)
+    value.backward()
+    return value.item(), log_s.grad.item()
+
+
+@core
+@pytest.mark.parametrize("ratio, used", [(0.5, 0.5), (1, 1), (1.9, 1.9), (2.1, 2), (50, 2)])
 def test_the_importance_ratio_is_cut_off_at_two(ratio, used):
-    log_s = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
-    baselines.sampled_token(
-        log_s, torch.tensor([-3.0]), log_s.detach() - math.log(ratio)
-    ).sum().backward()
-    assert log_s.grad.item() == pytest.approx(-used * (-3 - -1))  # -ratio A, A = log_t - log_s
+    def loss_of(log_s, rollout):
+        return methods.sampled_token(log_s, torch.tensor([-3.0]), rollout)
+
+    advantage = -3 - -1
+    _, slope = value_and_slope(loss_of, ratio)
+    assert slope == pytest.approx(-used * advantage)
 
 
+@core
 @pytest.mark.parametrize(
     "ratio, advantage, value, slope",
-    [  # of -min(r A, clip(r) A), clip to [0.8, 1.28]
+    [
         (1.0, 2.0, -2.0, -2.0),
         (1.2, 2.0, -2.4, -2.4),
         (1.5, 2.0, -2.56, 0.0),
         (0.5, 2.0, -1.0, -1.0),
-        (1.0, -2.0, 2.0, 2.0),
         (0.9, -2.0, 1.8, 1.8),
         (0.5, -2.0, 1.6, 0.0),
         (1.5, -2.0, 3.0, 3.0),
         (1.5, 0.0, 0.0, 0.0),
     ],
 )
-def test_the_policy_gradient_is_clipped_at_both_ends_where_that_is_pessimistic(
-    ratio, advantage, value, slope
-):
-    log_s = torch.tensor([-0.7], dtype=torch.float64, requires_grad=True)
-    per_token = baselines.clipped_policy_gradient(
-        log_s, log_s.detach() - math.log(ratio), torch.tensor([advantage]), 0.2, 0.28
-    )
-    per_token.sum().backward()
-    assert per_token.item() == pytest.approx(value)
-    assert log_s.grad.item() == pytest.approx(slope)
+def test_the_policy_gradient_is_clipped_where_that_is_pessimistic(ratio, advantage, value, slope):
+    """-min(r A, clip(r) A), clipped to [0.8, 1.28]."""
+    advantages = torch.tensor([advantage])
+    got = value_and_slope(methods.clipped_policy_gradient, ratio, advantages, 0.2, 0.28)
+    assert got == pytest.approx((value, slope))
 
 
-def test_advantages_are_standard_scores_within_a_group():
-    rewards = [[1.0, 0, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0.5, -0.5, 1, 0]]
-    want = [
-        [(r - statistics.mean(group)) / (statistics.stdev(group) + 1e-6) for r in group]
-        for group in rewards
-    ]
-    torch.testing.assert_close(
-        baselines.group_advantages(torch.tensor(rewards)), torch.tensor(want)
-    )
-    assert not baselines.group_advantages(torch.tensor(rewards))[2:4].any()
+@core
+@pytest.mark.parametrize("rewards", [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0.5, -0.5, 1, 0]])
+def test_advantages_are_standard_scores_within_a_group(rewards):
+    mean = statistics.mean(rewards)
+    spread = statistics.stdev(rewards) + 1e-6
+    other = [0, 0, 1, 1]
+    got = methods.group_advantages(torch.tensor([other, rewards], dtype=torch.float64))
+    assert got[1].tolist() == pytest.approx([(reward - mean) / spread for reward in rewards])
 
 
+@core
 def test_the_overlong_penalty_falls_from_0_to_minus_1_over_the_buffer():
     lengths = torch.tensor([1, 79, 80, 85, 90, 99, 100])
-    assert baselines.overlong_penalty(lengths, 100, 20).tolist() == pytest.approx(
-        [0, 0, 0, -0.25, -0.5, -0.95, -1]
-    )
+    want = [0, 0, 0, -0.25, -0.5, -0.95, -1]
+    assert methods.overlong_penalty(lengths, 100, 20).tolist() == pytest.approx(want)
 
 
-# ------------------------------------------------------------------------------------------------------------- grading
+# --------------------------------------------------------------------------------- what is kept
+
+PROCESSOR = tiny_model.tiny()[1]
+GOOD = "a green cross with 7 ."
+BAD = "a blue one ."
 
 
-def micro(texts, group, numbers=None):
-    """A Micro whose responses are these texts, of the tiny model's tokenizer; and the processor."""
-    processor = tiny_model.tiny()[1]
-    ids = processor.tokenizer(
-        [text + "<|im_end|>" for text in texts],
-        return_tensors="pt",
-        padding=True,
-        padding_side="right",
-    )
-    rollout = Rollout(
-        ids["input_ids"],
-        ids["attention_mask"].bool(),
-        torch.ones(len(texts), dtype=torch.bool),
-        ids["input_ids"] * 0.0,
-    )
-    return train.Micro(
-        numbers or [*range(len(texts) // group)],
-        {},
-        {},
-        rollout,
-        torch.ones(len(texts), dtype=torch.bool),
-    ), processor
+def settings_of(flags: str) -> train.Settings:
+    return train.parse([*SMALL, *flags.split()])
 
 
-def triplet(answer, **more):
-    return {
-        "id": "x",
-        "question": "what is in the red box ?",
-        "answer": answer,
-        "image": "x",
-        "crop": "x",
-        "extra": {},
-    } | more
+def triplet(question="what is in the red box ?", answer=GOOD) -> Triplet:
+    return Triplet("x", question, "x", "x", answer=answer, extra={"toy": "small"})
 
 
-def args_of(*flags):
-    return train.parse([*SMALL, "--out", "unused", *flags])
+def micro_of(texts: list[str], row: Triplet | None = None) -> methods.Micro:
+    """A micro-batch of one prompt, whose responses are these texts."""
+    ended = [text + "<|im_end|>" for text in texts]
+    batch = PROCESSOR.tokenizer(ended, return_tensors="pt", padding=True, padding_side="right")
+    ids = batch["input_ids"]
+    all_of_them = torch.ones(len(texts), dtype=torch.bool)
+    rollout = Rollout(ids, batch["attention_mask"].bool(), all_of_them, torch.zeros(ids.shape))
+    return methods.Micro([row or triplet()], {}, None, rollout, keep=all_of_them)
+
+
+def select(micros: list, flags: str, further=()) -> tuple[list, list[int]]:
+    """(micro-batches, which further ones were asked for) as the method's select leaves them."""
+    asked = []
+
+    def further_micros(step, i):
+        asked.append(i)
+        return further[i - 1]
+
+    settings = settings_of(f"--prompts {len(micros)} {flags}")
+    rank, world, device = join_ranks("cpu")
+    run = SimpleNamespace(settings=settings, rank=rank, world=world, device=device)
+    run.processor = PROCESSOR
+    run.further_micros = further_micros
+    method = methods.METHODS[settings.method](settings)
+    method.respond = lambda *args, **more: None  # they have their responses
+    return method.select(run, micros, 0), asked
 
 
 def test_sft_keeps_the_responses_that_match_the_label():
-    texts = ["a green cross with 7 .", "a blue cross with 7 .", "A", "The answer is (B)."]
-    m, processor = micro(texts, 2)
-    rows = [
-        triplet("a green cross with 7 .", extra={"toy": "small"}),
-        triplet("B", question="Which?\n\nA. moss\nB. bark"),
-    ]
-    baselines.grade(args_of("--method", "sft"), m, processor, rows)
-    assert (
-        m.keep.tolist() == m.right.tolist() == [True, False, False, True] and m.advantages is None
-    )
+    choice = triplet("Which?\n\nA. moss\nB. bark", "B")
+    choice.extra = {}
+    micros = [micro_of([GOOD, "a blue cross with 7 ."]), micro_of(["A", "It is (B)."], choice)]
+    select(micros, "--method sft")
+    for micro, right in zip(micros, [[True, False], [False, True]], strict=True):
+        assert micro.keep.tolist() == micro.right.tolist() == right
 
 
-@pytest.mark.parametrize("method", ["grpo", "dapo"])
-def test_dapo_leaves_out_groups_that_are_all_right_or_all_wrong_and_grpo_does_not(method):
-    good, bad = "a green cross with 7 .", "a blue one ."
-    m, processor = micro([good, bad, good, good, bad, bad], 2)
-    baselines.grade(
-        args_of("--method", method, "--max-new-tokens", "100"),
-        m,
-        processor,
-        [triplet(good, extra={"toy": "small"})] * 3,
-    )
-    assert m.right.tolist() == [True, False, True, True, False, False]
-    assert (
-        m.keep.tolist() == [True, True, False, False, False, False]
-        if method == "dapo"
-        else m.keep.all()
-    )
-    half = math.sqrt(0.5)  # 1 and 0: mean 1/2, deviation sqrt(1/2)
-    assert m.advantages.tolist() == pytest.approx([0.5 / half, -0.5 / half, 0, 0, 0, 0], abs=1e-5)
+@pytest.mark.parametrize("flags", ["grpo", "dapo --resample 0"])
+def test_dapo_leaves_out_groups_that_are_all_right_or_all_wrong_and_grpo_does_not(flags):
+    micros = [micro_of(texts) for texts in ([GOOD, BAD], [GOOD, GOOD], [BAD, BAD])]
+    select(micros, f"--max-new-tokens 100 --method {flags}")
+    score = 0.5 / math.sqrt(0.5)  # 1 and 0: mean 1/2, deviation sqrt(1/2)
+    assert micros[0].advantages.tolist() == pytest.approx([score, -score], abs=1e-5)
+    for micro in micros[1:]:
+        assert not micro.advantages.any()
+    kept = [bool(micro.keep.all()) for micro in micros]
+    assert kept == [True, flags == "grpo", flags == "grpo"]
 
 
-def test_dapo_counts_long_responses_as_worse():
-    m, processor = micro([good := "a green cross with 7 .", good], 2)
-    long = m.rollout.mask.sum(1)[0].item()
-    m.rollout.mask[1, 4:] = False  # the second one counts 4 tokens
-    baselines.grade(
-        args_of("--method", "dapo", "--max-new-tokens", str(long)),
-        m,
-        processor,
-        [triplet("a green cross", extra={"toy": "small"})],
-    )
-    assert (
-        m.right.tolist() == [False, False] and m.advantages[0] < 0 < m.advantages[1]
-    )  # rewards -1 and 0
-
-
-def groups(*kept):
-    """Micros of one group of two responses each, kept or not."""
-    return [train.Micro([i], {}, {}, keep=torch.tensor([k, k])) for i, k in enumerate(kept)]
-
-
-def fill(first, *further, resample=9):
-    args = args_of("--method", "dapo", "--resample", str(resample))
-    flat = type("Flat", (), {"world": 1, "rank": 0, "weights": torch.zeros(1)})
-    asked = []
-    found = baselines.fill_up(args, first, flat, lambda i: asked.append(i) or further[i - 1])
-    return [bool(m.keep.all()) for m in found], asked
-
-
-def test_dapo_draws_until_the_batch_is_full_and_leaves_the_last_ones_out():
-    assert fill(groups(1, 1, 1, 1)) == ([True] * 4, [])
-    assert fill(groups(1, 0, 0, 1), groups(0, 1, 1, 1)) == (
-        [True, False, False, True, False, True, True, False],
-        [1],
-    )
-    assert fill(groups(0, 0, 0, 1), groups(0, 0, 0, 0), groups(1, 1, 1, 1))[0][8:] == [
-        True,
-        True,
-        True,
-        False,
-    ]
-    assert fill(groups(0, 0, 0, 1), groups(1, 0, 0, 0), groups(1, 1, 1, 1), resample=1) == (
-        [False] * 3 + [True] * 2 + [False] * 3,
-        [1],
-    )
-    assert fill(groups(0, 1, 0, 0), resample=0) == ([False, True, False, False], [])
-
-
-# -------------------------------------------------------------------------------------------------------- the whole step
-
-
-def parity(row):
-    """A label that random responses match about half of the time: whether the letter count of a response is even."""
-    return {"correct": sum(map(str.isalnum, row["output"])) % 2 == 0}
-
-
-METHODS = [
-    ["--objective", "sampled-token"],
-    ["--teacher", "trust-region", "--trust", "0.3"],
-    ["--divergence", "forward_kl"],
-    ["--method", "opsd"],
-    ["--method", "sft"],
-    ["--method", "grpo"],
-    ["--method", "dapo", "--resample", "0"],
-]
-
-
-@pytest.mark.parametrize("flags", METHODS, ids=" ".join)
-def test_a_step_has_the_gradient_of_plain_forwards_and_a_formula(
-    flags, run, world, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(baselines, "score", parity)
-    args = train.parse([*SMALL, "--out", "unused", *flags])
-    run(
-        "fast", "--steps", "2", "--clip", "1e9", "--show-every", "1", *flags
-    )  # two: the first one moves the student away
-    entry = log(tmp_path / "fast")[1]
-    run("one", "--steps", "1", "--clip", "1e9", *flags)
-    student, processor = M.load(str(tmp_path / "one" / "checkpoint-000001"))
-    initial, _ = M.load(str(world / "base"))
-    ema, _ = M.load(str(world / "base"))
-    with torch.no_grad():
-        for weight, start, now in zip(ema.parameters(), initial.parameters(), student.parameters()):
-            weight.lerp_(now, args.ema_rate if args.teacher == "ema" else 0.0)
-    rows = triplet_format.read_triplets(world / "data")
-    vision = processor.tokenizer.convert_tokens_to_ids(list(M.VISION_TOKENS))
-    batch, lines = [rows[i] for i in train.batch_rows(len(rows), 4, 0, 1)], []
-    for row in batch:
-        question = row.question
-        hint = (
-            f"{question}\n\nHere is a reference solution to this problem:\n{row['answer']}\n\nAfter understanding the reference solution, "
-            "please try to solve this problem using your own approach below:"
-        )
-        full, crop, hinted = (
-            M.encode(processor, [images.load_image(row[view])], [text])
-            for view, text in (("image", question), ("crop", question), ("image", hint))
-        )
-        writer, prompt = (initial, crop) if args.method == "sft" else (student, full)
-        seed = random.Random(f"0/1/{row.id}").getrandbits(63)
-        rollout = train.sample(writer, processor, prompt, 2, max_new_tokens=6, seeds=[seed])
-        group = [ids[mask] for ids, mask in zip(rollout.ids, rollout.mask)]
-        right = [
-            parity({"output": processor.tokenizer.decode(ids, skip_special_tokens=True)})["correct"]
-            for ids in group
-        ]
-        for ids, correct in zip(group, right):
-            with torch.no_grad():
-                seen = hinted if args.method == "opsd" else crop
-                teacher = plain_logits(ema, seen, ids)
-                if args.teacher == "trust-region":
-                    teacher = 0.7 * plain_logits(initial, seen, ids) + 0.3 * plain_logits(
-                        student, seen, ids
-                    )
-            lines.append((ids, plain_logits(student, full, ids), teacher, correct, right))
-    terms, count, kept = [], 0, 0
-    for ids, logits, teacher, correct, right in lines:
-        log_s = logits.log_softmax(-1)[range(len(ids)), ids]
-        log_t = teacher.log_softmax(-1)[range(len(ids)), ids]
-        one = (log_s - log_s.detach()).exp()  # old = new
-        open_logits = logits.detach().index_fill(-1, torch.tensor(vision), -math.inf)
-        ratio = (log_s - open_logits.log_softmax(-1)[range(len(ids)), ids]).exp()
-        spread = statistics.stdev(map(float, right)) + 1e-6
-        advantage = (correct - statistics.mean(right)) / spread
-        if args.method == "sft":
-            use, term = correct, -log_s.sum()
-        elif args.method == "grpo":
-            use, term = True, -(one * advantage).mean()
-        elif args.method == "dapo":
-            scores = [
-                float(r) + min(0.0, (6 - 1 - len(other[0])) / 1)
-                for r, other in zip(right, [x for x in lines if x[4] is right])
-            ]
-            advantage = (
-                scores[[x[0] is ids for x in lines if x[4] is right].index(True)]
-                - statistics.mean(scores)
-            ) / (statistics.stdev(scores) + 1e-6)
-            use, term = len(set(right)) == 2, -(one * advantage).sum()
-        elif args.objective == "sampled-token":
-            use, term = True, (-ratio.detach() * (log_t - log_s).detach() * log_s).sum()
-        else:
-            use, term = (
-                True,
-                loss.divergence(logits, teacher, k=args.top_k, kind=args.divergence).sum(),
-            )
-        kept += use
-        count += len(ids) * use
-        terms.append(term * use)
-    total = sum(terms) / (len(lines) if args.method == "grpo" else count)
-    total.backward()
-    assert 0 < kept and (kept < len(lines) or args.method not in ("sft", "dapo")), (
-        "choose another seed: the filter must have work"
-    )
-    assert entry["tokens"] == count
-    if args.method not in baselines.DISTIL:
-        assert (entry["kept"], entry["right"]) == (
-            kept / len(lines),
-            sum(line[3] for line in lines) / len(lines),
-        )
-    if args.objective == "topk":
-        assert entry["loss"] == pytest.approx(total.item(), rel=1e-3, abs=1e-5)
-    gradient = aligned(weight.grad for weight in student.parameters())
-    first, second = (
-        one_rank(tmp_path / name / f"checkpoint-00000{n}")["exp_avg"]
-        for name, n in (("one", 1), ("fast", 2))
-    )
-    got = (second - 0.9 * first) / 0.1
-    assert (got - gradient).norm() < 1e-3 * gradient.norm() and gradient.norm() > 0
-
-
-def test_the_answer_reaches_opsds_teacher_only(world):
-    rows = triplet_format.read_triplets(world / "data")
-    processor = M.load(str(world / "base"))[1]
-    for method in ("opsd", "vision-opd"):
-        data = train.Micros(rows, [[3]], processor, args_of("--method", method), torch.float32)
-        _, student, teacher = data[0]
-        assert (
-            train.Micros(rows, [[3]], processor, args_of("--method", "grpo"), torch.float32)[0][2]
-            is None
-        )
-        said = [processor.tokenizer.decode(prompt["input_ids"][0]) for prompt in (student, teacher)]
-        assert "reference solution" not in said[0] and rows[3].answer not in said[0]
-        assert ("reference solution" in said[1] and rows[3].answer in said[1]) == (method == "opsd")
-        assert (student["pixel_values"].shape == teacher["pixel_values"].shape) == (
-            method == "opsd"
-        )
-
-
-@pytest.mark.parametrize("teacher, twin", [("current", "1"), ("initial", "0")])
-def test_current_and_initial_teachers_are_the_ema_at_its_ends(teacher, twin, run, world, tmp_path):
-    got, want = run("a", "--teacher", teacher), run("b", "--ema-rate", twin)
-    assert all(torch.equal(got[name], want[name]) for name in want)
-    state = one_rank(tmp_path / "a" / "checkpoint-000003")
-    start = aligned(M.load(str(world / "base"))[0].parameters())
-    assert torch.equal(state["ema"], start if teacher == "initial" else state["master"])
+def test_dapo_counts_a_long_response_as_worse():
+    micro = micro_of([BAD, BAD])
+    limit = int(micro.rollout.mask[0].sum())
+    micro.rollout.mask[1, 4:] = False  # the second one has 4 tokens
+    select([micro], f"--method dapo --max-new-tokens {limit} --resample 0")
+    assert micro.advantages[0] < 0 < micro.advantages[1]
 
 
 @pytest.mark.parametrize(
-    "flags", [["--method", "sft"], ["--method", "dapo", "--resample", "2"]], ids=" ".join
+    "resample, batches, kept",
+    [
+        (9, "1111", "1111"),  # full at once
+        (9, "1001 0110", "1001 0110"),  # exactly enough
+        (9, "1001 0111", "1001 0110"),  # one too many
+        (9, "0001 0000 1111", "0001 0000 1110"),  # two further batches
+        (1, "0001 1000 1111", "0001 1000"),  # no more may be drawn
+        (0, "0100 1111", "0100"),  # none may be drawn
+    ],
 )
-def test_a_run_that_goes_on_later_ends_where_a_straight_one_does(flags, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "score", parity)
-    want = run("straight", *flags)
-    run("twice", *flags, "--steps", "2")
-    got = run("twice", *flags)
-    assert all(torch.equal(got[name], want[name]) for name in want)
-    facts = lambda name: [
-        [row[key] for key in ("loss", "tokens", "kept", "right")] for row in log(tmp_path / name)
-    ]
-    assert facts("twice") == facts("straight")
+def test_dapo_draws_until_enough_groups_are_mixed_and_leaves_the_last_ones_out(
+    resample, batches, kept
+):
+    """1: a group of a right and a wrong response; 0: of two wrong ones."""
+    texts = {"1": [GOOD, BAD], "0": [BAD, BAD]}
+    first, *further = [[micro_of(texts[group]) for group in batch] for batch in batches.split()]
+    found, asked = select(first, f"--method dapo --resample {resample}", further)
+    assert asked == list(range(1, len(kept.split())))
+    assert [bool(micro.keep.all()) for micro in found] == [c == "1" for c in kept if c != " "]
 
 
+# ------------------------------------------------------------------------------- the whole step
+
+
+def parity(row: Triplet, text: str) -> bool:
+    """Random weights answer nothing right: half of all texts count as right."""
+    return sum(map(str.isalnum, text)) % 2 == 0
+
+
+class Squared(methods.VisionOPD):
+    """A new method, as someone would write it: (log p_student - log p_teacher)^2."""
+
+    def loss(self, micro, hidden, head, weights):
+        ids = micro.rollout.ids[micro.rollout.mask]
+        log_s = methods.token_log_probs([(hidden, head, 1.0)], ids)
+        log_t = methods.token_log_probs(micro.targets, ids)
+        return methods.weighted((log_s - log_t).square(), weights)
+
+
+@pytest.fixture
+def begin(world, tmp_path, monkeypatch):
+    """begin(flags) is a run that is about to take its first step."""
+    monkeypatch.setattr(methods, "is_right", parity)
+    monkeypatch.setitem(methods.METHODS, "squared", Squared)
+    flag = train.Settings.__dataclass_fields__["method"]
+    monkeypatch.setattr(flag, "metadata", flag.metadata | {"choices": list(methods.METHODS)})
+
+    def go(flags):
+        settings = train.parse(small_run(world, tmp_path / "run", flags))
+        run, _ = train.prepare(settings, *join_ranks("cpu"))
+        return run
+
+    return go
+
+
+def learn(run, step: int) -> dict:
+    shares = train.share_of_step(run.settings, run.areas, 0, 1, step, run.settings.seed)
+    data = methods.EncodedMicros(run, shares)
+    entry, _ = train.learn(run, step, [data[i] for i in range(len(data))])
+    return entry
+
+
+@dataclass
+class Answer:
+    """A response of T tokens, read by plain forwards."""
+
+    ids: Tensor  # (T,)
+    logits: Tensor  # (T, V) the student's, with a gradient
+    teacher: Tensor  # (T, V)
+    right: bool
+
+
+def token_losses(settings, group: list[Answer]):
+    """Whether it is trained on, and its tokens' losses (T,), of each answer to one prompt."""
+    rewards = [float(answer.right) for answer in group]
+    if settings.method == "dapo":  # with a limit of 6 tokens, the buffer is the last
+        rewards = [r - (len(answer.ids) == 6) for r, answer in zip(rewards, group, strict=True)]
+    spread = statistics.stdev(rewards) + 1e-6
+    for answer, reward in zip(group, rewards, strict=True):
+        advantage = (reward - statistics.mean(rewards)) / spread
+        log_s = picked(answer.logits, answer.ids)
+        log_t = picked(answer.teacher, answer.ids)
+        one = (log_s - log_s.detach()).exp()  # the policy that wrote it is the policy now
+        if settings.method == "sft":
+            yield answer.right, -log_s
+        elif settings.method == "grpo":
+            yield True, -one * advantage
+        elif settings.method == "dapo":
+            yield len({other.right for other in group}) == 2, -one * advantage
+        elif settings.method == "squared":
+            yield True, (log_s - log_t) ** 2
+        elif settings.objective == "sampled-token":
+            vision = PROCESSOR.tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
+            allowed = answer.logits.index_fill(-1, torch.tensor(vision), -math.inf)
+            ratio = (log_s - picked(allowed, answer.ids)).detach().exp()
+            yield True, ratio * (log_s - log_t).detach() * one
+        else:
+            options = {"k": settings.top_k, "kind": settings.divergence}
+            yield True, loss.divergence(answer.logits, answer.teacher, **options)
+
+
+def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
+    """The answers to a row in the second step, and what student and teacher say about them."""
+    settings, processor = run.settings, run.processor
+    hint = (
+        f"\n\nHere is a reference solution to this problem:\n{row.answer}\n\nAfter understanding "
+        "the reference solution, please try to solve this problem using your own approach below:"
+    )
+    full = encode(processor, [load_image(row.image)], [row.question])
+    shown = encode(processor, [load_image(row.crop)], [row.question])
+    if settings.method == "opsd":
+        shown = encode(processor, [load_image(row.image)], [row.question + hint])
+    writer, asked = (initial, shown) if settings.method == "sft" else (student, full)
+    seeds = [random.Random(f"5/1/{row.id}").getrandbits(63)]
+    rollout = sample(writer, processor, asked, 3, max_new_tokens=6, seeds=seeds)
+    group = []
+    for ids, mask in zip(rollout.ids, rollout.mask, strict=True):
+        ids = ids[mask]
+        with torch.no_grad():
+            teacher = plain_logits(ema, shown, ids)
+            if settings.teacher == "trust-region":
+                mixed = 0.7 * plain_logits(initial, shown, ids)
+                teacher = mixed + 0.3 * plain_logits(student, shown, ids)
+        text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+        group.append(Answer(ids, plain_logits(student, full, ids), teacher, parity(row, text)))
+    return group
+
+
+@core
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--method", "sft"],
-        ["--method", "sft", "--teacher", "ema"],
-        ["--teacher", "trust-region", "--trust", "0.3"],
-        ["--teacher", "trust-region", "--objective", "sampled-token"],
+        "--objective sampled-token",
+        "--teacher trust-region --trust 0.3",
+        "--divergence forward_kl",
+        "--method opsd",
+        "--method sft",
+        "--method grpo",
+        "--method dapo --resample 0",
+        "--method squared",
     ],
-    ids=" ".join,
 )
-def test_an_offloaded_teacher_gives_the_same_weights(flags, run, monkeypatch):
-    monkeypatch.setattr(baselines, "score", parity)
-    want, got = run("a", *flags), run("b", *flags, "--offload-teacher")
-    assert all(torch.equal(got[name], want[name]) for name in want)
+def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags, begin):
+    """`squared` is a method that is not ours: a class, and a line in METHODS."""
+    run = begin(f"--prompts 2 --group 3 --seed 5 {flags}")
+    settings, shards = run.settings, run.shards
+    initial = copy.deepcopy(shards.publish("student"))
+    learn(run, 0)  # moves the student away from where it began
+    student = copy.deepcopy(shards.publish("student")).requires_grad_()
+    ema = copy.deepcopy(initial)
+    for weight, now in zip(ema.parameters(), student.parameters(), strict=True):
+        weight.lerp_(now.detach(), settings.ema_rate if settings.teacher == "ema" else 0.0)
+    shards.update = lambda *args: None  # the gradients stay
+    entry = learn(run, 1)
+
+    batch = [run.rows[i] for i in train.batch_rows(len(run.rows), 2, 5, 1)]
+    groups = [read_answers(run, row, initial, student, ema) for row in batch]
+    kept = []
+    for group in groups:
+        kept += [losses for trained_on, losses in token_losses(settings, group) if trained_on]
+    total = torch.cat(kept).mean()
+    if settings.method == "grpo":
+        total = torch.stack([losses.mean() for losses in kept]).mean()
+    total.backward()
+
+    assert entry["tokens"] == sum(map(len, kept))
+    assert entry["loss"] == pytest.approx(total.item(), rel=1e-3, abs=1e-5)
+    gradient = torch.cat([weight.grad.flatten() for weight in student.parameters()])
+    got = torch.cat([weight.grad.full_tensor().flatten() for weight in shards.weights])
+    assert gradient.norm() > 0
+    assert (got - gradient).norm() < 1e-3 * gradient.norm()
+    if not run.method.distils:
+        right = sum(answer.right for group in groups for answer in group)
+        assert (entry["kept"], entry["right"]) == (len(kept) / 6, right / 6)
+        assert (len(kept) < 6) == (settings.method != "grpo"), "the filter must have work"
 
 
-def test_changed_answers_are_another_run_where_answers_matter(run, world, tmp_path, monkeypatch):
-    shutil.copytree(world / "data", tmp_path / "data")
-    flags = ["--steps", "1", "--data", str(tmp_path / "data")]
-    for name, method in (("opd", "vision-opd"), ("sft", "sft")):
-        run(name, *flags, "--method", method)
-    lines = (tmp_path / "data" / "train.jsonl").read_text()
-    (tmp_path / "data" / "train.jsonl").write_text(
-        lines.replace('"answer": "a ', '"answer": "one ')
-    )
-    run("opd", *flags)
-    with pytest.raises(ValueError, match="rows_sha256"):
-        run("sft", *flags, "--method", "sft")
+@pytest.mark.parametrize("method", ["vision-opd", "opsd", "grpo"])
+def test_the_answer_reaches_opsds_teacher_only(method, world):
+    rows = read_triplets(world / "data")
+    processor = load(str(world / "base"))[1]
+    run = SimpleNamespace(rows=rows, settings=settings_of(f"--method {method}"))
+    run.processor, run.shards = processor, SimpleNamespace(plain=torch.zeros(1))
+    _, student, teacher = methods.EncodedMicros(run, [[3]])[0]
+    assert rows[3].answer not in processor.tokenizer.decode(student["input_ids"][0])
+    if method == "grpo":
+        assert teacher is None
+        return
+    said = processor.tokenizer.decode(teacher["input_ids"][0])
+    same_image = student["pixel_values"].shape == teacher["pixel_values"].shape
+    assert (rows[3].answer in said) == same_image == (method == "opsd")
 
 
-RANKS = [
-    ["--objective", "sampled-token"],
-    ["--teacher", "trust-region", "--trust", "0.3"],
-    ["--method", "opsd"],
-    ["--method", "sft"],
-    ["--method", "grpo"],
-    ["--method", "dapo", "--resample", "2"],
-]
+@pytest.mark.parametrize("teacher, rate", [("current", "1"), ("initial", "0")])
+def test_current_and_initial_teachers_are_the_ema_at_its_ends(teacher, rate, begin):
+    found = []
+    for flags in (f"--teacher {teacher}", f"--ema-rate {rate}"):
+        run = begin(flags)
+        start = [weight.clone() for weight in run.shards.teacher]
+        learn(run, 0)
+        assert learn(run, 1)["loss"] > 0
+        found.append([*run.shards.student, *run.shards.teacher])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    want = start if teacher == "initial" else run.shards.student
+    torch.testing.assert_close(run.shards.teacher, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("flags", RANKS, ids=" ".join)
-def test_two_ranks_make_the_same_update_as_one(flags, run, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "score", parity)
-    flags = [*flags, "--micro-prompts", "1", "--adam-eps", "1e-4"]
-    want = run("one", *flags)
-    command = in_processes(world, tmp_path / "two", *flags, ranks=2)
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import baselines\nbaselines.score = lambda row: {'correct': sum(map(str.isalnum, row['output'])) % 2 == 0}\n"
-        + script.read_text()
-    )
-    launch(command)
-    assert_same_update(
-        load_file(tmp_path / "two" / "checkpoint-000003" / "model.safetensors"), want, world
-    )
-    facts = [
-        [
-            {key: row.get(key) for key in ("tokens", "kept", "right", "eos", "length")}
-            for row in log(tmp_path / name)
-        ]
-        for name in ("one", "two")
-    ]
-    assert facts[0] == facts[1]
+def test_sft_goes_on_when_no_response_of_a_step_is_right(begin, monkeypatch):
+    run = begin("--method sft")
+    monkeypatch.setattr(methods, "is_right", lambda row, text: False)
+    before = [weight.clone() for weight in run.shards.student]
+    entry = learn(run, 0)
+    assert [entry[key] for key in ("loss", "grad_norm", "tokens", "kept")] == [0, 0, 0, 0]
+    torch.testing.assert_close(run.shards.student, before, rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------ wrong usage
+# -------------------------------------------------------------------------------- wrong usage
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, named",
     [
-        (
-            ["--method", "sft", "--compile", "--offload-teacher"],
-            "--compile records where the weights",
-        ),
-        (
-            ["--method", "grpo", "--teacher", "ema"],
-            "--teacher would change nothing with --method grpo",
-        ),
-        (["--method", "sft", "--top-k", "5"], "--top-k would change nothing"),
-        (["--trust", "0.5"], "--trust would change nothing"),
-        (["--teacher", "initial", "--ema-rate", "0.1"], "--ema-rate would change nothing"),
-        (["--resample", "3"], "--resample would change nothing"),
-        (["--objective", "sampled-token", "--beta", "0.3"], "--beta would change nothing"),
-        (["--method", "dapo", "--objective", "topk"], "--objective"),
-        (["--divergence", "forward_kl", "--beta", "0.3"], "--beta would change nothing"),
-        (["--method", "grpo", "--max-crop-prompt", "99"], "--max-crop-prompt"),
-        (
-            ["--method", "sft", "--teacher", "trust-region"],
-            "--teacher trust-region, a mixture of logits, is none",
-        ),
-        (["--method", "grpo", "--group", "1"], "--group must be at least 2"),
-        (["--teacher", "trust-region", "--trust", "1.5"], "--trust in [0, 1]"),
-        (["--method", "dapo", "--resample", "-1"], "--resample be at least 0"),
-        (["--method", "ppo"], "invalid choice: 'ppo'"),
+        ("--method grpo --teacher ema", "--teacher"),
+        ("--method sft --top-k 5", "--top-k"),
+        ("--trust 0.5", "--trust"),
+        ("--teacher initial --ema-rate 0.1", "--ema-rate"),
+        ("--resample 3", "--resample"),
+        ("--objective sampled-token --beta 0.3", "--beta"),
+        ("--objective sampled-token --divergence jsd", "--divergence"),
+        ("--divergence forward_kl --beta 0.3", "--beta"),
+        ("--method dapo --objective topk", "--objective"),
+        ("--method grpo --max-crop-prompt 99", "--max-crop-prompt"),
+        ("--method sft --teacher trust-region", "trust-region"),
+        ("--method grpo --group 1", "--group"),
+        ("--teacher trust-region --trust 1.5", "--trust"),
+        ("--method dapo --resample -1", "--resample"),
+        ("--method ppo", "ppo"),
     ],
 )
-def test_flags_that_would_be_ignored_or_make_no_sense_are_refused(flags, said, capsys):
+def test_flags_that_would_be_ignored_or_make_no_sense_are_refused(flags, named, capsys):
     with pytest.raises(SystemExit):
-        args_of(*flags)
-    assert said in capsys.readouterr().err
+        settings_of(flags)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert named in message.partition(" with ")[0]
 
 
 @pytest.mark.parametrize("method", ["opsd", "sft", "grpo", "dapo"])
-def test_methods_that_need_answers_say_so_and_how_to_make_them(method, world, tmp_path):
-    picture = images.load_image(triplet_format.read_triplets(world / "data")[0].image)
-    triplet_format.write_triplets(
-        tmp_path / "data",
-        [
-            {
-                "id": str(i),
-                "question": "what ?",
-                "answer": None if i else "a",
-                "image": picture,
-                "crop": picture,
-                "bbox": None,
-                "extra": {},
-            }
-            for i in range(4)
-        ],
-    )
-    args = args_of(
-        "--method",
-        method,
-        "--model",
-        str(world / "base"),
-        "--data",
-        str(tmp_path / "data"),
-        "--out",
-        str(tmp_path / "out"),
-    )
-    with pytest.raises(
-        ValueError,
-        match=rf"--method {method} needs answers, and 3 of 4 rows .* have none.*synth.py --labels",
-    ):
-        train.train(args, *train.setup("cpu"))
+def test_methods_that_need_answers_say_so(method, begin, world, tmp_path):
+    picture = load_image(read_triplets(world / "data")[0].image)
+    answers = ["a", None, None, None]
+    rows = [Triplet(f"r{i}", "what ?", picture, picture, None, a) for i, a in enumerate(answers)]
+    write_triplets(tmp_path / "data", rows)
+    with pytest.raises(ValueError, match="3 of 4"):
+        begin(f"--method {method} --data {tmp_path / 'data'}")
 
 
-def test_sft_goes_on_when_no_response_of_a_step_is_right(run, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "score", lambda row: {"correct": False})
-    weights = run("none", "--method", "sft", "--steps", "1", "--weight-decay", "0")
-    entry = log(tmp_path / "none")[0]
-    assert (entry["loss"], entry["grad_norm"], entry["tokens"], entry["kept"]) == (0, 0, 0, 0)
-    base = load_file(world / "base" / "model.safetensors")
-    assert all(torch.equal(weights[name], base[name]) for name in base)
+def test_changed_answers_are_another_run_where_answers_matter(begin, world, tmp_path):
+    shutil.copytree(world / "data", tmp_path / "data")
+
+    def begin_one(method):
+        out = tmp_path / method
+        return begin(f"--data {tmp_path / 'data'} --out {out} --method {method}")
+
+    for method in ("vision-opd", "sft"):
+        run = begin_one(method)
+        save_checkpoint(tmp_path / method, 1, run.processor, run.shards)
+    table = tmp_path / "data" / "train.jsonl"
+    table.write_text(table.read_text().replace('"answer": "a ', '"answer": "one '))
+    begin_one("vision-opd")
+    with pytest.raises(ValueError, match="rows_sha256"):
+        begin_one("sft")
