@@ -9,7 +9,6 @@ import statistics
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import baselines
 import pytest
 import torch
 from conftest import SMALL, plain_logits, small_run
