@@ -207,12 +207,14 @@ def test_dapo_leaves_out_groups_that_are_all_right_or_all_wrong_and_grpo_does_no
     assert kept == [True, flags == "grpo", flags == "grpo"]
 
 
-def test_dapo_counts_a_long_response_as_worse():
-    micro = micro_of([BAD, BAD])
+def test_dapo_counts_a_response_that_reaches_the_limit_as_worse():
+    micro = micro_of([BAD] * 3)
     limit = int(micro.rollout.mask[0].sum())
-    micro.rollout.mask[1, 4:] = False  # the second one has 4 tokens
-    select([micro], f"--method dapo --max-new-tokens {limit} --resample 0")
-    assert micro.advantages[0] < 0 < micro.advantages[1]
+    for i, length in ((1, limit - 1), (2, 2)):
+        micro.rollout.mask[i, length:] = False
+    select([micro], f"--method dapo --max-new-tokens {limit} --resample 0 --group 3")
+    third = 1 / math.sqrt(3)  # rewards -1, 0, 0: deviation sqrt(1/3)
+    assert micro.advantages.tolist() == pytest.approx([-2 * third, third, third], abs=1e-5)
 
 
 @pytest.mark.parametrize(
