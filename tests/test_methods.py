@@ -169,21 +169,18 @@ def micro_of(texts: list[str], row: Triplet | None = None) -> methods.Micro:
 
 
 def select(micros: list, flags: str, further=()) -> tuple[list, list[int]]:
-    """(micro-batches, which further ones were asked for) as the method's select leaves them."""
-    asked = []
-
-    def further_micros(step, i):
-        asked.append(i)
-        return further[i - 1]
-
+    """(micro-batches, the numbers of the further batches that were answered), as the method's
+    select leaves them."""
+    answered = []
     settings = settings_of(f"--prompts {len(micros)} {flags}")
     rank, world, device = join_ranks("cpu")
     run = SimpleNamespace(settings=settings, rank=rank, world=world, device=device)
     run.processor = PROCESSOR
-    run.further_micros = further_micros
+    run.further_micros = lambda step, i: further[i - 1]
     method = methods.METHODS[settings.method](settings)
-    method.respond = lambda *args, **more: None  # they have their responses
-    return method.select(run, micros, 0), asked
+    # They have their responses already.
+    method.respond = lambda run, micros, step, extra: answered.append(extra)
+    return method.select(run, micros, 0), answered
 
 
 def test_sft_keeps_the_responses_that_match_the_label():
@@ -207,12 +204,14 @@ def test_dapo_leaves_out_groups_that_are_all_right_or_all_wrong_and_grpo_does_no
     assert kept == [True, flags == "grpo", flags == "grpo"]
 
 
-def test_dapo_counts_a_long_response_as_worse():
-    micro = micro_of([BAD, BAD])
+def test_dapo_counts_a_response_that_reaches_the_limit_as_worse():
+    micro = micro_of([BAD] * 3)
     limit = int(micro.rollout.mask[0].sum())
-    micro.rollout.mask[1, 4:] = False  # the second one has 4 tokens
-    select([micro], f"--method dapo --max-new-tokens {limit} --resample 0")
-    assert micro.advantages[0] < 0 < micro.advantages[1]
+    for i, length in ((1, limit - 1), (2, 2)):
+        micro.rollout.mask[i, length:] = False
+    select([micro], f"--method dapo --max-new-tokens {limit} --resample 0 --group 3")
+    third = 1 / math.sqrt(3)  # rewards -1, 0, 0: deviation sqrt(1/3)
+    assert micro.advantages.tolist() == pytest.approx([-2 * third, third, third], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +231,8 @@ def test_dapo_draws_until_enough_groups_are_mixed_and_leaves_the_last_ones_out(
     """1: a group of a right and a wrong response; 0: of two wrong ones."""
     texts = {"1": [GOOD, BAD], "0": [BAD, BAD]}
     first, *further = [[micro_of(texts[group]) for group in batch] for batch in batches.split()]
-    found, asked = select(first, f"--method dapo --resample {resample}", further)
-    assert asked == list(range(1, len(kept.split())))
+    found, answered = select(first, f"--method dapo --resample {resample}", further)
+    assert answered == list(range(1, len(kept.split())))
     assert [bool(micro.keep.all()) for micro in found] == [c == "1" for c in kept if c != " "]
 
 
