@@ -860,7 +860,7 @@ def test_what_is_made_is_whole_and_can_be_evaluated(tmp_path, make, capsys):
     out = make("--labels")
     main("--check", out)
     assert "6 with a box, 6 with an answer; 0 errors" in capsys.readouterr().out
-    assert [row["answer"] for row in sources.benchmark(str(out), tmp_path)] == ["Red"] * 6
+    assert [row.answer for row in sources.read_benchmark(str(out), tmp_path)] == ["Red"] * 6
 
 
 def sample(n, **changes):
