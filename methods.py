@@ -106,7 +106,7 @@ class VisionOPD:
 
     def token_weights(self, micro: Micro, count) -> Tensor:
         """(N, T): what a token's loss counts. One token mean over all ranks."""
-        return torch.full_like(micro.rollout.mask, 1 / max(1, count.tokens), dtype=torch.float32)
+        return torch.full_like(micro.rollout.mask, 1 / max(1, count["tokens"]), dtype=torch.float32)
 
 
 def write(run, micros, model, prompts: list[Prompt], step: int, extra: int = 0) -> None:
@@ -213,7 +213,7 @@ class GRPO(VisionOPD):
 
     def token_weights(self, micro, count):
         mask = micro.rollout.mask
-        each = 1 / (mask.sum(1, keepdim=True) * count.responses)  # (N, 1)
+        each = 1 / (mask.sum(1, keepdim=True) * count["responses"])  # (N, 1)
         return each.expand_as(mask).float()
 
 

@@ -16,8 +16,6 @@ import launch.environment  # noqa: F401  (first: it sets what torch and transfor
 
 # isort: split
 
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -46,7 +44,7 @@ from launch.flags import (
     settings_parser,
     share,
 )
-from launch.run_folder import append, claim, cut_back, tensorboard
+from launch.run_folder import append, claim, cut_back, log_line, rows_digest, tensorboard
 from loss import DIVERGENCES
 from methods import METHODS, EncodedMicros, Micro, micros_on_device, views
 from model import load, missing_kernels, response_hidden
@@ -266,7 +264,7 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
         loss.backward()  # sums gradients over the ranks
         totals[0] += loss.detach()
         if agree is not None:
-            totals[1] += agree.double().sum() / count.tokens
+            totals[1] += agree.double().sum() / count["tokens"]
         if not shown and (step % settings.show_every == 0 or step + 1 == settings.steps):
             shown = show(run, step, micro, per_token, scored=agree is not None)
     loss, agreement = over_ranks(totals.tolist(), run.device)
@@ -279,7 +277,12 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
     entry = {"step": step + 1, "steps": settings.steps, "loss": loss, "grad_norm": norm, "lr": lr}
     if method.distils and settings.objective == "topk":
         entry["agreement"] = agreement
-    entry |= count.log(graded=not method.distils)
+    n = count["responses"]
+    entry |= {"length": count["sampled"] / n, "eos": count["ended"] / n}
+    entry |= {"truncated": 1 - entry["eos"], "tokens": int(count["tokens"])}
+    entry["shrunk"] = int(count["shrunk"])
+    if not method.distils:
+        entry |= {"right": count["right"] / n, "kept": count["kept"] / n}
     for name, start, end in zip(("gen_s", "teach_s", "learn_s"), clock, clock[1:], strict=False):
         entry[name] = end - start
     entry["mem_gb"] = over_ranks([peak_memory(run.device)], run.device, dist.ReduceOp.MAX)[0]
@@ -329,45 +332,22 @@ def learning_rate(step: int, settings: Settings) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * done)
 
 
-@dataclass
-class Count:
+def count_responses(micros: list[Micro], device) -> Counter:
     """What was sampled in a step, summed over all ranks."""
-
-    responses: int
-    sampled: int  # tokens, EOS included
-    ended: int  # responses that ended by themselves
-    kept: int  # responses that are trained on
-    right: int  # responses that match the label, where that is asked
-    tokens: int  # that are trained on
-    shrunk: int  # prompts whose image was scaled down
-
-    def log(self, graded: bool) -> dict:
-        entry = {
-            "length": self.sampled / self.responses,
-            "eos": self.ended / self.responses,
-            "truncated": 1 - self.ended / self.responses,
-            "tokens": self.tokens,
-            "shrunk": self.shrunk,
-        }
-        if graded:
-            entry["right"] = self.right / self.responses
-            entry["kept"] = self.kept / self.responses
-        return entry
-
-
-def count_responses(micros: list[Micro], device) -> Count:
-    count = Counter(dict.fromkeys(Count.__dataclass_fields__, 0))
+    names = ["responses", "sampled", "ended", "kept", "tokens", "right", "shrunk"]
+    count = Counter(dict.fromkeys(names, 0))
     for micro in micros:
-        count["responses"] += len(micro.keep)
-        count["sampled"] += int(micro.rollout.mask.sum())
-        count["ended"] += int(micro.rollout.ended.sum())
-        count["kept"] += int(micro.keep.sum())
-        count["tokens"] += int(micro.rollout.mask[micro.keep].sum())
+        mask, keep = micro.rollout.mask, micro.keep
+        count["responses"] += len(keep)
+        count["sampled"] += int(mask.sum())  # tokens, EOS included
+        count["ended"] += int(micro.rollout.ended.sum())  # by themselves
+        count["kept"] += int(keep.sum())  # responses that are trained on
+        count["tokens"] += int(mask[keep].sum())  # and theirs
         if micro.right is not None:
             count["right"] += int(micro.right.sum())
         for prompt in filter(None, (micro.student_prompt, micro.teacher_prompt)):
-            count["shrunk"] += int(prompt["shrunk"].sum())
-    return Count(*map(int, over_ranks(list(count.values()), device)))
+            count["shrunk"] += int(prompt["shrunk"].sum())  # images scaled down
+    return Counter(dict(zip(names, over_ranks(list(count.values()), device), strict=True)))
 
 
 def micros_to_train_on(micros: list[Micro], device) -> list[Micro]:
@@ -449,27 +429,6 @@ def show(run: Run, step: int, micro: Micro, per_token: Tensor, scored: bool) -> 
     return shown
 
 
-def line(entry: dict) -> str:
-    """A step's log entry as people read it."""
-    told = [
-        f"step {entry['step']:4d}/{entry['steps']}",
-        f"loss {entry['loss']:.4f}",
-        f"grad {entry['grad_norm']:.2f}",
-        f"len {entry['length']:.0f}",
-        f"eos {entry['eos']:.2f}",
-    ]
-    for name, key in (("agree", "agreement"), ("right", "right"), ("kept", "kept")):
-        if key in entry:
-            told.append(f"{name} {entry[key]:.2f}")
-    seconds = {name: entry[f"{name}_s"] for name in ("gen", "teach", "learn", "other")}
-    whole = sum(seconds.values())
-    told.append(" ".join(f"{name} {s:.1f}s {s / whole:.0%}" for name, s in seconds.items()))
-    told.append(f"mem {entry['mem_gb']:.1f}G")
-    if entry["shrunk"]:
-        told.append(f"shrunk {entry['shrunk']}")
-    return " | ".join(told)
-
-
 # --------------------------------------------------------------------------------------------- run
 
 
@@ -495,10 +454,7 @@ def claim_folder(settings: Settings, rows: list[Triplet]) -> None:
     """Make --out this run's, or say whose it is."""
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    told = [[row.id, row.question, row.bbox, row.image.name, row.crop.name] for row in rows]
-    if METHODS[settings.method].needs_answers:
-        told += [row.answer for row in rows]
-    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    digest = rows_digest(rows, METHODS[settings.method].needs_answers)
     free = FREE - {"steps"} if settings.schedule == "cosine" else FREE
     claim(out, {**asdict(settings), "rows_sha256": digest}, free)
     newest = newest_state(out)
@@ -581,7 +537,7 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> Pa
         if rank == 0:
             append(log, [entry])
             append(rollouts, shown)
-            tqdm.write(line(entry), file=sys.stdout)
+            tqdm.write(log_line(entry), file=sys.stdout)
             if board:
                 for key, value in entry.items():
                     board.add_scalar(key, value, step + 1)

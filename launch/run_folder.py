@@ -1,5 +1,6 @@
 """The folder of a training run: whose it is (args.json), and its logs."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 import transformers
 
 from storage.files import read_jsonl, write
+from triplets.format import Triplet
 
 HERE = Path(__file__).parent
 
@@ -37,6 +39,14 @@ def claim(out: Path, now: dict, free: set[str]) -> None:
     write(path, json.dumps(told, indent=1))
 
 
+def rows_digest(rows: list[Triplet], with_answers: bool) -> str:
+    """Of all that a run depends on of its data, but not of where they lie."""
+    told = [[row.id, row.question, row.bbox, row.image.name, row.crop.name] for row in rows]
+    if with_answers:
+        told += [row.answer for row in rows]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
 def cut_back(path: Path, step: int) -> None:
     """Drop a log's lines of later steps than `step`: they are about to be done again."""
     kept = [entry for entry in read_jsonl(path, []) if entry["step"] <= step]
@@ -55,3 +65,24 @@ def tensorboard(out: Path, begin: int):
     except ImportError:
         return None
     return SummaryWriter(out / "tensorboard", purge_step=begin + 1)
+
+
+def log_line(entry: dict) -> str:
+    """A step's log entry as people read it."""
+    told = [
+        f"step {entry['step']:4d}/{entry['steps']}",
+        f"loss {entry['loss']:.4f}",
+        f"grad {entry['grad_norm']:.2f}",
+        f"len {entry['length']:.0f}",
+        f"eos {entry['eos']:.2f}",
+    ]
+    for name, key in (("agree", "agreement"), ("right", "right"), ("kept", "kept")):
+        if key in entry:
+            told.append(f"{name} {entry[key]:.2f}")
+    seconds = {name: entry[f"{name}_s"] for name in ("gen", "teach", "learn", "other")}
+    whole = sum(seconds.values())
+    told.append(" ".join(f"{name} {s:.1f}s {s / whole:.0%}" for name, s in seconds.items()))
+    told.append(f"mem {entry['mem_gb']:.1f}G")
+    if entry["shrunk"]:
+        told.append(f"shrunk {entry['shrunk']}")
+    return " | ".join(told)
