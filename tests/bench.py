@@ -2,7 +2,7 @@
 and what the images of a data set cost.
 
     python tests/bench.py                                a small model, minutes on two CPU cores; the loss takes 12 GB
-    python tests/bench.py --device cuda                  a 4B on one GPU of 80 GB, in the shapes of the goals printed at the end
+    python tests/bench.py --device cuda                  a 2B on one GPU of 80 GB, in the shapes of the goals printed at the end
     python tests/bench.py synth                          decode, draw, crop and write photographs of 2250 x 1500 px
     python tests/bench.py loss --tokens 256              the loss alone: against four matmuls, Liger-Kernel and TRL
 
@@ -41,27 +41,30 @@ from torch import Tensor  # noqa: E402
 import model as M  # noqa: E402
 import storage.images as images
 import toy.tiny as tiny_model
-import train  # noqa: E402  before torch: it sets the allocator of GPU memory
+import train  # noqa: E402
 from loss import divergence  # noqa: E402
+from methods import METHODS  # noqa: E402
 from rollout import CACHES, sample  # noqa: E402
+from sharding import Shards, join_ranks  # noqa: E402
 from synthesis.photos import load_photo  # noqa: E402
 from synthesis.regions import Region, cut  # noqa: E402
+from triplets.format import Triplet  # noqa: E402
 
 SIZES = {  # name: text hidden, MLP, layers, heads, KV heads, head dim, linear key / value heads, vision depth, hidden, MLP
     "small": (192, 576, 4, 4, 2, 48, 4, 4, 2, 64, 128),
     "0.8b": (1024, 3584, 24, 8, 2, 256, 16, 16, 12, 768, 3072),
+    "2b": (2048, 6144, 24, 8, 2, 256, 16, 16, 24, 1024, 4096),
     "4b": (2560, 9216, 32, 16, 4, 256, 16, 32, 24, 1024, 4096),
 }
 # What --device cuda changes: the shapes of the goals.
 GPU = dict(
     dtype="bfloat16",
-    size="4b",
+    size="2b",
     model_vocab=248320,
     prompt_tokens=4000,
     response_tokens=200,
     group=8,
     gen_prompts=12,
-    ranks=8,
     tokens=8192,
     vocab=248320,
     hidden=2560,
@@ -338,158 +341,134 @@ def compare(
     return fast[0], slow[0]
 
 
-class Share(train.Flat):
-    """One rank without the others: it updates and publishes its own part of the weights, and sends nothing."""
-
-    def publish(self, own: Tensor) -> None:
-        self.owned().copy_(own)
-
-    def summed(self, grads: Tensor) -> Tensor:
-        return grads[self.rank]
+def step_of(model, processor, args) -> train.Run:
+    """A run of one prompt a step, as train.py makes it."""
+    flags = (
+        f"--prompts 1 --gen-prompts 1 --steps 9 --group {args.group} --chunk {args.chunk} "
+        f"--max-new-tokens {args.response_tokens} --device {args.device}"
+    )
+    settings = train.parse(flags.split())
+    rank, world, device = join_ranks(args.device)
+    shards = Shards(
+        copy.deepcopy(model),
+        lr=settings.lr,
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+        copy_stays=False,
+    )
+    method = METHODS["vision-opd"](settings)
+    row = Triplet("0", "", "", "")
+    return train.Run(settings, method, [row], [1], processor, shards, rank, world, device)
 
 
 def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[float]:
-    """One optimizer step on one prompt and its phases: train.learn's, and the plain way's. Returns (the step's speed-up,)."""
-    G, T, n, head = (
-        args.group,
-        args.response_tokens,
-        args.group * args.response_tokens,
-        model.lm_head.weight,
-    )
-    options = train.parse(
-        [
-            "--prompts",
-            "1",
-            "--gen-prompts",
-            "1",
-            "--steps",
-            "9",
-            "--group",
-            str(G),
-            "--max-new-tokens",
-            str(T),
-            "--chunk",
-            str(args.chunk),
-            "--device",
-            args.device,
-        ]
-    )
-    teacher = copy.deepcopy(model).requires_grad_(False)
-    flat, teacher_flat = Share(model, 0, args.ranks), Share(teacher, 0, args.ranks)
-    state, rows = (
-        train.State(flat, options),
-        [{"id": "0", "question": "", "image": "", "crop": "", "answer": None}],
-    )
-    flat.track_gradients(state.master.grad)
-    full, crop, ids = (
-        photo(processor, args),
-        photo(processor, args, 0.4),
-        torch.randint(256, (G, T), device=args.device),
-    )
-    hidden, target = torch.randn(2, n, head.shape[1], dtype=head.dtype, device=args.device)
-    sides = hidden.requires_grad_(), head.detach().requires_grad_(), target, teacher.lm_head.weight
-    teacher_pass = torch.no_grad()(lambda hidden, ids: hidden(teacher, crop, ids))  # (G, T, D)
-
-    def backward(loss):
-        try:
-            loss.backward()
-        finally:  # memory may have run out halfway
-            flat.reduce()
-            flat.settle()
-
-    def step():
-        try:
-            train.learn(
-                options,
-                1,
-                [([0], full, crop)],
-                model,
-                teacher,
-                processor,
-                flat,
-                teacher_flat,
-                state,
-                rows,
-                None,
-            )
-        except torch.OutOfMemoryError:
-            flat.reduce()
-            flat.settle()
-            raise
+    """One optimizer step on one prompt and its phases: train.learn's, and the plain way's. Returns
+    (the step's speed-up,)."""
+    group, tokens = args.group, args.response_tokens
+    n = group * tokens
+    run = step_of(model, processor, args)
+    full, crop = photo(processor, args), photo(processor, args, 0.4)
+    ids = torch.randint(256, (group, tokens), device=args.device)
+    plain = Plain(model, full, crop, args)
 
     def student_pass(checkpoint=True):
-        backward(M.response_hidden(model, full, ids, checkpoint=checkpoint).square().sum())
+        def squares(student):
+            return M.response_hidden(student, full, ids, checkpoint=checkpoint).square().sum()
 
-    def plain_student_pass(
-        ids=ids, loss=lambda hidden, rows: hidden.square().sum(), checkpoint=True
-    ):
-        model.model.language_model.activation_checkpointing_enable()  # in training mode; the vision tower's is on
-        model.train(checkpoint)
-        try:
-            for rows in torch.arange(G).split(args.plain_rows):
-                backward(loss(plain_hidden(model, full, ids[rows]), rows))
-        finally:
-            model.eval().model.language_model.activation_checkpointing_disable()
-
-    def plain_step():
-        ids = plain_generate(model, full, G, T)
-        target = teacher_pass(plain_hidden, ids)
-        plain_student_pass(
-            ids,
-            lambda hidden, rows: (
-                divergence(hidden @ head.t(), target[rows] @ teacher.lm_head.weight.t()).sum() / n
-            ),
-        )
-        update()
+        run.shards.student_pass(squares).backward()
 
     def update():
-        state.update(options.lr, options.clip, options.ema_rate, 1.0)
-        flat.publish(state.master.data)
-        teacher_flat.publish(state.ema)
+        run.shards.update(1e-6, run.shards.gradient_norm(), 1.0, 0.05)
+        run.shards.publish("student")
+        run.shards.publish("teacher")
 
-    L, crop_L = full["input_ids"].shape[1], crop["input_ids"].shape[1]
-    forward, teacher_forward = (
-        sum(forward_flops(model, prompt, G, T)) / rate for prompt in (full, crop)
-    )  # seconds
-    with torch.no_grad():
-        matmuls, _ = measure(bench_loss.matmuls(args, *(side.detach() for side in sides)), args)
+    def generate():
+        return sample(model, processor, full, group, max_new_tokens=tokens, seeds=[0])
+
+    @torch.no_grad()
+    def teacher_pass():
+        return M.response_hidden(model, crop, ids)
+
+    head = model.lm_head.weight.detach()
+    hidden, target = torch.randn(2, n, head.shape[1], dtype=head.dtype, device=args.device)
+    sides = (hidden.requires_grad_(), head.clone().requires_grad_(), target, head)
+    matmuls, _ = measure(bench_loss.matmuls(args, *(side.detach() for side in sides)), args)
+    length, crop_length = full["input_ids"].shape[1], crop["input_ids"].shape[1]
+    forward = sum(forward_flops(model, full, group, tokens)) / rate  # seconds
+    teacher_forward = sum(forward_flops(model, crop, group, tokens)) / rate
+    reading = tokens * read_bytes(model, group, length + tokens / 2) / bandwidth
     phases = {  # name: (ours, the plain way, floor in seconds)
-        "generation": (
-            lambda: sample(model, processor, full, G, max_new_tokens=T, seeds=[0]),
-            lambda: plain_generate(model, full, G, T),
-            T * read_bytes(model, G, L + T / 2) / bandwidth,
-        ),
-        "teacher pass": (
-            lambda: teacher_pass(M.response_hidden, ids),
-            lambda: teacher_pass(plain_hidden, ids),
-            teacher_forward,
-        ),
-        "student pass, gradients added up": (student_pass, plain_student_pass, 4 * forward),
+        "generation": (generate, plain.generate, reading),
+        "teacher pass": (teacher_pass, lambda: plain.teacher_pass(ids), teacher_forward),
+        "student pass": (student_pass, lambda: plain.student_pass(ids), 4 * forward),
         "loss": (bench_loss.ours(args, *sides), bench_loss.plain(args, *sides), matmuls),
     }
     print(
-        f"\none step: {L:,} prompt tokens (teacher {crop_L:,}), {T} response tokens, G = {G}, one of {args.ranks} ranks\n{HEADER}"
+        f"\none step: {length:,} prompt tokens (teacher {crop_length:,}), {tokens} response tokens, "
+        f"G = {group}\n{HEADER}"
     )
-    ours, plain = compare(
-        "whole step, train.learn",
-        step,
-        plain_step,
-        n,
-        sum(floor for *_, floor in phases.values()),
-        args,
+    floor = sum(floor for *_, floor in phases.values())
+    batch = [(run.rows, full, crop)]
+    ours, slow = compare(
+        "whole step, train.learn", lambda: train.learn(run, 1, batch), plain.step, n, floor, args
     )
-    for name, (run, plain_run, floor) in phases.items():
-        compare(name, run, plain_run, n, floor, args, ours)
+    for name, (fast, plain_way, floor) in phases.items():
+        compare(name, fast, plain_way, n, floor, args, ours)
     row("update: AdamW, EMA, new weights", measure(update, args), n, math.nan, step=ours)
     compare(
         "student pass without checkpointing",
         lambda: student_pass(False),
-        lambda: plain_student_pass(checkpoint=False),
+        lambda: plain.student_pass(ids, checkpoint=False),
         n,
         3 * forward,
         args,
     )
-    return (plain / ours,)
+    return (slow / ours,)
+
+
+class Plain:
+    """The plain way of a step: every response a full sequence, all logits at once, AdamW and EMA
+    on the weights as they are."""
+
+    def __init__(self, model, full: M.Prompt, crop: M.Prompt, args):
+        self.full, self.crop, self.args = full, crop, args
+        self.student = copy.deepcopy(model).requires_grad_(True)
+        self.teacher = copy.deepcopy(model).requires_grad_(False)
+        self.adam = torch.optim.AdamW(self.student.parameters(), lr=1e-6, fused=True)
+
+    def generate(self) -> Tensor:
+        return plain_generate(self.student, self.full, self.args.group, self.args.response_tokens)
+
+    @torch.no_grad()
+    def teacher_pass(self, ids: Tensor) -> Tensor:
+        return plain_hidden(self.teacher, self.crop, ids)
+
+    def student_pass(self, ids: Tensor, loss=None, checkpoint: bool = True) -> None:
+        text = self.student.model.language_model
+        text.activation_checkpointing_enable()  # in training mode; the vision tower's is on
+        self.student.train(checkpoint)
+        try:
+            for rows in torch.arange(len(ids)).split(self.args.plain_rows):
+                hidden = plain_hidden(self.student, self.full, ids[rows])
+                (loss(hidden, rows) if loss else hidden.square().sum()).backward()
+        finally:
+            self.student.eval()
+            text.activation_checkpointing_disable()
+
+    def step(self) -> None:
+        ids = self.generate()
+        target = self.teacher_pass(ids)
+
+        def loss(hidden, rows):
+            student_logits = hidden @ self.student.lm_head.weight.t()
+            teacher_logits = target[rows] @ self.teacher.lm_head.weight.t()
+            return divergence(student_logits, teacher_logits).sum() / ids.numel()
+
+        self.student_pass(ids, loss)
+        self.adam.step()
+        self.adam.zero_grad()
+        weights = [weight.data for weight in self.student.parameters()]
+        torch._foreach_lerp_(list(self.teacher.parameters()), weights, 0.05)
 
 
 def bench_generate(model, processor, args, rate: float, bandwidth: float) -> tuple[float]:
@@ -592,12 +571,6 @@ def main() -> None:
     p.add_argument("--response-tokens", type=int, default=50)
     p.add_argument("--group", type=int, default=8)
     p.add_argument("--gen-prompts", type=int, default=3, help="generate: prompts decoded at once")
-    p.add_argument(
-        "--ranks",
-        type=int,
-        default=1,
-        help="step: share the optimizer's state as so many ranks do; nothing is sent",
-    )
     p.add_argument(
         "--plain-rows",
         type=int,

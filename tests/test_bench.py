@@ -106,8 +106,6 @@ def test_every_row_of_the_step_and_of_generation_is_measured(monkeypatch, capsys
         "1",
         "--plain-rows",
         "1",
-        "--ranks",
-        "2",
     )
     rows = [
         line
