@@ -79,6 +79,12 @@ class VisionOPD:
     def __init__(self, settings):
         self.settings = settings
 
+    def teacher_sides(self) -> dict[str, float]:
+        """Whose weights make the teacher's logits, and their shares."""
+        if self.settings.teacher == "trust-region":
+            return {"teacher": 1 - self.settings.trust, "student": self.settings.trust}
+        return {"teacher": 1.0}
+
     def respond(self, run, micros: list[Micro], step: int, extra: int = 0) -> None:
         prompts = [micro.student_prompt for micro in micros]
         write(run, micros, run.shards.publish("student"), prompts, step, extra)
@@ -107,6 +113,10 @@ class VisionOPD:
     def token_weights(self, micro: Micro, count) -> Tensor:
         """(N, T): what a token's loss counts. One token mean over all ranks."""
         return torch.full_like(micro.rollout.mask, 1 / max(1, count["tokens"]), dtype=torch.float32)
+
+    def figures(self, count, agreement: float) -> dict[str, float]:
+        """What a step logs of this method beside the loss."""
+        return {"agreement": agreement} if self.settings.objective == "topk" else {}
 
 
 def write(run, micros, model, prompts: list[Prompt], step: int, extra: int = 0) -> None:
@@ -158,13 +168,25 @@ class OPSD(VisionOPD):
     needs_answers = True
 
 
-class SFT(VisionOPD):
+class Graded(VisionOPD):
+    """What methods share that ask whether a response is right, and have no teacher to read it."""
+
+    distils = False
+    needs_answers = True
+
+    def teacher_sides(self):
+        return {}
+
+    def figures(self, count, agreement):
+        n = count["responses"]
+        return {"right": count["right"] / n, "kept": count["kept"] / n}
+
+
+class SFT(Graded):
     """The teacher, frozen unless told otherwise, answers from the crop; the student learns those
     responses that are right, by cross-entropy (paper, Table 2)."""
 
     default_teacher = "initial"
-    distils = False
-    needs_answers = True
 
     def respond(self, run, micros, step, extra=0):
         prompts = [micro.teacher_prompt for micro in micros]
@@ -182,14 +204,12 @@ class SFT(VisionOPD):
         return weighted(-log_s, weights)
 
 
-class GRPO(VisionOPD):
+class GRPO(Graded):
     """Reward 1 for a right answer, advantages within the group of a prompt, clipped policy
     gradient; the mean of a response, then of all (textbook form; paper, Table 2)."""
 
     teacher_view = None
     default_teacher = None
-    distils = False
-    needs_answers = True
     clip = (0.2, 0.2)
 
     def select(self, run, micros, step):

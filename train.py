@@ -251,12 +251,11 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
     clock.append(time.perf_counter())
 
     # 2. Teach: the teacher, shown only the crop, reads the same answers.
-    if method.distils:
-        teach(run, micros)
+    teach(run, micros)
     clock.append(time.perf_counter())
 
     # 3. Learn: the student is pulled toward what the teacher would have said.
-    totals = torch.zeros(2, dtype=torch.float64, device=run.device)
+    totals = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, agreement
     shown = []
     for micro in micros:
         weights = method.token_weights(micro, count)  # (N, T): 1 / the tokens of all ranks
@@ -275,16 +274,9 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
     clock.append(time.perf_counter())
 
     entry = {"step": step + 1, "steps": settings.steps, "loss": loss, "grad_norm": norm, "lr": lr}
-    if method.distils and settings.objective == "topk":
-        entry["agreement"] = agreement
-    n = count["responses"]
-    entry |= {"length": count["sampled"] / n, "eos": count["ended"] / n}
-    entry |= {"truncated": 1 - entry["eos"], "tokens": int(count["tokens"])}
-    entry["shrunk"] = int(count["shrunk"])
-    if not method.distils:
-        entry |= {"right": count["right"] / n, "kept": count["kept"] / n}
-    for name, start, end in zip(("gen_s", "teach_s", "learn_s"), clock, clock[1:], strict=False):
-        entry[name] = end - start
+    entry |= {**lengths(count), **method.figures(count, agreement)}
+    for i, name in enumerate(("gen_s", "teach_s", "learn_s")):
+        entry[name] = clock[i + 1] - clock[i]
     entry["mem_gb"] = over_ranks([peak_memory(run.device)], run.device, dist.ReduceOp.MAX)[0]
     return entry, shown
 
@@ -300,12 +292,9 @@ def student_loss(run: Run, micro: Micro, weights: Tensor, student) -> tuple:
 
 @torch.no_grad()
 def teach(run: Run, micros: list[Micro]) -> None:
-    """Sets what the student is pulled toward. The teacher leaves hidden states, not logits; a
-    trust-region teacher mixes the logits of the initial weights and the student (Table 3)."""
-    sides = {"teacher": 1.0}
-    if run.settings.teacher == "trust-region":
-        sides = {"teacher": 1 - run.settings.trust, "student": run.settings.trust}
-    for who, share_of_logits in sides.items():
+    """Sets what the student is pulled toward, where that is a teacher. It leaves hidden states, not
+    logits; a trust-region one mixes the logits of initial weights and student (Table 3)."""
+    for who, share_of_logits in run.method.teacher_sides().items():
         model = run.shards.publish(who)
         head = model.lm_head.weight.clone()  # the model is freed before the student's pass
         for micro in micros:
@@ -348,6 +337,18 @@ def count_responses(micros: list[Micro], device) -> Counter:
         for prompt in filter(None, (micro.student_prompt, micro.teacher_prompt)):
             count["shrunk"] += int(prompt["shrunk"].sum())  # images scaled down
     return Counter(dict(zip(names, over_ranks(list(count.values()), device), strict=True)))
+
+
+def lengths(count: Counter) -> dict[str, float]:
+    """What a step logs of its responses."""
+    ended = count["ended"] / count["responses"]
+    return {
+        "length": count["sampled"] / count["responses"],
+        "eos": ended,
+        "truncated": 1 - ended,
+        "tokens": int(count["tokens"]),
+        "shrunk": int(count["shrunk"]),
+    }
 
 
 def micros_to_train_on(micros: list[Micro], device) -> list[Micro]:
