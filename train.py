@@ -79,7 +79,7 @@ class Settings:
         "hub id or directory with train.jsonl (default yuanqianhao/Vision-OPD-6K; --toy: drawn)",
     )
     out: str = setting("runs/vision-opd", "checkpoints, log.jsonl, args.json, report.html")
-    seed: int = setting(0, "order of the data and every sampled token are functions of it", int)
+    seed: int = setting(0, "order of the data and every sampled token are functions of it", natural)
     # batch
     steps: int = setting(
         None,

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.rows import Question
-from storage.files import naming_full_disks, write
+from storage.files import naming_full_disks, write, write_jsonl
 from storage.hub import download, unpack
 from triplets.format import Triplet, read_triplets
 
@@ -192,7 +192,7 @@ def convert(name: str, root: Path) -> None:
             f"of {', '.join(bench['repos'])}. Put them there, or delete the folder to have them "
             "downloaded."
         )
-    write(root / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(root / f"{name}.jsonl", rows)
 
 
 def source_rows(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from storage.files import read_jsonl, write
+from storage.files import read_jsonl, write, write_jsonl
 from triplets.format import Triplet
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def rows_digest(rows: list[Triplet], with_answers: bool) -> str:
 def cut_back(path: Path, step: int) -> None:
     """Drop a log's lines of later steps than `step`: they are about to be done again."""
     kept = [entry for entry in read_jsonl(path, []) if entry["step"] <= step]
-    write(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+    write_jsonl(path, kept)
 
 
 def append(path: Path, entries: list[dict]) -> None:

@@ -6,7 +6,7 @@ from conftest import alone, noise
 
 import model as M
 import rollout
-from rollout import InverseCDF, sample
+from rollout import sample
 from toy.tiny import tiny
 
 
@@ -44,14 +44,19 @@ def test_a_sampled_response_depends_on_its_seed_and_not_on_its_batch(lively, mix
     assert not torch.equal(together.ids[0], together.ids[1])  # the rows of a group differ
 
 
+def drawn(uniforms, logits, temperature=1.0):
+    """What is left finite of `logits` (N, V) after one prompt token."""
+    how = rollout.Sampling(temperature=temperature)
+    draw = rollout.InverseCDF(uniforms, 1, how, torch.empty_like(uniforms))
+    return draw(torch.zeros(len(logits), 1), logits)
+
+
 def test_sampling_follows_the_softmax_at_its_temperature():
     logits = torch.tensor([[2.0, 0.5, -torch.inf, 1.0, -3.0]])
     n = 40_000
     uniforms = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
     for temperature in (1.0, 0.5):
-        picked = InverseCDF(uniforms, 1, temperature)(
-            torch.zeros(n, 1), logits.expand(n, -1)
-        ).argmax(-1)
+        picked = drawn(uniforms, logits.expand(n, -1), temperature).argmax(-1)
         share = torch.bincount(picked, minlength=5) / n
         want = (logits[0].double() / temperature).softmax(-1).float()
         assert (share - want).abs().max() < 4 * (0.25 / n) ** 0.5  # four standard deviations
@@ -61,7 +66,7 @@ def test_sampling_follows_the_softmax_at_its_temperature():
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_unit_interval_never_pick_an_impossible_token(u):
     for logits in ([-torch.inf, 0.0, 0.0, -torch.inf], [-torch.inf, 3.0, -50.0, -torch.inf]):
-        scores = InverseCDF(torch.tensor([[u]]), 1, 1.0)(torch.zeros(1, 1), torch.tensor([logits]))
+        scores = drawn(torch.tensor([[u]]), torch.tensor([logits]))
         assert scores.argmax().item() in (1, 2)
 
 
@@ -115,9 +120,7 @@ def test_a_response_ends_at_the_tokenizers_end_even_when_the_checkpoint_names_no
 
 
 def test_logits_that_are_not_numbers_still_give_a_token():
-    scores = InverseCDF(torch.tensor([[0.5]]), 1, 1.0)(
-        torch.zeros(1, 1), torch.full((1, 4), torch.nan)
-    )
+    scores = drawn(torch.tensor([[0.5]]), torch.full((1, 4), torch.nan))
     assert torch.isfinite(scores).sum() == 1  # the loss then names the samples
 
 
@@ -235,17 +238,12 @@ def test_an_answer_is_plain_generates_text_in_whatever_batch(lively):
             suppress_tokens=banned,
             pad_token_id=processor.tokenizer.pad_token_id,
         )[0, prompt["input_ids"].shape[1] :].tolist()
-        assert reply == {
-            "output": processor.tokenizer.decode(ids, skip_special_tokens=True),
-            "tokens": len(ids),
-            "truncated": ids[-1] not in (eos, stop),
-        }
-        ended += not reply["truncated"]
-    assert (
-        0 < ended
-        and together[0]["tokens"] <= 9
-        and len({reply["output"] for reply in together}) > 1
-    )
+        text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+        assert reply == rollout.Reply(text, len(ids), ids[-1] not in (eos, stop))
+        ended += not reply.truncated
+    assert 0 < ended
+    assert together[0].tokens <= 9
+    assert len({reply.output for reply in together}) > 1
 
 
 def test_a_chat_about_several_images_is_answered_as_by_plain_generate(lively):
@@ -271,6 +269,42 @@ def test_a_chat_about_several_images_is_answered_as_by_plain_generate(lively):
             pad_token_id=processor.tokenizer.pad_token_id,
             suppress_tokens=processor.tokenizer.convert_tokens_to_ids(list(M.VISION_TOKENS)),
         )[0, prompt["input_ids"].shape[1] :]
-        assert reply["output"] == processor.tokenizer.decode(
-            ids, skip_special_tokens=True
-        ) and reply["tokens"] == len(ids)
+        text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+        assert (reply.output, reply.tokens) == (text, len(ids))
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+def batches(most, items, fits, bad=()):
+    """The batches that pass, as (batch, result), and the batch size that is left."""
+    work, told = rollout.Batches(most), []
+
+    def answer(batch):
+        if len(batch) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if set(batch) & set(bad):
+            raise ValueError("a bad row")
+        return sum(batch)
+
+    for batch, result in work.run(items, answer, bad_item=(ValueError,)):
+        told.append((batch, type(result).__name__ if isinstance(result, Exception) else result))
+    return told, work.most
+
+
+def test_what_does_not_fit_is_halved_for_good():
+    told, most = batches(8, list(range(9)), fits=2)
+    assert [batch for batch, _ in told] == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+    assert [result for _, result in told] == [1, 5, 9, 13, 8] and most == 2
+
+
+def test_a_bad_item_comes_alone_with_its_error_and_the_batches_grow_again():
+    told, most = batches(4, list(range(9)), fits=4, bad=[2])
+    assert {tuple(batch): result for batch, result in told}[(2,)] == "ValueError"
+    assert [item for batch, _ in told for item in batch] == list(range(9))
+    assert max(len(batch) for batch, _ in told) > 2 and most == 4
+
+
+def test_an_item_that_fits_nowhere_costs_only_itself():
+    told, most = batches(4, list(range(5)), fits=0)
+    assert told == [([item], "OutOfMemoryError") for item in range(5)] and most == 4
