@@ -455,9 +455,6 @@ def claim_folder(settings: Settings, rows: list[Triplet]) -> None:
     """Make --out this run's, or say whose it is."""
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    digest = rows_digest(rows, METHODS[settings.method].needs_answers)
-    free = FREE - {"steps"} if settings.schedule == "cosine" else FREE
-    claim(out, {**asdict(settings), "rows_sha256": digest}, free)
     newest = newest_state(out)
     if newest:
         done = int(newest.parts[-3].removeprefix("checkpoint-"))
@@ -466,6 +463,9 @@ def claim_folder(settings: Settings, rows: list[Triplet]) -> None:
                 f"{out} is at step {done} already, past --steps {settings.steps}. Raise --steps, "
                 "or choose another --out."
             )
+    digest = rows_digest(rows, METHODS[settings.method].needs_answers)
+    free = FREE - {"steps"} if settings.schedule == "cosine" else FREE
+    claim(out, {**asdict(settings), "rows_sha256": digest}, free)
 
 
 def prepare(settings: Settings, rank: int, world: int, device: torch.device) -> tuple[Run, int]:

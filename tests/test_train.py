@@ -270,7 +270,6 @@ def test_a_state_of_another_model_is_refused(run, world, tmp_path):
     run("x", "--steps 1")
     base = tmp_path / "base"
     model, processor = tiny(0)
-    model.model.visual.merger.norm.bias = None
     model.resize_token_embeddings(512)
     vision_model.save(model, processor, base)
     args = tmp_path / "x" / "args.json"
@@ -494,8 +493,8 @@ def test_the_toy_command_leaves_a_table_two_models_and_a_page(tmp_path, monkeypa
     for when in ("before", "after"):
         found = json.loads((out / f"eval-{when}" / "result.json").read_text())["benches"]
         counted = {name: {view: cell["n"] for view, cell in found[name].items()} for name in found}
-        assert counted["toy"] == {"full": 12, "crop": 12}
-        assert counted["toy-large"] == {"full": 6, "crop": 6}
+        assert counted["toy"] == {"full": 12, "crop": 12, "gap": 12}
+        assert counted["toy-large"] == {"full": 6, "crop": 6, "gap": 6}
         assert counted["toy-holdout"] == {"full": 6}
     for name in ("rollouts.jsonl", "report.html", "base/config.json"):
         assert (out / name).exists()
