@@ -114,9 +114,9 @@ class VisionOPD:
         """(N, T): what a token's loss counts. One token mean over all ranks."""
         return torch.full_like(micro.rollout.mask, 1 / max(1, count["tokens"]), dtype=torch.float32)
 
-    def figures(self, count, agreement: float) -> dict[str, float]:
+    def figures(self, count, agreement: float | None) -> dict[str, float]:
         """What a step logs of this method beside the loss."""
-        return {"agreement": agreement} if self.settings.objective == "topk" else {}
+        return {} if agreement is None else {"agreement": agreement}
 
 
 def write(run, micros, model, prompts: list[Prompt], step: int, extra: int = 0) -> None:

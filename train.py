@@ -256,7 +256,7 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
 
     # 3. Learn: the student is pulled toward what the teacher would have said.
     totals = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, agreement
-    shown = []
+    shown, agree = [], None
     for micro in micros:
         weights = method.token_weights(micro, count)  # (N, T): 1 / the tokens of all ranks
         loss, per_token, agree = shards.student_pass(partial(student_loss, run, micro, weights))
@@ -274,7 +274,8 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
     clock.append(time.perf_counter())
 
     entry = {"step": step + 1, "steps": settings.steps, "loss": loss, "grad_norm": norm, "lr": lr}
-    entry |= {**lengths(count), **method.figures(count, agreement)}
+    entry |= lengths(count)
+    entry |= method.figures(count, None if agree is None else agreement)
     for i, name in enumerate(("gen_s", "teach_s", "learn_s")):
         entry[name] = clock[i + 1] - clock[i]
     entry["mem_gb"] = over_ranks([peak_memory(run.device)], run.device, dist.ReduceOp.MAX)[0]
@@ -602,7 +603,7 @@ def flags_with_effect(settings: Settings) -> dict[str, bool]:
         "--ema-rate": settings.teacher == "ema",
         "--divergence": topk,
         "--top-k": topk,
-        "--beta": topk and settings.divergence == "jsd",
+        "--beta": topk and settings.divergence not in ("forward_kl", "reverse_kl"),
         "--resample": settings.method == "dapo",
     }
 

@@ -1,4 +1,5 @@
-"""Speed and memory of a training step and its phases, each beside a floor measured in the same run and beside the plain way;
+"""Speed and memory of a training step and its phases, each beside a floor measured in the same run
+and beside the plain way;
 and what the images of a data set cost.
 
     python tests/bench.py                                a small model, minutes on two CPU cores; the loss takes 12 GB
@@ -6,11 +7,16 @@ and what the images of a data set cost.
     python tests/bench.py synth                          decode, draw, crop and write photographs of 2250 x 1500 px
     python tests/bench.py loss --tokens 256              the loss alone: against four matmuls, Liger-Kernel and TRL
 
-The plain way is what the official code does: every response is one full sequence, prompt and image included, generation
-prefills each of the G copies, and the loss has all logits at once. A floor is the time of what cannot be left out, at the
-speed of a bare matmul or copy: of a pass its matmuls (checkpointing's recomputation included), of generation reading weights
-and caches once a token, of the loss its four matmuls, of the step all of these. Weights are random; the shapes are what
-counts. Medians of --repeats runs (of the loss alone the fastest). tokens/s: response tokens; GB, of 2^30 bytes: a GPU's peak
+The plain way is what the official code does: every response is one full sequence, prompt and image
+included, generation
+prefills each of the G copies, and the loss has all logits at once. A floor is the time of what
+cannot be left out, at the
+speed of a bare matmul or copy: of a pass its matmuls (checkpointing's recomputation included), of
+generation reading weights
+and caches once a token, of the loss its four matmuls, of the step all of these. Weights are
+random; the shapes are what
+counts. Medians of --repeats runs (of the loss alone the fastest). tokens/s: response tokens; GB,
+of 2^30 bytes: a GPU's peak
 above what was there before.
 """
 
@@ -38,7 +44,7 @@ import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-import model as M  # noqa: E402
+import model as vision_model  # noqa: E402
 import storage.images as images
 import toy.tiny as tiny_model
 import train  # noqa: E402
@@ -50,26 +56,28 @@ from synthesis.photos import load_photo  # noqa: E402
 from synthesis.regions import Region, cut  # noqa: E402
 from triplets.format import Triplet  # noqa: E402
 
-SIZES = {  # name: text hidden, MLP, layers, heads, KV heads, head dim, linear key / value heads, vision depth, hidden, MLP
+# name: text hidden, MLP, layers, heads, KV heads, head dim, linear key / value heads, vision
+# depth, hidden, MLP
+SIZES = {
     "small": (192, 576, 4, 4, 2, 48, 4, 4, 2, 64, 128),
     "0.8b": (1024, 3584, 24, 8, 2, 256, 16, 16, 12, 768, 3072),
     "2b": (2048, 6144, 24, 8, 2, 256, 16, 16, 24, 1024, 4096),
     "4b": (2560, 9216, 32, 16, 4, 256, 16, 32, 24, 1024, 4096),
 }
 # What --device cuda changes: the shapes of the goals.
-GPU = dict(
-    dtype="bfloat16",
-    size="2b",
-    model_vocab=248320,
-    prompt_tokens=4000,
-    response_tokens=200,
-    group=8,
-    gen_prompts=12,
-    tokens=8192,
-    vocab=248320,
-    hidden=2560,
-    warmup=1,
-)
+GPU = {
+    "dtype": "bfloat16",
+    "size": "2b",
+    "model_vocab": 248320,
+    "prompt_tokens": 4000,
+    "response_tokens": 200,
+    "group": 8,
+    "gen_prompts": 12,
+    "tokens": 8192,
+    "vocab": 248320,
+    "hidden": 2560,
+    "warmup": 1,
+}
 GOALS = {  # benchmark: (goal, whether the numbers found reach it)
     "loss": (
         "loss, 8,192 tokens: at most 1.6x its floor, under 2 GB beyond the gradients",
@@ -106,35 +114,35 @@ def build(size: str, vocab: int, device, dtype):
     processor.image_processor.size = {"shortest_edge": 1024, "longest_edge": 16_777_216}
     donor = tiny_model.tiny()[0].config
     config = transformers.Qwen3_5Config(
-        text_config=dict(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv,
-            head_dim=dim,
-            linear_num_key_heads=key_heads,
-            linear_num_value_heads=value_heads,
-            tie_word_embeddings=True,
-            eos_token_id=processor.tokenizer.eos_token_id,
-            rope_parameters=dict(
-                rope_type="default",
-                rope_theta=1e7,
-                partial_rotary_factor=0.25,
-                mrope_section=[dim // 8 - 2 * (dim // 24), dim // 24, dim // 24],
-                mrope_interleaved=True,
-            ),
-        ),
-        vision_config=dict(
-            depth=depth,
-            hidden_size=vision,
-            intermediate_size=vision_mlp,
-            num_heads=vision // 64,
-            patch_size=16,
-            out_hidden_size=hidden,
-            num_position_embeddings=2304,
-        ),
+        text_config={
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv,
+            "head_dim": dim,
+            "linear_num_key_heads": key_heads,
+            "linear_num_value_heads": value_heads,
+            "tie_word_embeddings": True,
+            "eos_token_id": processor.tokenizer.eos_token_id,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e7,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [dim // 8 - 2 * (dim // 24), dim // 24, dim // 24],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": depth,
+            "hidden_size": vision,
+            "intermediate_size": vision_mlp,
+            "num_heads": vision // 64,
+            "patch_size": 16,
+            "out_hidden_size": hidden,
+            "num_position_embeddings": 2304,
+        },
         tie_word_embeddings=True,
         **{key: getattr(donor, key) for key in VISION_IDS},
     )
@@ -143,14 +151,14 @@ def build(size: str, vocab: int, device, dtype):
         torch.set_default_dtype(dtype)
         model = transformers.Qwen3_5ForConditionalGeneration(config)
         torch.set_default_dtype(torch.float32)
-    M.prepare(model.to(device), processor)
+    vision_model.prepare(model.to(device), processor)
     model.generation_config.eos_token_id = [
         config.vision_start_token_id
     ]  # suppressed: no response ends early
     return model, processor
 
 
-def photo(processor, args, share: float = 1.0) -> M.Prompt:
+def photo(processor, args, share: float = 1.0) -> vision_model.Prompt:
     """One prompt of `share` of --prompt-tokens: image tokens, then a question that fills the rest."""
     images = int((args.prompt_tokens - 60) * share)
     columns = int(math.sqrt(images))
@@ -159,17 +167,17 @@ def photo(processor, args, share: float = 1.0) -> M.Prompt:
             0, 256, (images // columns * 32, columns * 32, 3), dtype=np.uint8
         )
     )
-    empty = M.encode(processor, [image], ["what"])["input_ids"].shape[1]
-    prompt = M.encode(
+    empty = vision_model.encode(processor, [image], ["what"])["input_ids"].shape[1]
+    prompt = vision_model.encode(
         processor, [image], ["what" + " is" * max(0, int(args.prompt_tokens * share) - empty)]
     )
-    return M.to_device(
+    return vision_model.to_device(
         prompt | {"pixel_values": prompt["pixel_values"].to(getattr(torch, args.dtype))},
         args.device,
     )
 
 
-def copies(prompt: M.Prompt, group: int) -> dict:
+def copies(prompt: vision_model.Prompt, group: int) -> dict:
     """The plain way's input: the prompts, images included, once per response."""
     return {
         key: value.repeat(group, *[1] * (value.ndim - 1))
@@ -178,7 +186,7 @@ def copies(prompt: M.Prompt, group: int) -> dict:
     }
 
 
-def plain_generate(model, prompt: M.Prompt, group: int, tokens: int) -> Tensor:
+def plain_generate(model, prompt: vision_model.Prompt, group: int, tokens: int) -> Tensor:
     """`generate` on G copies of the prompts, as with num_return_sequences = G: (N, T) sampled ids."""
     model.model.rope_deltas = None
     return model.generate(
@@ -195,8 +203,9 @@ def plain_generate(model, prompt: M.Prompt, group: int, tokens: int) -> Tensor:
     )[:, prompt["input_ids"].shape[1] :]
 
 
-def plain_hidden(model, prompt: M.Prompt, ids: Tensor) -> Tensor:
-    """One full sequence per response: hidden states (N, T, D) that predict the ids (N, T) after N copies of one prompt."""
+def plain_hidden(model, prompt: vision_model.Prompt, ids: Tensor) -> Tensor:
+    """One full sequence per response: hidden states (N, T, D) that predict the ids (N, T) after N
+    copies of one prompt."""
     inputs, extra = copies(prompt, len(ids)), torch.zeros_like(ids)
     inputs |= {
         key: torch.cat([inputs[key], more], 1)
@@ -210,19 +219,24 @@ def plain_hidden(model, prompt: M.Prompt, ids: Tensor) -> Tensor:
     return model.model(**inputs, use_cache=False).last_hidden_state[:, -ids.shape[1] - 1 : -1]
 
 
-def forward_flops(model, prompt: M.Prompt, N: int = 0, T: int = 0) -> tuple[float, float]:
-    """Flops of one forward of B prompts, each computed once, and of N responses to them: (with weights, between tokens).
+def forward_flops(model, prompt: vision_model.Prompt, N: int = 0, T: int = 0) -> tuple[float, float]:
+    """Flops of one forward of B prompts, each computed once, and of N responses to them: (with
+    weights, between tokens).
 
         2 x weights x tokens              B (L - 1) + N T tokens: language model without its head; patches: vision tower
         4 x heads x head_dim x pairs      scores and values; a pair is a query and a key that it attends to
 
-    Left out: the recurrence of linear attention, a few percent of a 4B's. A backward pass counts as two forwards.
+    Left out: the recurrence of linear attention, a few percent of a 4B's. A backward pass
+    counts as two forwards.
     """
-    size = lambda module: sum(
-        m.weight.numel()
-        for m in module.modules()
-        if isinstance(m, (torch.nn.Linear, torch.nn.Conv3d))
-    )
+
+    def size(module):
+        return sum(
+            m.weight.numel()
+            for m in module.modules()
+            if isinstance(m, (torch.nn.Linear, torch.nn.Conv3d))
+        )
+
     (B, L), text, tower = prompt["input_ids"].shape, model.model.language_model, model.model.visual
     patches = (
         prompt["image_grid_thw"].prod(1).tolist()
@@ -242,9 +256,9 @@ def forward_flops(model, prompt: M.Prompt, N: int = 0, T: int = 0) -> tuple[floa
 
 
 def read_bytes(model, N: int, length: float) -> float:
-    """Bytes that one decoding step of N sequences reads and writes at least, `length` tokens being before it: the language model's
-    weights, its head included and its embeddings not; keys and values; states of linear attention (convolution; recurrence, fp32,
-    read and written)."""
+    """Bytes that one decoding step of N sequences reads and writes at least, `length` tokens being
+    before it: the language model's weights, its head included and its embeddings not; keys and
+    values; states of linear attention (convolution; recurrence, fp32, read and written)."""
     text, head = model.model.language_model, model.lm_head.weight
     weights = (
         sum(p.numel() for p in text.parameters()) - text.embed_tokens.weight.numel() + head.numel()
@@ -260,7 +274,8 @@ def read_bytes(model, N: int, length: float) -> float:
 
 
 def speeds(model, args) -> tuple[float, float]:
-    """(flops a second of the MLP's matmuls, the faster one, on the tokens of a pass; bytes a second that a copy reads and writes)."""
+    """(flops a second of the MLP's matmuls, the faster one, on the tokens of a pass; bytes a
+    second that a copy reads and writes)."""
     mlp, tokens, flops = (
         model.model.language_model.layers[0].mlp,
         args.prompt_tokens + args.group * args.response_tokens,
@@ -286,8 +301,8 @@ def speeds(model, args) -> tuple[float, float]:
 
 
 def measure(run, args) -> tuple[float, float]:
-    """(median seconds of a run, peak GB above what was there before it), after one that does not count. GB is NaN on a CPU;
-    both are NaN where a GPU's memory runs out."""
+    """(median seconds of a run, peak GB above what was there before it), after one that does not
+    count. GB is NaN on a CPU; both are NaN where a GPU's memory runs out."""
     cuda, seconds = args.device == "cuda", []
     wait = torch.cuda.synchronize if cuda else lambda: None
     gc.collect()
@@ -319,11 +334,13 @@ def row(
     plain: float = math.nan,
     step: float = math.nan,
 ) -> None:
-    """found: (seconds, GB) measured; floor, plain way and whole step in seconds. NaN prints as a dash."""
+    """found: (seconds, GB) measured; floor, plain way and whole step in seconds. NaN prints as a
+    dash."""
     seconds, gb = found
     cells = zip(
         (seconds * 1e3, tokens / seconds, gb, seconds / step, seconds / floor, plain / seconds),
         COLUMNS.values(),
+        strict=False,
     )
     line = "".join(
         f"{'-' if math.isnan(value) else format(value, form):>10}" for value, form in cells
@@ -373,7 +390,7 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
 
     def student_pass(checkpoint=True):
         def squares(student):
-            return M.response_hidden(student, full, ids, checkpoint=checkpoint).square().sum()
+            return vision_model.response_hidden(student, full, ids, checkpoint=checkpoint).square().sum()
 
         run.shards.student_pass(squares).backward()
 
@@ -387,7 +404,7 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
 
     @torch.no_grad()
     def teacher_pass():
-        return M.response_hidden(model, crop, ids)
+        return vision_model.response_hidden(model, crop, ids)
 
     head = model.lm_head.weight.detach()
     hidden, target = torch.randn(2, n, head.shape[1], dtype=head.dtype, device=args.device)
@@ -430,7 +447,7 @@ class Plain:
     """The plain way of a step: every response a full sequence, all logits at once, AdamW and EMA
     on the weights as they are."""
 
-    def __init__(self, model, full: M.Prompt, crop: M.Prompt, args):
+    def __init__(self, model, full: vision_model.Prompt, crop: vision_model.Prompt, args):
         self.full, self.crop, self.args = full, crop, args
         self.student = copy.deepcopy(model).requires_grad_(True)
         self.teacher = copy.deepcopy(model).requires_grad_(False)
@@ -474,11 +491,12 @@ class Plain:
 def bench_generate(model, processor, args, rate: float, bandwidth: float) -> tuple[float]:
     """G sampled responses to each of --gen-prompts prompts. Returns (its multiple of the floor,)."""
     B, G, T = args.gen_prompts, args.group, args.response_tokens
-    prompt = M.join([photo(processor, args)] * B, 0)
+    prompt = vision_model.join([photo(processor, args)] * B, 0)
     L = prompt["input_ids"].shape[1]
-    generate = lambda T, static=0: sample(
-        model, processor, prompt, G, max_new_tokens=T, seeds=[0] * B, static=static
-    )
+
+    def generate(T, static=0):
+        return sample(model, processor, prompt, G, max_new_tokens=T, seeds=[0] * B, static=static)
+
     floor = T * read_bytes(model, B * G, L + T / 2) / bandwidth
     print(
         f"\ngeneration of {B * G} sequences: {B} prompts of {L:,} tokens, {T} response tokens, G = {G}\n{HEADER}"
@@ -504,7 +522,8 @@ def bench_generate(model, processor, args, rate: float, bandwidth: float) -> tup
 
 
 def bench_synth(args) -> None:
-    """What synth.py does with a photograph besides asking models: one image of the released set's median size, one triplet."""
+    """What synth.py does with a photograph besides asking models: one image of the released set's
+    median size, one triplet."""
     spent, rng, box = {}, np.random.default_rng(0), [1000, 700, 1200, 860]
     smooth = Image.fromarray(rng.integers(0, 256, (94, 141, 3), dtype=np.uint8)).resize(
         (2250, 1500), Image.Resampling.BICUBIC
@@ -613,7 +632,7 @@ def main() -> None:
             if name in args.what:
                 found[name] = bench(model, processor, args, *measured)
     if not found:
-        return
+        return None
     print("\ngoals, in the shapes of --device cuda")
     elsewhere = any(getattr(args, key) != value for key, value in GPU.items())
     for name, (goal, reached) in GOALS.items():
@@ -631,6 +650,7 @@ def main() -> None:
         print(
             f"  {goal:90} {verdict:18} {', '.join(f'{number:.2f}' for number in found.get(name) or ())}"
         )
+    return None
 
 
 if __name__ == "__main__":

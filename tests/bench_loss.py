@@ -1,10 +1,14 @@
-"""Time and memory of the loss with its gradient, each contender in a process of its own so that peaks can be compared.
+"""Time and memory of the loss with its gradient, each contender in a process of its own so that
+peaks can be compared.
 
-    python tests/bench.py loss --tokens 256                               # a few minutes on two CPU cores, about 12 GB
+    # a few minutes on two CPU cores, about 12 GB
+    python tests/bench.py loss --tokens 256
     python tests/bench.py loss --device cuda                              # 8,192 tokens in bfloat16
 
-The yardstick is the four matmuls nobody can avoid, unchunked, into memory that is already there: student logits, teacher
-logits, dhidden, dW. `peak` is what comes on top of the inputs (hidden states and heads), gradients included.
+The yardstick is the four matmuls nobody can avoid, unchunked, into memory that is already there:
+student logits, teacher
+logits, dhidden, dW. `peak` is what comes on top of the inputs (hidden states and heads), gradients
+included.
 """
 
 import json
@@ -86,16 +90,20 @@ NOTES = """(1) JSD over the student's top 100 and a tail, logsumexp in fp32
 
 
 def measure(args):
-    """Runs one contender in this process and prints {"seconds", "bytes"} as JSON, or {"missing"} if it is not installed."""
+    """Runs one contender in this process and prints {"seconds", "bytes"} as JSON, or {"missing"}
+    if it is not installed."""
     cuda = args.device == "cuda"
-    peak = lambda: (
-        torch.cuda.max_memory_allocated()
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    draw = lambda *shape: torch.empty(
-        *shape, dtype=getattr(torch, args.dtype), device=args.device
-    ).normal_()
+
+    def peak():
+        return (
+            torch.cuda.max_memory_allocated()
+            if cuda
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+
+    def draw(*shape):
+        return torch.empty(*shape, dtype=getattr(torch, args.dtype), device=args.device).normal_()
+
     prepare = CONTENDERS[args.only][0]
     torch.manual_seed(0)
     torch.set_grad_enabled(args.only not in ("matmuls", "topk"))
@@ -128,6 +136,7 @@ def measure(args):
             torch.cuda.synchronize()
         seconds.append(clock() - start)
     print(json.dumps({"seconds": min(seconds[args.warmup :]), "bytes": peak() - before}))
+    return None
 
 
 def add_arguments(p):
@@ -159,8 +168,8 @@ def add_arguments(p):
 
 
 def run(args) -> tuple[float, float] | None:
-    """Prints the table. Returns the time of ours as a multiple of the matmuls', and the GB of ours beyond dhidden and the fp32
-    dhead, if both were measured."""
+    """Prints the table. Returns the time of ours as a multiple of the matmuls', and the GB of ours
+    beyond dhidden and the fp32 dhead, if both were measured."""
     threads = (
         f"{torch.get_num_threads()} threads"
         if args.device == "cpu"
@@ -198,3 +207,4 @@ def run(args) -> tuple[float, float] | None:
             / 2**30
         )
         return seconds["ours"] / seconds["matmuls"], peak["ours"] - gradients
+    return None

@@ -7,7 +7,7 @@ from conftest import noise
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DynamicCache
 
-import model as M
+import model as vision_model
 import toy.tiny as tiny_model
 
 
@@ -15,7 +15,7 @@ import toy.tiny as tiny_model
 def tiny():
     """The toy's model, and two prompts of one length with images of different shapes."""
     model, processor = tiny_model.tiny()
-    return model, M.encode(
+    return model, vision_model.encode(
         processor, [noise(64, 48, 1), noise(48, 64, 2)], ["what is in the red box ?"] * 2
     )
 
@@ -35,7 +35,7 @@ def test_flops_of_a_pass_are_those_that_torch_counts_exactly(tiny, dense_mask):
         attention: lambda query, key, value, *args, **kwargs: sdpa_flop_count(query, key, value)
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        M.response_hidden(model, prompt, torch.randint(256, (N, T)))
+        vision_model.response_hidden(model, prompt, torch.randint(256, (N, T)))
     counts, aten = counter.get_flop_counts(), torch.ops.aten
     patches = counts["Qwen3_5VisionModel.patch_embed.proj"][
         aten.convolution
@@ -81,7 +81,7 @@ def test_the_plain_way_computes_the_same_hidden_states(tiny):
     ids = torch.randint(256, (3, 5))
     torch.testing.assert_close(
         bench.plain_hidden(model, one, ids),
-        M.response_hidden(model, one, ids),
+        vision_model.response_hidden(model, one, ids),
         atol=3e-5,
         rtol=1e-4,
     )

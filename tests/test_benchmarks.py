@@ -1,6 +1,8 @@
-"""The public benchmarks: small files in each source's own layout, what they are converted to, and the figures computed from answers.
+"""The public benchmarks: small files in each source's own layout, what they are converted to, and
+the figures computed from answers.
 
-Every source below is written to a folder as its repository has it, and returns the rows it must become (images as bytes).
+Every source below is written to a folder as its repository has it, and returns the rows it must
+become (images as bytes).
 """
 
 import base64
@@ -34,7 +36,7 @@ MME = (
 MME_CN = "{} 选项如下所示:\n{}\n根据图像选择上述多项选择题的最佳答案。只需回答正确选项的字母（A, B, C, D 或 E）。\n最佳答案为： "
 
 
-# ---------------------------------------------------------------------------------------------------------------- helpers
+# ----------------------------------------------------------------------------------------- helpers
 
 
 def read_rows(name, root) -> list[dict]:
@@ -98,7 +100,7 @@ def read(name: str, root: Path) -> list[dict]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- sources
+# ----------------------------------------------------------------------------------------- sources
 
 
 def vstar(folder: Path, form: str) -> list[dict]:
@@ -128,9 +130,9 @@ def vstar(folder: Path, form: str) -> list[dict]:
         names = [f"{r['category']}/sa_{n}.jpg" for n, r in enumerate(rows)]
         put(
             folder / "test_questions.jsonl",
-            lines([r | {"image": name} for r, name in zip(rows, names)]),
+            lines([r | {"image": name} for r, name in zip(rows, names, strict=False)]),
         )
-        for r, name in zip(rows, names):
+        for r, name in zip(rows, names, strict=False):
             put(folder / name, r["image"])
     options = [
         {"A": "red", "B": "dark (very) blue", "C": "green", "D": "white"},
@@ -138,7 +140,7 @@ def vstar(folder: Path, form: str) -> list[dict]:
     ]
     return [
         row(r["text"].removesuffix(LETTER) + LETTER, r["label"], r["image"], o, r["category"])
-        for r, o in zip(rows, options)
+        for r, o in zip(rows, options, strict=False)
     ]
 
 
@@ -169,7 +171,7 @@ def zoombench(folder: Path, form: str) -> list[dict]:
     )
     return [
         row(query, answer, image, o, kind, "mc" if o else "free", crop)
-        for (query, _, image, crop, kind), answer, o in zip(rows, answers, options)
+        for (query, _, image, crop, kind), answer, o in zip(rows, answers, options, strict=False)
     ]
 
 
@@ -179,7 +181,7 @@ def hrbench(folder: Path, form: str, size: str) -> list[dict]:
         [(picture(1, 210, 170), "single"), (picture(2), "cross")]
     ):
         for cycle in range(4):  # the same image and question, the options turned round
-            options = dict(zip("ABCD", names[cycle:] + names[:cycle]))
+            options = dict(zip("ABCD", names[cycle:] + names[:cycle], strict=False))
             answer, question = (
                 next(letter for letter in options if options[letter] == "red"),
                 f'What color\tis sign "{n}"?',
@@ -220,8 +222,8 @@ def mme(folder: Path, form: str, chinese: bool = False) -> list[dict]:
     )
     left, right = ("（", "）") if chinese else ("(", ") ")
     listed = [
-        [f"{left}{letter}{right}{name}" for letter, name in zip("ABCDE", names)],
-        [f"({letter}) {name}" for letter, name in zip("ABCDE", names[::-1])],
+        [f"{left}{letter}{right}{name}" for letter, name in zip("ABCDE", names, strict=False)],
+        [f"({letter}) {name}" for letter, name in zip("ABCDE", names[::-1], strict=False)],
     ]
     rows = [
         {
@@ -270,7 +272,7 @@ def mme(folder: Path, form: str, chinese: bool = False) -> list[dict]:
                         "Subtask": r["category"].split("/")[1],
                         "Task": r["category"].split("/")[0],
                     }
-                    for r, name in zip(rows, files)
+                    for r, name in zip(rows, files, strict=False)
                 ]
             ),
         )
@@ -293,7 +295,7 @@ def mme(folder: Path, form: str, chinese: bool = False) -> list[dict]:
             ),
             r["answer"],
             r["image"],
-            dict(zip("ABCDE", names[::-1] if n % 2 else names)),
+            dict(zip("ABCDE", names[::-1] if n % 2 else names, strict=False)),
             r["category"],
         )
         for n, r in enumerate(rows)
@@ -367,7 +369,13 @@ def cv_bench(folder: Path, form: str) -> list[dict]:
         for r in rows:
             put(folder / r["filename"], r["image"])
     return [
-        row(r["prompt"], r["answer"][1], r["image"], dict(zip("ABC", r["choices"])), r["type"])
+        row(
+            r["prompt"],
+            r["answer"][1],
+            r["image"],
+            dict(zip("ABC", r["choices"], strict=False)),
+            r["type"],
+        )
         for r in rows
     ]
 
@@ -483,7 +491,7 @@ SOURCES = {  # (benchmark, form): what writes it; the hub's form first where it 
     ("pope", "parquet"): pope,
     ("visualprobe", "json"): visualprobe,
 }
-FIRST = {name: form for name, form in reversed(SOURCES)}
+FIRST = dict(reversed(SOURCES))
 REPOSITORIES = {
     "vstar": "lmms-lab/vstar-bench",
     "zoombench": "inclusionAI/ZoomBench",
@@ -513,7 +521,7 @@ def offline(monkeypatch):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- conversion
+# -------------------------------------------------------------------------------------- conversion
 
 
 @every_source
@@ -523,7 +531,7 @@ def test_a_source_becomes_rows_with_its_own_images_byte_for_byte(name, form, tmp
         "mmstar",
         "tsv",
     ):  # its prompt is not the official one: it has to say all of it
-        for r, e in zip(found, expected):
+        for r, e in zip(found, expected, strict=False):
             assert all(
                 part in r["prompt"] for part in [e["prompt"].split("\n")[0], *e["options"].values()]
             )
@@ -711,11 +719,12 @@ def test_a_folder_that_holds_no_known_form_is_refused_with_what_was_expected(tmp
         read_rows("mmvp", tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------- benchmarks of one's own
+# ------------------------------------------------------------------------- benchmarks of one's own
 
 
 def own(root: Path, name: str, rows: list[dict]) -> list[dict]:
-    """root/name.jsonl in the neutral form, an image of its own in every row and a crop where the row has crop=True."""
+    """root/name.jsonl in the neutral form, an image of its own in every row and a crop where the
+    row has crop=True."""
     filled = []
     for n, r in enumerate(rows):
         image, crop = (f"{name}-images/{view}{n}.png" for view in ("image", "crop"))
@@ -731,7 +740,7 @@ def own(root: Path, name: str, rows: list[dict]) -> list[dict]:
                 "pair": None,
                 **r,
                 "image": image,
-                "options": dict(zip("ABCD", ("red", "blue", "green", "white")))
+                "options": dict(zip("ABCD", ("red", "blue", "green", "white"), strict=False))
                 if r.get("kind", "mc") == "mc"
                 else {},
                 "crop": crop if r.get("crop") else None,
@@ -852,7 +861,7 @@ def test_a_folder_of_triplets_is_a_benchmark_with_crops(tmp_path):
         ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- figures
+# ----------------------------------------------------------------------------------------- figures
 
 
 def figures(
@@ -863,11 +872,12 @@ def figures(
     *flags: str,
     crop: list | None = None,
 ) -> dict:
-    """result.json's part about `name` for a model that says `replies` (text, or text, tokens, ended), row by row.
-    Of a None the image is cut off. Every reply is given to its own image and prompt only."""
+    """result.json's part about `name` for a model that says `replies` (text, or text, tokens,
+    ended), row by row. Of a None the image is cut off. Every reply is given to its own image
+    and prompt only."""
     said = {}
     for view, texts in (("image", replies), ("crop", crop or [])):
-        for r, reply in zip(read_rows(name, root), texts):
+        for r, reply in zip(read_rows(name, root), texts, strict=False):
             if reply is None and r[view]:
                 r[view].write_bytes(r[view].read_bytes()[:50])
             elif r[view]:
@@ -938,7 +948,10 @@ def test_wrong_unparsed_truncated_and_unreadable_rows_are_counted_apart(tmp_path
     own(
         tmp_path,
         "vstar",
-        [{"answer": answer, "group": group} for answer, group in zip("ABCBADBA", groups)],
+        [
+            {"answer": answer, "group": group}
+            for answer, group in zip("ABCBADBA", groups, strict=False)
+        ],
     )
     full = figures(
         monkeypatch,
@@ -1026,7 +1039,9 @@ def test_pope_has_precision_recall_and_f1_of_yes(tmp_path, monkeypatch):
         [
             {"answer": answer, "kind": "yn", "group": group}
             for answer, group in zip(
-                ["yes"] * 4 + ["no"] * 4 + ["yes"], ["random", "popular", "adversarial"] * 3
+                ["yes"] * 4 + ["no"] * 4 + ["yes"],
+                ["random", "popular", "adversarial"] * 3,
+                strict=False,
             )
         ],
     )

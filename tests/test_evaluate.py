@@ -1,6 +1,7 @@
 """Answering, the judge and the command line: a run against itself interrupted, split and rescored.
 
-Most runs are of a scripted model, {question: what it says}; the others are of the tiny one, in processes of their own where that matters.
+Most runs are of a scripted model, {question: what it says}; the others are of the tiny one, in
+processes of their own where that matters.
 """
 
 import io
@@ -28,7 +29,7 @@ import benchmarks.scoring as scoring
 import benchmarks.sources as sources
 import benchmarks.zoom as zoom
 import evaluate
-import model as M
+import model as vision_model
 import rollout
 import storage.images as images
 import toy.tiny as tiny_model
@@ -55,11 +56,12 @@ REPLIES = [
 ]  # of ROWS: right, wrong, right, unparsed ..
 
 
-# ---------------------------------------------------------------------------------------------------------------- helpers
+# ----------------------------------------------------------------------------------------- helpers
 
 
 def own(folder: Path, rows: list[dict] = ROWS, name: str = "mine", crops: bool = True) -> Path:
-    """A benchmark of one's own: question n is asked about an image, and maybe a crop, that no other row has."""
+    """A benchmark of one's own: question n is asked about an image, and maybe a crop, that no
+    other row has."""
     folder.mkdir(parents=True, exist_ok=True)
     filled = []
     for n, row in enumerate(rows):
@@ -121,11 +123,14 @@ def results(folder: Path, answers: list[dict], **how) -> Path:
 
 def outcome(out: Path) -> tuple[dict, dict]:
     """The answers and the figures in a results folder, without what differs from run to run."""
-    timeless = lambda value: (
-        {key: timeless(v) for key, v in value.items() if key != "seconds"}
-        if isinstance(value, dict)
-        else value
-    )
+
+    def timeless(value):
+        return (
+            {key: timeless(v) for key, v in value.items() if key != "seconds"}
+            if isinstance(value, dict)
+            else value
+        )
+
     return {a.place(): (a.output, a.tokens) for a in figures.saved_answers(out)}, timeless(
         figures.summarise(out, figures.Scorer())["benches"]
     )
@@ -133,7 +138,8 @@ def outcome(out: Path) -> tuple[dict, dict]:
 
 @pytest.fixture
 def model(monkeypatch):
-    """A model that says REPLIES[n] to question n (model.says changes that), and model.asked: the questions of every batch."""
+    """A model that says REPLIES[n] to question n (model.says changes that), and model.asked: the
+    questions of every batch."""
 
     class model(torch.nn.Linear):
         asked, says, before = [], dict(enumerate(REPLIES)), staticmethod(lambda prompts: None)
@@ -164,7 +170,7 @@ def answer(path: Path, out: Path, batch: int = 2, **more) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     tiny, processor = tiny_model.tiny(0)
-    M.save(livelier(tiny), processor, folder := tmp_path_factory.mktemp("tiny") / "base")
+    vision_model.save(livelier(tiny), processor, folder := tmp_path_factory.mktemp("tiny") / "base")
     return folder
 
 
@@ -209,7 +215,7 @@ def lines_of(out: Path) -> list[bytes]:
     ]
 
 
-# -------------------------------------------------------------------------------------------------------------- answering
+# --------------------------------------------------------------------------------------- answering
 
 
 def test_every_batch_is_on_disk_before_the_next_is_asked(model, tmp_path):
@@ -349,7 +355,7 @@ def test_other_questions_under_the_same_ids_are_refused(model, tmp_path):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------- scoring
+# ----------------------------------------------------------------------------------------- scoring
 
 
 @pytest.mark.parametrize(
@@ -402,8 +408,8 @@ def test_a_verdict_counts_only_where_the_scorer_is_undecided(
 
 @pytest.fixture
 def judge(monkeypatch):
-    """An OpenAI-compatible server: judge.says maps a response to what is replied, one a call; an int is an HTTP status, bytes are
-    sent as they are. judge.requests: (path, key, body)."""
+    """An OpenAI-compatible server: judge.says maps a response to what is replied, one a call; an
+    int is an HTTP status, bytes are sent as they are. judge.requests: (path, key, body)."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -466,7 +472,7 @@ def test_the_judge_is_asked_once_and_only_about_what_is_undecided(judge, tmp_pat
         == ("/v1/chat/completions", "Bearer sk-very-secret", "big", 0)
         for path, key, body in judge.requests
     )
-    for judged in range(3):  # from the second time on, from verdicts.jsonl
+    for _judged in range(3):  # from the second time on, from verdicts.jsonl
         views = json.loads((tmp_path / "result.json").read_text())["benches"]["mine"]
         assert (
             views["full"]
@@ -627,7 +633,7 @@ def test_neither_torch_nor_transformers_nor_images_are_needed_to_score_again_and
         )
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------------- main
 
 
 def run(*flags) -> str:
@@ -654,7 +660,7 @@ def test_a_limit_takes_rows_from_the_whole_benchmark(model, tmp_path):
 def test_answers_of_another_model_or_other_settings_are_not_mixed(straight, checkpoint, tmp_path):
     flags, done = straight
     out = shutil.copytree(done, tmp_path / "out")
-    M.save(*tiny_model.tiny(1), tmp_path / "other")
+    vision_model.save(*tiny_model.tiny(1), tmp_path / "other")
     for more, message in (
         (["--max-new-tokens", 25], "max_new_tokens: 24 -> 25"),
         (["--zoom", 2], "zoom: 0 -> 2"),
@@ -797,7 +803,7 @@ def test_errors_reach_the_user_as_one_line(tmp_path):
 def test_the_checkpoints_of_a_run_make_a_trajectory(checkpoint, tmp_path):
     training, out = tmp_path / "run", tmp_path / "out"
     for step in (5, 10):
-        M.save(*tiny_model.tiny(step), training / f"checkpoint-{step:06}")
+        vision_model.save(*tiny_model.tiny(step), training / f"checkpoint-{step:06}")
     flags = [
         "--bench",
         own(tmp_path, ROWS[:2]),
@@ -868,7 +874,7 @@ def test_the_tiny_model_answers_a_choice_a_yes_or_no_and_a_free_question(
         "--out",
         tmp_path / "out",
     )
-    rows, loaded = sources.read_benchmark(str(path), tmp_path), M.load(str(checkpoint))
+    rows, loaded = sources.read_benchmark(str(path), tmp_path), vision_model.load(str(checkpoint))
     shown, prompts = [images.load_image(row.image) for row in rows], [row.prompt for row in rows]
 
     def ask(images, chats):

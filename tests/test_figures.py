@@ -1,4 +1,5 @@
-"""Figures: accuracies, intervals, paired differences, averages and the table, against formulas and counts by hand."""
+"""Figures: accuracies, intervals, paired differences, averages and the table, against formulas and
+counts by hand."""
 
 import itertools
 import json
@@ -116,7 +117,10 @@ def test_a_falling_crop_does_not_count_as_a_closed_gap(tmp_path):
         ("closed", "11111", "11111"),
     ):
         results(tmp_path / name, marks(full) + marks(crop, view="crop"))
-    text = lambda a, b: figures.compare(tmp_path / a, tmp_path / b)[0]
+
+    def text(a, b):
+        return figures.compare(tmp_path / a, tmp_path / b)[0]
+
     assert "gap 80.0 -> 0.0; the full view's gain closed 0% of it" in text("base", "fallen")
     assert "gap 80.0 -> 20.0; the full view's gain closed 50% of it" in text(
         "base", "risen"
@@ -181,7 +185,9 @@ def test_the_interval_of_a_mean_over_groups_is_about_the_normal_one():
     half = (
         1.96
         / 3
-        * math.sqrt(sum(share * (1 - share) / n for share, (n, _) in zip(p, shares.values())))
+        * math.sqrt(
+            sum(share * (1 - share) / n for share, (n, _) in zip(p, shares.values(), strict=False))
+        )
     )
     assert mean == pytest.approx(sum(p) / 3) and interval == pytest.approx(
         (mean - half, mean + half), abs=0.004

@@ -1,6 +1,8 @@
-"""What a GPU and its kernels change, against a CPU and transformers' own kernels: `python -m pytest tests/test_gpu.py --device cuda`.
+"""What a GPU and its kernels change, against a CPU and transformers' own kernels: `python -m
+pytest tests/test_gpu.py --device cuda`.
 
-Without that both sides are the CPU: then only the tests themselves are tested. Errors are shares of the reference's norm.
+Without that both sides are the CPU: then only the tests themselves are tested. Errors are shares
+of the reference's norm.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ from conftest import DEVICE, alone, livelier, noise, tiny_qwen3_vl
 from test_model import gradients, plain_hidden
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-import model as M
+import model as vision_model
 import rollout
 import sharding
 import toy.tiny as tiny_model
@@ -49,7 +51,7 @@ def transformers_own():
 def subject(request):
     """(model, processor, prompts of different lengths), in fp32 on the CPU."""
     model, processor = FAMILIES[request.param]()
-    prompt = M.encode(
+    prompt = vision_model.encode(
         processor, [noise(64, 64, 1), noise(32, 48, 2)], ["what is in the red box ?", "a ?"]
     )
     return livelier(model, 1.0 if request.param == "real heads" else 1.7), processor, prompt
@@ -77,8 +79,9 @@ def plain(model, prompt, ids):
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_kernels_give_the_hidden_states_and_gradients_of_transformers_own(subject, padded):
-    """The reference: a plain forward of each sequence on the CPU. In fp32 every weight's gradient is held to it; in bf16, where
-    those of small weights are noise, all together, by how far a plain forward in bf16 on this device is from it."""
+    """The reference: a plain forward of each sequence on the CPU. In fp32 every weight's gradient
+    is held to it; in bf16, where those of small weights are noise, all together, by how far a
+    plain forward in bf16 on this device is from it."""
     model, _, prompt = subject
     prompt = prompt if padded else alone(prompt, 0)
     ids = torch.randint(
@@ -88,13 +91,13 @@ def test_kernels_give_the_hidden_states_and_gradients_of_transformers_own(subjec
         *ids.shape, model.lm_head.in_features, generator=torch.Generator().manual_seed(1)
     )
     here, at, whole, half = (
-        M.to_device(prompt, DEVICE),
+        vision_model.to_device(prompt, DEVICE),
         ids.to(DEVICE),
         moved(model),
         moved(model, torch.bfloat16),
     )
     found = [
-        backward(each, M.response_hidden(each, here, at, checkpoint=checkpoint), target)
+        backward(each, vision_model.response_hidden(each, here, at, checkpoint=checkpoint), target)
         for each in (whole, half)
         for checkpoint in (True, False)
     ]
@@ -108,16 +111,20 @@ def test_kernels_give_the_hidden_states_and_gradients_of_transformers_own(subjec
     for got in found[:2]:
         errors = {name: error(got[name], want[name], least) for name in want}
         assert max(errors.values()) < 2e-3, errors
-    together = lambda each: torch.cat(
-        [gradient.cpu().flatten() for name, gradient in each.items() if name != "hidden"]
-    )
+
+    def together(each):
+        return torch.cat(
+            [gradient.cpu().flatten() for name, gradient in each.items() if name != "hidden"]
+        )
+
     for part in (together, lambda each: each["hidden"].cpu()):
         for got in found[2:]:
             assert error(part(got), part(want)) <= 1.5 * error(part(usual), part(want)) + 2e-3
 
 
 def test_decoding_in_a_static_cache_gives_the_tokens_of_the_cpu(subject):
-    """On a GPU compiled, with CUDA graphs; the second batch has fewer rows, as the last of a step may have."""
+    """On a GPU compiled, with CUDA graphs; the second batch has fewer rows, as the last of a step
+    may have."""
     model, processor, prompt = subject
     there, room = moved(model), prompt["input_ids"].shape[1] + 12
     for part in (prompt, alone(prompt, 0), prompt):
@@ -128,7 +135,7 @@ def test_decoding_in_a_static_cache_gives_the_tokens_of_the_cpu(subject):
             got = sample(
                 there,
                 processor,
-                M.to_device(part, DEVICE),
+                vision_model.to_device(part, DEVICE),
                 3,
                 max_new_tokens=12,
                 seeds=seeds,
@@ -163,12 +170,12 @@ def test_the_loss_in_bf16_is_the_equation_of_the_rounded_logits():
     got.backward()
     assert got.item() == pytest.approx(want.item(), rel=1e-3)
     limit = 0.05 if DEVICE == "cuda" else 5e-3  # of equal logits another may be the 100th
-    assert all(error(mine.grad, its.grad) < limit for mine, its in zip(here, exact))
+    assert all(error(mine.grad, its.grad) < limit for mine, its in zip(here, exact, strict=False))
 
 
 def test_a_step_is_that_of_the_cpu(subject, monkeypatch):
-    """Streams and publishing included: the gradient, what is logged, and the weights that are live afterwards. On a GPU every
-    stream is kept waiting where another one must wait for it."""
+    """Streams and publishing included: the gradient, what is logged, and the weights that are live
+    afterwards. On a GPU every stream is kept waiting where another one must wait for it."""
     model, processor, _ = subject
     args = train.parse(
         [
@@ -190,7 +197,7 @@ def test_a_step_is_that_of_the_cpu(subject, monkeypatch):
         (
             [i],
             *(
-                M.encode(processor, [noise(side, 64, i)], ["what is in the red box ?"])
+                vision_model.encode(processor, [noise(side, 64, i)], ["what is in the red box ?"])
                 for side in (96, 48)
             ),
         )

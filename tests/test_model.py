@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
-import model as M
+import model as vision_model
 import plan
 import toy.tiny as tiny_model
 from loss import topk_divergence
@@ -19,7 +19,8 @@ from rollout import sample
 
 
 def plain_hidden(model, prompt, row, response):
-    """The reference: one ordinary forward of one unpadded full sequence, sliced where it predicts the response."""
+    """The reference: one ordinary forward of one unpadded full sequence, sliced where it predicts
+    the response."""
     one = alone(prompt, row)
     length, extra = one["input_ids"].shape[1], response[None]
     model.model.rope_deltas = None
@@ -53,8 +54,8 @@ def assert_same_gradients(got, want):
 
 @pytest.fixture
 def float64_inside(monkeypatch):
-    """The models compute norms, rotary angles and recurrent states in float32 whatever they are given; here in float64, so
-    that an equality can be tested to 12 digits."""
+    """The models compute norms, rotary angles and recurrent states in float32 whatever they are
+    given; here in float64, so that an equality can be tested to 12 digits."""
 
     class Torch:
         def __getattr__(self, name):
@@ -77,7 +78,7 @@ def test_hidden_states_and_gradients_are_those_of_a_plain_forward_of_each_sequen
     rows = 2 * len(prompt["input_ids"])
     ids, lengths = torch.randint(0, 300, (rows, 7)), [7, 3, 1, 5, 7, 2][:rows]
     target = torch.randn(rows, 7, model.lm_head.in_features, dtype=torch.float64)
-    shared = M.response_hidden(model, prompt, ids, checkpoint=checkpoint)
+    shared = vision_model.response_hidden(model, prompt, ids, checkpoint=checkpoint)
     plain = [
         plain_hidden(model, prompt, row // 2, ids[row, :length])
         for row, length in enumerate(lengths)
@@ -108,7 +109,7 @@ def test_one_token_one_prompt_and_one_response_take_the_same_path(lively, mixed_
     ):  # with padding, and without
         for tokens in (1, 2, 3):
             ids = torch.arange(5, 5 + tokens)[None].repeat(rows, 1)
-            shared = M.response_hidden(model, prompt, ids)
+            shared = vision_model.response_hidden(model, prompt, ids)
             assert shared.shape == (rows, tokens, model.lm_head.in_features)
             for row in range(rows):
                 torch.testing.assert_close(
@@ -119,11 +120,11 @@ def test_one_token_one_prompt_and_one_response_take_the_same_path(lively, mixed_
 def test_neighbours_and_padding_do_not_leak_into_a_prompt(lively, mixed_prompt):
     model, _ = lively
     ids = torch.randint(0, 300, (3, 6), generator=torch.Generator().manual_seed(0))
-    together = M.response_hidden(model, mixed_prompt, ids)
+    together = vision_model.response_hidden(model, mixed_prompt, ids)
     for row in range(3):
         torch.testing.assert_close(
             together[row : row + 1],
-            M.response_hidden(model, alone(mixed_prompt, row), ids[row : row + 1]),
+            vision_model.response_hidden(model, alone(mixed_prompt, row), ids[row : row + 1]),
             atol=3e-5,
             rtol=1e-4,
         )
@@ -132,10 +133,13 @@ def test_neighbours_and_padding_do_not_leak_into_a_prompt(lively, mixed_prompt):
 def test_prompts_encoded_apart_and_joined_are_the_prompts_encoded_together(lively, mixed_prompt):
     _, processor = lively
     images, texts = [noise(64, 64, 1), noise(32, 48, 2)], ["what is in the red box ?", "a ?"]
-    apart = [M.encode(processor, [image], [text]) for image, text in zip(images, texts)]
+    apart = [
+        vision_model.encode(processor, [image], [text])
+        for image, text in zip(images, texts, strict=False)
+    ]
     joined, together = (
-        M.join(apart, processor.tokenizer.pad_token_id),
-        M.encode(processor, images, texts),
+        vision_model.join(apart, processor.tokenizer.pad_token_id),
+        vision_model.encode(processor, images, texts),
     )
     assert joined.keys() == together.keys()
     assert all(torch.equal(joined[key], together[key]) for key in joined)
@@ -145,7 +149,7 @@ def test_everything_runs_in_bf16_and_every_weight_gets_a_gradient(lively, mixed_
     model, processor = lively
     model.bfloat16()
     rollout = sample(model, processor, mixed_prompt, 2, max_new_tokens=5, seeds=[0, 1, 2])
-    hidden = M.response_hidden(model, mixed_prompt, rollout)[rollout.mask]
+    hidden = vision_model.response_hidden(model, mixed_prompt, rollout)[rollout.mask]
     target, head = torch.randn_like(hidden), model.lm_head.weight
     loss, per_token = topk_divergence(
         hidden, head, [(target, head.detach(), 1.0)], torch.full((len(hidden),), 1 / len(hidden))
@@ -166,12 +170,12 @@ def test_everything_runs_in_bf16_and_every_weight_gets_a_gradient(lively, mixed_
 
 def test_rows_that_do_not_divide_by_the_prompts_are_refused(lively, mixed_prompt):
     with pytest.raises(ValueError, match="4 responses cannot be shared evenly by 3 prompts"):
-        M.response_hidden(lively[0], mixed_prompt, torch.zeros(4, 2, dtype=torch.long))
+        vision_model.response_hidden(lively[0], mixed_prompt, torch.zeros(4, 2, dtype=torch.long))
 
 
 def test_the_prompt_ends_with_the_non_thinking_prefix_and_holds_one_image(lively):
     _, processor = lively
-    prompt = M.encode(processor, [noise(64, 32)], ["what is in the red box ?"])
+    prompt = vision_model.encode(processor, [noise(64, 32)], ["what is in the red box ?"])
     text = processor.tokenizer.decode(prompt["input_ids"][0])
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert text.count("<|vision_start|>") == 1 and text.count("<|image_pad|>") == 4 * 2
@@ -181,8 +185,10 @@ def test_the_prompt_ends_with_the_non_thinking_prefix_and_holds_one_image(lively
 def test_a_prompt_over_the_limit_gets_a_smaller_image_and_keeps_its_text(size):
     _, processor = tiny_model.tiny()
     processor.image_processor.size = {"shortest_edge": 256, "longest_edge": 4_194_304}
-    full = M.encode(processor, [noise(*size)], ["what is in the red box ?"])
-    short = M.encode(processor, [noise(*size)], ["what is in the red box ?"], max_tokens=60)
+    full = vision_model.encode(processor, [noise(*size)], ["what is in the red box ?"])
+    short = vision_model.encode(
+        processor, [noise(*size)], ["what is in the red box ?"], max_tokens=60
+    )
     assert full["input_ids"].shape[1] > 60 and not full["shrunk"].any()
     assert short["shrunk"].all() and 30 < short["input_ids"].shape[1] <= 60
     words = [
@@ -190,7 +196,9 @@ def test_a_prompt_over_the_limit_gets_a_smaller_image_and_keeps_its_text(size):
         for prompt in (full, short)
     ]
     assert words[0] == words[1]
-    assert not M.encode(processor, [noise(64, 64)], ["what ?"], max_tokens=60)["shrunk"].any()
+    assert not vision_model.encode(processor, [noise(64, 64)], ["what ?"], max_tokens=60)[
+        "shrunk"
+    ].any()
 
 
 def test_no_image_is_enlarged_over_the_limit_again():
@@ -200,16 +208,16 @@ def test_no_image_is_enlarged_over_the_limit_again():
         "shortest_edge": 16 * 256,
         "longest_edge": 4_194_304,
     }  # 16 image tokens
-    text, sizes, fitted = M.chat(processor, "what ?"), random.Random(0), 0
+    text, sizes, fitted = vision_model.chat(processor, "what ?"), random.Random(0), 0
     words = len(processor.tokenizer(text)["input_ids"]) - 1
     for _ in range(300):
         size, room = (sizes.randint(40, 900), sizes.randint(40, 900)), sizes.randint(10, 60)
         try:
-            image = M.fit(processor, Image.new("RGB", size), text, words + room)
+            image = vision_model.fit(processor, Image.new("RGB", size), text, words + room)
         except ValueError:
             assert room < 2 * 16
             continue
-        assert M.prompt_tokens(processor, image.size, text) <= words + room
+        assert vision_model.prompt_tokens(processor, image.size, text) <= words + room
         fitted += image.size != size
     assert fitted > 50
 
@@ -217,9 +225,9 @@ def test_no_image_is_enlarged_over_the_limit_again():
 def test_questions_that_are_too_long_or_smuggle_in_images_are_refused():
     _, processor = tiny_model.tiny()
     with pytest.raises(ValueError, match="prompt tokens for its image"):
-        M.encode(processor, [noise(512, 512)], ["what " * 100], max_tokens=80)
+        vision_model.encode(processor, [noise(512, 512)], ["what " * 100], max_tokens=80)
     with pytest.raises(ValueError, match="would change the number of images"):
-        M.encode(processor, [noise(64, 64)], ["what is <|image_pad|> ?"])
+        vision_model.encode(processor, [noise(64, 64)], ["what is <|image_pad|> ?"])
 
 
 def test_the_tiny_tokenizer_reads_any_text():
@@ -235,11 +243,11 @@ def test_the_tiny_tokenizer_reads_any_text():
 @pytest.mark.parametrize("build", [tiny_model.tiny, tiny_qwen3_vl])
 def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output(tmp_path, build):
     model, processor = build()
-    M.save(model, processor, tmp_path / "first")
+    vision_model.save(model, processor, tmp_path / "first")
     (tmp_path / "first" / "video_preprocessor_config.json").write_text('{"from": "the original"}')
     (tmp_path / "first" / "model.safetensors.index.json").write_text("{}")
-    again, its_processor = M.load(str(tmp_path / "first"))
-    M.save(again, its_processor, tmp_path / "second")
+    again, its_processor = vision_model.load(str(tmp_path / "first"))
+    vision_model.save(again, its_processor, tmp_path / "second")
     files = {file.name for file in (tmp_path / "first").iterdir()} - {
         "model.safetensors.index.json"
     }
@@ -253,7 +261,7 @@ def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output
         AutoTokenizer.from_pretrained(tmp_path / "second"),
         AutoImageProcessor.from_pretrained(tmp_path / "second"),
     )
-    prompt = M.encode(processor, [noise(64, 48)], ["what is in the red box ?"])
+    prompt = vision_model.encode(processor, [noise(64, 48)], ["what is in the red box ?"])
     inputs = {key: value for key, value in prompt.items() if key != "shrunk"}
     with torch.no_grad():
         torch.testing.assert_close(
@@ -272,16 +280,16 @@ def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output
 
 
 def test_missing_gpu_kernels_are_named_for_models_that_use_them(monkeypatch):
-    assert M.missing_kernels(tiny_model.tiny()[0]) == []  # a CPU has no use for them
+    assert vision_model.missing_kernels(tiny_model.tiny()[0]) == []  # a CPU has no use for them
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     there = {"fla"}
-    monkeypatch.setattr(M, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr(vision_model, "find_spec", lambda name: name if name in there else None)
     assert (
-        M.missing_kernels(tiny_model.tiny()[0]) == ["causal-conv1d"]
-        and M.missing_kernels(tiny_qwen3_vl()[0]) == []
+        vision_model.missing_kernels(tiny_model.tiny()[0]) == ["causal-conv1d"]
+        and vision_model.missing_kernels(tiny_qwen3_vl()[0]) == []
     )
     there.clear()
-    assert M.missing_kernels(tiny_model.tiny()[0]) == [
+    assert vision_model.missing_kernels(tiny_model.tiny()[0]) == [
         "'flash-linear-attention>=0.6'",
         "causal-conv1d",
     ]
@@ -289,7 +297,7 @@ def test_missing_gpu_kernels_are_named_for_models_that_use_them(monkeypatch):
 
 def test_generation_settings_of_a_checkpoint_do_not_change_the_rollouts(tmp_path):
     model, processor = tiny_model.tiny()
-    M.save(model, processor, tmp_path)
+    vision_model.save(model, processor, tmp_path)
     eos = model.generation_config.eos_token_id
     (tmp_path / "generation_config.json").write_text(
         json.dumps(
@@ -303,7 +311,7 @@ def test_generation_settings_of_a_checkpoint_do_not_change_the_rollouts(tmp_path
             }
         )
     )
-    loaded, _ = M.load(str(tmp_path))
+    loaded, _ = vision_model.load(str(tmp_path))
     assert loaded.generation_config.eos_token_id == [0, *eos]
     for name in ("do_sample", "top_k", "top_p", "temperature", "repetition_penalty"):
         assert not getattr(loaded.generation_config, name)
@@ -311,32 +319,33 @@ def test_generation_settings_of_a_checkpoint_do_not_change_the_rollouts(tmp_path
 
 def test_what_is_no_checkpoint_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="hub gave nothing"):
-        M.load("nobody/no-such-model")
+        vision_model.load("nobody/no-such-model")
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(FileNotFoundError, match="has no config.json.*notes.txt"):
-        M.load(str(tmp_path))
+        vision_model.load(str(tmp_path))
     model, processor = tiny_model.tiny()
-    M.save(model, processor, tmp_path / "whole")
+    vision_model.save(model, processor, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_bytes(
         (tmp_path / "whole" / "model.safetensors").read_bytes()[:5000]
     )
     with pytest.raises(ValueError, match="does not load as a Qwen3.5"):
-        M.load(str(tmp_path / "cut"))
+        vision_model.load(str(tmp_path / "cut"))
     (tmp_path / "cut" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="does not load as a Qwen3.5"):
-        M.load(str(tmp_path / "cut"))
+        vision_model.load(str(tmp_path / "cut"))
 
 
 def test_a_missing_weight_is_not_made_up_and_a_strange_one_not_ignored_but_for_the_draft_head(
     tmp_path,
 ):
     model, processor = tiny_model.tiny()
-    M.save(model, processor, tmp_path)
+    vision_model.save(model, processor, tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
-    write = lambda weights: save_file(
-        weights, tmp_path / "model.safetensors", metadata={"format": "pt"}
-    )
+
+    def write(weights):
+        return save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
     write(
         {
             name: weight
@@ -345,12 +354,12 @@ def test_a_missing_weight_is_not_made_up_and_a_strange_one_not_ignored_but_for_t
         }
     )
     with pytest.raises(ValueError, match="missing_keys.*language_model.norm.weight"):
-        M.load(str(tmp_path))
+        vision_model.load(str(tmp_path))
     write(whole | {"model.adapter.weight": torch.ones(2)})
     with pytest.raises(ValueError, match="unexpected_keys.*adapter"):
-        M.load(str(tmp_path))
+        vision_model.load(str(tmp_path))
     write(whole | {"mtp.norm.weight": torch.ones(2)})  # released checkpoints hold it; not trained
-    M.load(str(tmp_path))
+    vision_model.load(str(tmp_path))
 
 
 def test_other_vision_language_models_are_refused_by_name(tmp_path):
@@ -382,7 +391,7 @@ def test_other_vision_language_models_are_refused_by_name(tmp_path):
     for part in (tiny_model.tiny()[1].tokenizer, tiny_model.tiny()[1].image_processor):
         part.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a LlavaForConditionalGeneration, expected a Qwen3.5"):
-        M.load(str(tmp_path))
+        vision_model.load(str(tmp_path))
     with pytest.raises(
         ValueError,
         match="no configuration of a Qwen3.5 / Qwen3-VL style model: it is a LlavaForConditionalGeneration",

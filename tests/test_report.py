@@ -30,7 +30,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 chromium = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 
 
-# -------------------------------------------------------------------------------------------------------------- fake folders
+# ------------------------------------------------------------------------------------ fake folders
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -92,7 +92,8 @@ def results(folder: Path, answers: list[dict]) -> Path:
 
 
 def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed: int = 0) -> Path:
-    """A run folder as train.py --toy leaves it, with plausible numbers: full 52% -> 95%, crop and large kept."""
+    """A run folder as train.py --toy leaves it, with plausible numbers: full 52% -> 95%, crop and
+    large kept."""
     rng = random.Random(seed)
     scenes = (
         toy_scenes.scene(seed, i, "small" if i < small else "large", "eval")
@@ -171,7 +172,7 @@ def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed
             words = gold if rng.random() > fall else misread(row.answer, rng).split()
             off = [
                 rng.uniform(0.4, 0.95) if w != g else rng.random() ** 4 * (0.06 + 0.4 * fall)
-                for w, g in zip(words, gold)
+                for w, g in zip(words, gold, strict=False)
             ]
             saved.append(
                 {
@@ -220,7 +221,7 @@ def row(name: str, image: Path) -> Triplet:
     return Triplet(name, f"what is on {name} ?", image, None, answer="a red cross")
 
 
-# ------------------------------------------------------------------------------------------------------------- what it shows
+# ----------------------------------------------------------------------------------- what it shows
 
 
 def test_a_run_s_page_holds_its_log_its_results_and_its_settings(run):
@@ -373,7 +374,7 @@ def test_two_evaluations_stand_side_by_side(run):
     } == set(data["results"])
 
 
-# ---------------------------------------------------------------------------------------------------------- what it survives
+# -------------------------------------------------------------------------------- what it survives
 
 
 def test_nothing_a_model_wrote_can_act_in_the_page(run):
@@ -479,11 +480,12 @@ def test_a_folder_that_is_no_run_is_refused_with_what_it_holds(tmp_path, files):
         pages.write_page(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------------- in a browser
+# ------------------------------------------------------------------------------------ in a browser
 
 
 def dom(page: Path, address: str = "", probe: str = "''") -> str:
-    """The document as the page's script has made it, scripts left out; the value of `probe` stands at its end."""
+    """The document as the page's script has made it, scripts left out; the value of `probe` stands
+    at its end."""
     tried = page.with_name("tried.html")
     tried.write_text(
         page.read_text()

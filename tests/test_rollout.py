@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import alone, noise
 
-import model as M
+import model as vision_model
 import rollout
 from rollout import sample
 from toy.tiny import tiny
@@ -16,7 +16,7 @@ def plain(prompt):
 
 def test_greedy_responses_are_those_of_plain_generate(lively, mixed_prompt):
     model, processor = lively
-    banned = processor.tokenizer.convert_tokens_to_ids(list(M.VISION_TOKENS))
+    banned = processor.tokenizer.convert_tokens_to_ids(list(vision_model.VISION_TOKENS))
     shared = sample(model, processor, mixed_prompt, 3, max_new_tokens=12, temperature=0)
     model.model.rope_deltas = None
     want = model.generate(
@@ -86,7 +86,7 @@ def test_the_mask_covers_each_response_with_its_eos_and_nothing_after(lively, mi
     rollout = sample(model, processor, mixed_prompt, 40, max_new_tokens=30, seeds=[1, 2, 3])
     assert 0 < rollout.ended.sum() < len(rollout.ended)  # both kinds are here
     for ids, mask, ended in zip(
-        rollout.ids.tolist(), rollout.mask.tolist(), rollout.ended.tolist()
+        rollout.ids.tolist(), rollout.mask.tolist(), rollout.ended.tolist(), strict=False
     ):
         length = ids.index(end) + 1 if end in ids else len(ids)
         assert mask == [True] * length + [False] * (len(ids) - length) and ended == (end in ids)
@@ -108,12 +108,12 @@ def test_any_of_several_stop_tokens_ends_a_response(lively, mixed_prompt):
 
 def test_a_response_ends_at_the_tokenizers_end_even_when_the_checkpoint_names_none(tmp_path):
     model, processor = tiny()
-    M.save(model, processor, tmp_path)
+    vision_model.save(model, processor, tmp_path)
     (tmp_path / "generation_config.json").unlink()  # as in released Qwen3.5 checkpoints
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["eos_token_id"] = processor.tokenizer.pad_token_id
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded, _ = M.load(str(tmp_path))
+    loaded, _ = vision_model.load(str(tmp_path))
     assert loaded.generation_config.eos_token_id == sorted(
         [processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id]
     )
@@ -126,7 +126,7 @@ def test_logits_that_are_not_numbers_still_give_a_token():
 
 def test_a_vision_token_cannot_be_sampled_however_likely_it_is(mixed_prompt, lively):
     model, processor = lively
-    banned = processor.tokenizer.convert_tokens_to_ids(list(M.VISION_TOKENS))
+    banned = processor.tokenizer.convert_tokens_to_ids(list(vision_model.VISION_TOKENS))
     greedy = sample(model, processor, mixed_prompt, 1, max_new_tokens=1, temperature=0)
     with torch.no_grad():  # same logit as the favourite's
         model.get_output_embeddings().weight[banned] = (
@@ -161,12 +161,12 @@ def test_a_static_cache_compiled_or_not_gives_the_same_tokens(
         for seeds in ([0, 1, 2], [3, 4, 5])
     ]
     room = mixed_prompt["input_ids"].shape[1] + 8
-    short = M.encode(processor, [noise(32, 32)] * 3, ["a ?"] * 3)
+    short = vision_model.encode(processor, [noise(32, 32)] * 3, ["a ?"] * 3)
     sample(
         model, processor, short, 2, max_new_tokens=8, static=room
     )  # other prompts: what they leave must not show
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for seeds, plain in zip(([0, 1, 2], [3, 4, 5]), want):
+    for seeds, plain in zip(([0, 1, 2], [3, 4, 5]), want, strict=False):
         rows = sample(model, processor, mixed_prompt, 2, max_new_tokens=8, seeds=seeds, static=room)
         assert torch.equal(rows.ids, plain.ids) and torch.equal(rows.mask, plain.mask)
         torch.testing.assert_close(
@@ -189,10 +189,10 @@ def test_a_static_cache_compiled_or_not_gives_the_same_tokens(
 
 def test_one_token_is_a_response_too():
     model, processor = tiny()
-    prompt = M.encode(processor, [noise(64, 64)], ["what ?"])
+    prompt = vision_model.encode(processor, [noise(64, 64)], ["what ?"])
     rollout = sample(model, processor, prompt, 2, max_new_tokens=1, seeds=[0])
     assert rollout.ids.shape == (2, 1) and rollout.mask.all()
-    assert M.response_hidden(model, prompt, rollout).shape == (2, 1, 96)
+    assert vision_model.response_hidden(model, prompt, rollout).shape == (2, 1, 96)
 
 
 def test_no_state_is_left_behind_in_the_model(lively, mixed_prompt):
@@ -201,7 +201,7 @@ def test_no_state_is_left_behind_in_the_model(lively, mixed_prompt):
     assert model.model.rope_deltas is None
 
 
-# ---------------------------------------------------------------------------------------------------------------- answers
+# ----------------------------------------------------------------------------------------- answers
 
 IMAGES, QUESTIONS = (
     [noise(64, 64, 1), noise(32, 48, 2), noise(96, 32, 3)],
@@ -212,16 +212,21 @@ IMAGES, QUESTIONS = (
 def test_an_answer_is_plain_generates_text_in_whatever_batch(lively):
     model, processor = lively
     banned, eos = (
-        processor.tokenizer.convert_tokens_to_ids(list(M.VISION_TOKENS)),
+        processor.tokenizer.convert_tokens_to_ids(list(vision_model.VISION_TOKENS)),
         processor.tokenizer.eos_token_id,
     )
-    generate = lambda row: model.generate(
-        **plain(M.encode(processor, IMAGES[row : row + 1], QUESTIONS[row : row + 1])),
-        max_new_tokens=12,
-        do_sample=False,
-        suppress_tokens=banned,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )[0, -12:].tolist()
+
+    def generate(row):
+        return model.generate(
+            **plain(
+                vision_model.encode(processor, IMAGES[row : row + 1], QUESTIONS[row : row + 1])
+            ),
+            max_new_tokens=12,
+            do_sample=False,
+            suppress_tokens=banned,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )[0, -12:].tolist()
+
     stop = generate(0)[8]  # so that a row ends early
     model.generation_config.eos_token_id = [eos, stop]
     together, ended = rollout.answers(model, processor, IMAGES, QUESTIONS, 12), 0
@@ -229,7 +234,7 @@ def test_an_answer_is_plain_generates_text_in_whatever_batch(lively):
         assert rollout.answers(
             model, processor, IMAGES[row : row + 1], QUESTIONS[row : row + 1], 12
         ) == [reply]
-        prompt = M.encode(processor, IMAGES[row : row + 1], QUESTIONS[row : row + 1])
+        prompt = vision_model.encode(processor, IMAGES[row : row + 1], QUESTIONS[row : row + 1])
         model.model.rope_deltas = None
         ids = model.generate(
             **plain(prompt),
@@ -241,7 +246,7 @@ def test_an_answer_is_plain_generates_text_in_whatever_batch(lively):
         text = processor.tokenizer.decode(ids, skip_special_tokens=True)
         assert reply == rollout.Reply(text, len(ids), ids[-1] not in (eos, stop))
         ended += not reply.truncated
-    assert 0 < ended
+    assert ended > 0
     assert together[0].tokens <= 9
     assert len({reply.output for reply in together}) > 1
 
@@ -260,14 +265,16 @@ def test_a_chat_about_several_images_is_answered_as_by_plain_generate(lively):
         [long, [{"role": "user", "content": look}]],
     )
     for row, reply in enumerate(rollout.answers(model, processor, views, chats, 8)):
-        prompt = M.encode(processor, views[row : row + 1], chats[row : row + 1])
+        prompt = vision_model.encode(processor, views[row : row + 1], chats[row : row + 1])
         model.model.rope_deltas = None
         ids = model.generate(
             **plain(prompt),
             max_new_tokens=8,
             do_sample=False,
             pad_token_id=processor.tokenizer.pad_token_id,
-            suppress_tokens=processor.tokenizer.convert_tokens_to_ids(list(M.VISION_TOKENS)),
+            suppress_tokens=processor.tokenizer.convert_tokens_to_ids(
+                list(vision_model.VISION_TOKENS)
+            ),
         )[0, prompt["input_ids"].shape[1] :]
         text = processor.tokenizer.decode(ids, skip_special_tokens=True)
         assert (reply.output, reply.tokens) == (text, len(ids))

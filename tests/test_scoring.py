@@ -1,6 +1,8 @@
-"""Answers as models write them: the letter, yes or no, or value that is scored, and what stays undecided (None).
+"""Answers as models write them: the letter, yes or no, or value that is scored, and what stays
+undecided (None).
 
-scoring_cases.json holds everyday cases; the tables below add the treacherous ones. A wrong letter is the worst outcome,
+scoring_cases.json holds everyday cases; the tables below add the treacherous ones. A wrong letter
+is the worst outcome,
 so where a reader could argue, the expected result is None.
 """
 
@@ -18,7 +20,7 @@ NUMBERS = {"A": "10", "B": "25", "C": "15", "D": "5"}
 COLORS = {"A": "red", "B": "dark red", "C": "blue", "D": "green"}
 DOOR = {"A": "Open", "B": "Closed"}
 LETTERS = {"A": "B", "B": "C", "C": "D", "D": "A"}  # what the sign reads
-UNKNOWN = {letter: "" for letter in "ABCDE"}
+UNKNOWN = dict.fromkeys("ABCDE", "")
 ABOVE = {"A": "a dog", "B": "a cat", "C": "Both A and B", "D": "None of the above"}
 ANY = {"A": "Dogs", "B": "No dogs"}
 ASKED = {"A": "Yes", "B": "No"}
@@ -163,8 +165,8 @@ CHOICES = [
     (UNKNOWN, "At 9 A.M. the sun is low", None),
     (UNKNOWN, "The answer is a dog.", None),
     (UNKNOWN, "I think a dog is there.", None),
-    ({letter: "" for letter in "ABCDEFGHI"}, "I see a dog.", None),
-    ({letter: "" for letter in "ABCDEFGHI"}, "I", "I"),
+    (dict.fromkeys("ABCDEFGHI", ""), "I see a dog.", None),
+    (dict.fromkeys("ABCDEFGHI", ""), "I", "I"),
     # contradiction
     (NUMBERS, "A or B", None),
     (NUMBERS, "A/B", None),
@@ -272,7 +274,8 @@ CHOICES = [
     (GLOVE, "pleather", None),
     (GLOVE, "«Z»", None),
     (GLOVE, "The material is leather, which corresponds to option D.", "D"),
-    # what a close reading found: letter A beside another text, rejections, alternatives, retractions, restated options
+    # what a close reading found: letter A beside another text, rejections, alternatives,
+    # retractions, restated options
     (NUMBERS, "A. 25", None),
     (NUMBERS, "(A). 25", None),
     (DOOR, "A. Closed", None),

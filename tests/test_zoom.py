@@ -9,7 +9,7 @@ from conftest import noise
 from PIL import Image
 
 import benchmarks.zoom as zoom
-import model as M
+import model as vision_model
 import rollout
 from toy.tiny import tiny
 
@@ -27,13 +27,15 @@ def said(chat: list[dict]) -> str:
 
 @pytest.fixture
 def play(monkeypatch):
-    """zoomed() with a model that says what is scripted, {question: its turns}; every prompt is really encoded. Returns the replies,
-    and a list of rows (images, chat) for each time that the model was called."""
+    """zoomed() with a model that says what is scripted, {question: its turns}; every prompt is
+    really encoded. Returns the replies, and a list of rows (images, chat) for each time that
+    the model was called."""
     model, processor = tiny()
-    tokens = lambda text: (
-        processor.tokenizer(text, split_special_tokens=True)["input_ids"]
-        + [processor.tokenizer.eos_token_id]
-    )
+
+    def tokens(text):
+        return processor.tokenizer(text, split_special_tokens=True)["input_ids"] + [
+            processor.tokenizer.eos_token_id
+        ]
 
     def run(script: dict[str, list[str]], images: list, rounds: int):
         calls = []
@@ -42,7 +44,7 @@ def play(monkeypatch):
             calls.append(
                 [(list(views), list(chat)) for views, chat in zip(images, chats, strict=True)]
             )
-            return M.encode(processor, images, chats)
+            return vision_model.encode(processor, images, chats)
 
         def sample(model, processor, prompt, group, *, max_new_tokens, temperature):
             assert (group, temperature, max_new_tokens) == (1, 0, 99) and prompt[
