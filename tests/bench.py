@@ -2,10 +2,10 @@
 and beside the plain way;
 and what the images of a data set cost.
 
-    python tests/bench.py                                a small model, minutes on two CPU cores; the loss takes 12 GB
-    python tests/bench.py --device cuda                  a 2B on one GPU of 80 GB, in the shapes of the goals printed at the end
-    python tests/bench.py synth                          decode, draw, crop and write photographs of 2250 x 1500 px
-    python tests/bench.py loss --tokens 256              the loss alone: against four matmuls, Liger-Kernel and TRL
+    python tests/bench.py                        a small model, minutes on two CPU cores (12 GB)
+    python tests/bench.py --device cuda          a 2B on one GPU of 80 GB, in the goals' shapes
+    python tests/bench.py synth                  decode, draw, crop, write 2250 x 1500 px
+    python tests/bench.py loss --tokens 256      the loss: four matmuls, Liger-Kernel and TRL
 
 The plain way is what the official code does: every response is one full sequence, prompt and image
 included, generation
@@ -45,8 +45,8 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import model as vision_model  # noqa: E402
-import storage.images as images
-import toy.tiny as tiny_model
+import storage.images as images  # noqa: E402
+import toy.tiny as tiny_model  # noqa: E402
 import train  # noqa: E402
 from loss import divergence  # noqa: E402
 from methods import METHODS  # noqa: E402
@@ -159,7 +159,7 @@ def build(size: str, vocab: int, device, dtype):
 
 
 def photo(processor, args, share: float = 1.0) -> vision_model.Prompt:
-    """One prompt of `share` of --prompt-tokens: image tokens, then a question that fills the rest."""
+    """One prompt of `share` of --prompt-tokens: an image, then a question that fills the rest."""
     images = int((args.prompt_tokens - 60) * share)
     columns = int(math.sqrt(images))
     image = Image.fromarray(
@@ -187,7 +187,7 @@ def copies(prompt: vision_model.Prompt, group: int) -> dict:
 
 
 def plain_generate(model, prompt: vision_model.Prompt, group: int, tokens: int) -> Tensor:
-    """`generate` on G copies of the prompts, as with num_return_sequences = G: (N, T) sampled ids."""
+    """`generate` on G copies of the prompts, as num_return_sequences = G does: (N, T) ids."""
     model.model.rope_deltas = None
     return model.generate(
         **copies(prompt, group),
@@ -219,12 +219,15 @@ def plain_hidden(model, prompt: vision_model.Prompt, ids: Tensor) -> Tensor:
     return model.model(**inputs, use_cache=False).last_hidden_state[:, -ids.shape[1] - 1 : -1]
 
 
-def forward_flops(model, prompt: vision_model.Prompt, N: int = 0, T: int = 0) -> tuple[float, float]:
+def forward_flops(
+    model, prompt: vision_model.Prompt, N: int = 0, T: int = 0
+) -> tuple[float, float]:
     """Flops of one forward of B prompts, each computed once, and of N responses to them: (with
     weights, between tokens).
 
-        2 x weights x tokens              B (L - 1) + N T tokens: language model without its head; patches: vision tower
-        4 x heads x head_dim x pairs      scores and values; a pair is a query and a key that it attends to
+        2 x weights x tokens          B (L - 1) + N T tokens: language model without its head;
+                                      patches: vision tower
+        4 x heads x head_dim x pairs  scores and values; a pair: a query and a key it attends to
 
     Left out: the recurrence of linear attention, a few percent of a 4B's. A backward pass
     counts as two forwards.
@@ -276,26 +279,22 @@ def read_bytes(model, N: int, length: float) -> float:
 def speeds(model, args) -> tuple[float, float]:
     """(flops a second of the MLP's matmuls, the faster one, on the tokens of a pass; bytes a
     second that a copy reads and writes)."""
-    mlp, tokens, flops = (
-        model.model.language_model.layers[0].mlp,
-        args.prompt_tokens + args.group * args.response_tokens,
-        [],
-    )
+    mlp, flops = model.model.language_model.layers[0].mlp, []
+    tokens = args.prompt_tokens + args.group * args.response_tokens
     for weight in (mlp.up_proj.weight.detach(), mlp.down_proj.weight.detach()):
         x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=args.device)
-        flops.append(
-            10
-            * 2
-            * tokens
-            * weight.numel()
-            / measure(lambda: [x @ weight.t() for _ in range(10)], args)[0]
-        )
+
+        def ten_matmuls(x=x, weight=weight):
+            return [x @ weight.t() for _ in range(10)]
+
+        flops.append(20 * tokens * weight.numel() / measure(ten_matmuls, args)[0])
     source, target = torch.ones(2, 2**28, dtype=torch.uint8, device=args.device)
     copied = (
         10 * 2 * len(source) / measure(lambda: [target.copy_(source) for _ in range(10)], args)[0]
     )
     print(
-        f"floors at {max(flops) / 1e12:,.3g} TFLOP/s (the MLP's matmuls, {tokens:,} tokens) and {copied / 1e9:,.3g} GB/s (a copy)"
+        f"floors at {max(flops) / 1e12:,.3g} TFLOP/s (the MLP's matmuls, {tokens:,} tokens) and "
+        f"{copied / 1e9:,.3g} GB/s (a copy)"
     )
     return max(flops), copied
 
@@ -390,7 +389,11 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
 
     def student_pass(checkpoint=True):
         def squares(student):
-            return vision_model.response_hidden(student, full, ids, checkpoint=checkpoint).square().sum()
+            return (
+                vision_model.response_hidden(student, full, ids, checkpoint=checkpoint)
+                .square()
+                .sum()
+            )
 
         run.shards.student_pass(squares).backward()
 
@@ -421,8 +424,8 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
         "loss": (bench_loss.ours(args, *sides), bench_loss.plain(args, *sides), matmuls),
     }
     print(
-        f"\none step: {length:,} prompt tokens (teacher {crop_length:,}), {tokens} response tokens, "
-        f"G = {group}\n{HEADER}"
+        f"\none step: {length:,} prompt tokens (teacher {crop_length:,}), {tokens} response "
+        f"tokens, G = {group}\n{HEADER}"
     )
     floor = sum(floor for *_, floor in phases.values())
     batch = [(run.rows, full, crop)]
@@ -489,33 +492,36 @@ class Plain:
 
 
 def bench_generate(model, processor, args, rate: float, bandwidth: float) -> tuple[float]:
-    """G sampled responses to each of --gen-prompts prompts. Returns (its multiple of the floor,)."""
-    B, G, T = args.gen_prompts, args.group, args.response_tokens
+    """G sampled responses to each of --gen-prompts prompts. Returns (multiple of the floor,)."""
+    B, group, T = args.gen_prompts, args.group, args.response_tokens
     prompt = vision_model.join([photo(processor, args)] * B, 0)
     L = prompt["input_ids"].shape[1]
 
     def generate(T, static=0):
-        return sample(model, processor, prompt, G, max_new_tokens=T, seeds=[0] * B, static=static)
+        return sample(
+            model, processor, prompt, group, max_new_tokens=T, seeds=[0] * B, static=static
+        )
 
-    floor = T * read_bytes(model, B * G, L + T / 2) / bandwidth
+    floor = T * read_bytes(model, B * group, L + T / 2) / bandwidth
     print(
-        f"\ngeneration of {B * G} sequences: {B} prompts of {L:,} tokens, {T} response tokens, G = {G}\n{HEADER}"
+        f"\ngeneration of {B * group} sequences: {B} prompts of {L:,} tokens, {T} response tokens, "
+        f"G = {group}\n{HEADER}"
     )
     _, plain = compare(
         "generation",
         lambda: generate(T),
-        lambda: plain_generate(model, prompt, G, T),
-        B * G * T,
+        lambda: plain_generate(model, prompt, group, T),
+        B * group * T,
         floor,
         args,
     )
     fixed = measure(lambda: generate(T, L + T), args)  # its first run compiles
-    row("static cache (on a GPU: train.py --compile)", fixed, B * G * T, floor, plain)
+    row("static cache (on a GPU: train.py --compile)", fixed, B * group * T, floor, plain)
     CACHES.clear()
     row(
         "of which prompts and one token",
         measure(lambda: generate(1), args),
-        B * G,
+        B * group,
         sum(forward_flops(model, prompt)) / rate,
     )
     return (fixed[0] / floor,)
@@ -549,7 +555,8 @@ def bench_synth(args) -> None:
         ):
             spent[name] = measure(job, args)[0]
     print(
-        f"photographs of 2250 x 1500 px, {size:.1f} MB, one box each, one core: {1 / sum(spent.values()):.1f} a second"
+        f"photographs of 2250 x 1500 px, {size:.1f} MB, one box each, one core: "
+        f"{1 / sum(spent.values()):.1f} a second"
     )
     for name, seconds in spent.items():
         print(f"  {name:56} {seconds * 1e3:9,.1f} ms {seconds / sum(spent.values()):7.0%}")
@@ -607,7 +614,8 @@ def main() -> None:
         p.error(f"unknown benchmark {sorted(unknown)}: choose from {', '.join(GOALS)}, synth")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error(
-            "--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA build of torch."
+            "--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA build of "
+            "torch."
         )
     transformers.utils.logging.set_verbosity_error()
     machine = (
@@ -616,7 +624,8 @@ def main() -> None:
         else torch.cuda.get_device_name()
     )
     print(
-        f"{args.size} Qwen3.5, {args.dtype}, {machine}, torch {torch.__version__}, transformers {transformers.__version__}"
+        f"{args.size} Qwen3.5, {args.dtype}, {machine}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
     )
     found = {}  # the numbers that the goals are about
     if "synth" in args.what:
@@ -648,7 +657,8 @@ def main() -> None:
             else "missed"
         )
         print(
-            f"  {goal:90} {verdict:18} {', '.join(f'{number:.2f}' for number in found.get(name) or ())}"
+            f"  {goal:90} {verdict:18} "
+            + ", ".join(f"{number:.2f}" for number in found.get(name) or ())
         )
     return None
 

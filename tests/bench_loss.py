@@ -85,7 +85,8 @@ CONTENDERS = {  # name: (function, its line in the table, what to install)
 }
 
 NOTES = """(1) JSD over the student's top 100 and a tail, logsumexp in fp32
-(2) JSD over the whole vocabulary, no top-k, softmax in the heads' dtype; chunked, same chunk as ours; compiled on a GPU only
+(2) JSD over the whole vocabulary, no top-k, softmax in the heads' dtype;
+    chunked, same chunk as ours; compiled on a GPU only
 (3) JSD over the whole vocabulary, no top-k, softmax in the heads' dtype; full logits"""
 
 
@@ -176,7 +177,8 @@ def run(args) -> tuple[float, float] | None:
         else torch.cuda.get_device_name()
     )
     print(
-        f"\nloss and its gradient, {args.tokens:,} tokens, V = {args.vocab:,}, D = {args.hidden:,}, {args.dtype}, {threads}, chunk {args.chunk}, {args.clock} time\n"
+        f"\nloss and its gradient, {args.tokens:,} tokens, V = {args.vocab:,}, "
+        f"D = {args.hidden:,}, {args.dtype}, {threads}, chunk {args.chunk}, {args.clock} time\n"
     )
     print(f"{'':44} {'time':>10} {'ratio':>7} {'peak':>10}")
     seconds, peak = {}, {}
@@ -196,7 +198,8 @@ def run(args) -> tuple[float, float] | None:
         seconds[name], peak[name] = found["seconds"], found["bytes"] / 2**30
         floor = seconds.get("matmuls", float("nan"))
         print(
-            f"{line:44} {seconds[name] * 1e3:7,.0f} ms {seconds[name] / floor:6.2f}x {peak[name]:7.2f} GB",
+            f"{line:44} {seconds[name] * 1e3:7,.0f} ms {seconds[name] / floor:6.2f}x "
+            f"{peak[name]:7.2f} GB",
             flush=True,
         )
     print(f"\n{NOTES}")

@@ -30,10 +30,14 @@ import triplets.format as triplet_format
 KEYS = ("id", "prompt", "answer", "kind", "options", "group", "pair", "image", "crop")
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 MME = (
-    "{} The choices are listed below:\n{}\nSelect the best answer to the above multiple-choice question based on the image. "
+    "{} The choices are listed below:\n{}\nSelect the best answer to the above multiple-choice "
+    "question based on the image. "
     "Respond with only the letter (A, B, C, D, or E) of the correct option.\nThe best answer is: "
 )
-MME_CN = "{} 选项如下所示:\n{}\n根据图像选择上述多项选择题的最佳答案。只需回答正确选项的字母（A, B, C, D 或 E）。\n最佳答案为： "
+MME_CN = (
+    "{} 选项如下所示:\n{}\n根据图像选择上述多项选择题的最佳答案。"
+    "只需回答正确选项的字母（A, B, C, D 或 E）。\n最佳答案为： "
+)
 
 
 # ----------------------------------------------------------------------------------------- helpers
@@ -342,7 +346,8 @@ def cv_bench(folder: Path, form: str) -> list[dict]:
             "image": picture(n),
             "question": "How many?",
             "choices": ["0", "3", "1 (one)"],
-            "prompt": f"How many dogs {n}? Select from the following choices.\n(A) 0\n(B) 3\n(C) 1 (one)",
+            "prompt": f"How many dogs {n}? Select from the following choices.\n"
+            "(A) 0\n(B) 3\n(C) 1 (one)",
             "answer": f"({'CAB'[n]})",
             "filename": f"img/{kind}/{task.lower()}/{n}.png",
             "source": "ADE20K",

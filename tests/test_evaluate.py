@@ -141,16 +141,16 @@ def model(monkeypatch):
     """A model that says REPLIES[n] to question n (model.says changes that), and model.asked: the
     questions of every batch."""
 
-    class model(torch.nn.Linear):
+    class Scripted(torch.nn.Linear):
         asked, says, before = [], dict(enumerate(REPLIES)), staticmethod(lambda prompts: None)
 
     def answers(_, processor, images, prompts, max_new_tokens):
         assert len(images) == len(prompts) > 0
-        model.before(prompts)
-        model.asked.append(prompts)
+        Scripted.before(prompts)
+        Scripted.asked.append(prompts)
         return [
             rollout.Reply(text, len(text), len(text) > 12)
-            for text in (model.says[int(p.split()[-1])] for p in prompts)
+            for text in (Scripted.says[int(p.split()[-1])] for p in prompts)
         ]
 
     monkeypatch.setattr("rollout.answers", answers)
@@ -158,7 +158,7 @@ def model(monkeypatch):
         "model.load",
         lambda path, *, device, dtype: (torch.nn.Linear(1, 1).requires_grad_(False), None),
     )
-    return model
+    return Scripted
 
 
 def answer(path: Path, out: Path, batch: int = 2, **more) -> None:
@@ -305,7 +305,7 @@ def test_two_processes_give_the_answers_of_one(straight, tmp_path):
     )  # a model that says many things
 
 
-def test_rows_that_cannot_be_asked_are_errors_that_the_next_run_tries_again_and_out_of_memory_halves_the_batch(
+def test_rows_that_cannot_be_asked_are_errors_that_the_next_run_tries_again(
     model, tmp_path, capsys
 ):
     path, out, image = own(tmp_path), tmp_path / "out", tmp_path / "mine3.png"
@@ -612,7 +612,8 @@ def test_neither_torch_nor_transformers_nor_images_are_needed_to_score_again_and
         *[str(tmp_path)] * (1 + (command == "--compare")),
         *["--out", str(tmp_path)] * (command == "--compare"),
     ]
-    code = f"import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import evaluate; evaluate.main({flags})"
+    absent = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None"
+    code = f"{absent}; import evaluate; evaluate.main({flags})"
     done = subprocess.run(**python("-c", code))
     if command == "--compare":  # --out: the comparison would take one's place
         assert done.returncode == 2 and "is one of the two that are compared" in done.stderr
@@ -668,7 +669,7 @@ def test_answers_of_another_model_or_other_settings_are_not_mixed(straight, chec
     ):
         with pytest.raises(
             ValueError,
-            match=f"holds answers of {re.escape(str(checkpoint))}; .* differs in .*{message}.* Choose another --out",
+            match=f"holds answers of {re.escape(str(checkpoint))}; .* differs in .*{message}",
         ):
             run(*flags, "--out", out, *more)
     run(
@@ -760,7 +761,7 @@ def test_crops_are_asked_for_only_where_there_are_some(model, tmp_path):
     [
         (
             ["--bench", "vstarr", "--model", "m", "--out", "o"],
-            f"--bench vstarr is unknown. Benchmarks: {', '.join(sources.BENCHES)}, toy; groups: fine, holdout, all",
+            "--bench vstarr is unknown",
         ),
         (
             ["--rescore", "o", "--judge-model", "m"],
@@ -796,7 +797,8 @@ def test_errors_reach_the_user_as_one_line(tmp_path):
     assert (
         done.returncode == 1
         and done.stderr
-        == f"evaluate.py: {tmp_path} holds no answers-*.jsonl. Expected the --out folder of an evaluation.\n"
+        == f"evaluate.py: {tmp_path} holds no answers-*.jsonl. Expected the --out folder of an "
+        "evaluation.\n"
     )
 
 

@@ -234,12 +234,16 @@ def test_the_table_has_a_line_for_every_view_group_and_gap(tmp_path):
     assert (
         figures.table(result)
         == """\
-accuracy [95% interval], %                      rows official unparsed judged cut off errors s/row tokens  published 4B, 9B
-pope, full                50.0 [  9.5,  90.5]     2/9000    50.0        0      0       0      0  0.50      4  88.3 > 89.1  88.9 > 89.1
+accuracy [95% interval], %                      rows official unparsed judged cut off \
+errors s/row tokens  published 4B, 9B
+pope, full                50.0 [  9.5,  90.5]     2/9000    50.0        0      0       0  \
+    0  0.50      4  88.3 > 89.1  88.9 > 89.1
   f1 66.7, precision 50.0, recall 100.0, yes rate 100.0
-mine, full                33.3 [  6.1,  79.2]          3    33.3        1      0       1      1  0.50      7
+mine, full                33.3 [  6.1,  79.2]          3    33.3        1      0       1  \
+    1  0.50      7
   near                   100.0 [ 20.7, 100.0]          1
   far                      0.0 [  0.0,  65.8]          2
-mine, crop               100.0 [ 34.2, 100.0]          2   100.0        0      0       0      0  0.50      4
+mine, crop               100.0 [ 34.2, 100.0]          2   100.0        0      0       0  \
+    0  0.50      4
   gap: crop - full       100.0 [-19.3, 100.0]          2"""
     )

@@ -394,6 +394,6 @@ def test_other_vision_language_models_are_refused_by_name(tmp_path):
         vision_model.load(str(tmp_path))
     with pytest.raises(
         ValueError,
-        match="no configuration of a Qwen3.5 / Qwen3-VL style model: it is a LlavaForConditionalGeneration",
+        match="no configuration .* LlavaForConditionalGeneration",
     ):
         plan.read_outline(str(tmp_path))

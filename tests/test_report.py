@@ -1,4 +1,4 @@
-"""The report page: what it shows, what it survives, and that nothing a model wrote can act in it."""
+"""The report page: what it shows and survives, and that nothing a model wrote can act in it."""
 
 import base64
 import io
@@ -584,7 +584,8 @@ def test_a_long_log_is_averaged_and_a_long_rollout_is_cut(tmp_path):
     steps, losses, spans, sides = probed(
         pages.write_page(run),
         "[binned(data.log).map(r => r.step), binned(data.log).map(r => r.loss), "
-        "document.querySelectorAll('.tokens span').length, [...document.querySelectorAll('.when')].map(e => e.textContent)]",
+        "document.querySelectorAll('.tokens span').length, "
+        "[...document.querySelectorAll('.when')].map(e => e.textContent)]",
     )
     assert steps == list(range(5, 2001, 5)) and losses == pytest.approx([0.6, 0.4] * 200)
     assert spans == 2 * 4 * 400 and sides == [
@@ -611,7 +612,10 @@ def test_the_address_chooses_what_the_gallery_shows(run):
         text.split(" · ")[-1]
         for text in probed(page, shown, "#bench=toy&group=small&state=flipped")
     } == flipped
-    controls = "[...document.querySelectorAll('[aria-pressed=true], select, input')].map(e => e.tagName === 'BUTTON' ? e.textContent : e.value)"
+    controls = (
+        "[...document.querySelectorAll('[aria-pressed=true], select, input')]"
+        ".map(e => e.tagName === 'BUTTON' ? e.textContent : e.value)"
+    )
     large = [s["id"] for s in build(run)[1]["gallery"]["samples"] if s["bench"] == "toy-large"]
     assert probed(
         page, f"[{shown}, {controls}]", f"#bench=toy-large&state=%3Cb%3E&q={large[1]}"
@@ -630,7 +634,8 @@ def test_two_thousand_photographs_open_at_once_in_less_than_20_mb(tmp_path):
     page, start = pages.write_page(results(tmp_path / "run", rows)), time.time()
     cards, images, opened, lead = probed(
         page,
-        "[document.querySelectorAll('.sample').length, Object.keys(data.images).length, performance.now(), "
+        "[document.querySelectorAll('.sample').length, Object.keys(data.images).length, "
+        "performance.now(), "
         "document.querySelector('header').textContent]",
     )
     assert (
