@@ -13,12 +13,12 @@ import shutil
 import sys
 import tarfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import noise
-from PIL import Image
 
 import evaluate
 import rollout
@@ -31,10 +31,14 @@ KEYS = ("id", "prompt", "answer", "kind", "options", "group", "pair", "image", "
 COLOURS = {"A": "red", "B": "blue", "C": "green", "D": "white"}
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 MME = (
-    "{} The choices are listed below:\n{}\nSelect the best answer to the above multiple-choice question based on the image. "
+    "{} The choices are listed below:\n{}\n"
+    "Select the best answer to the above multiple-choice question based on the image. "
     "Respond with only the letter (A, B, C, D, or E) of the correct option.\nThe best answer is: "
 )
-MME_CN = "{} 选项如下所示:\n{}\n根据图像选择上述多项选择题的最佳答案。只需回答正确选项的字母（A, B, C, D 或 E）。\n最佳答案为： "
+MME_CN = (
+    "{} 选项如下所示:\n{}\n根据图像选择上述多项选择题的最佳答案。"
+    "只需回答正确选项的字母（A, B, C, D 或 E）。\n最佳答案为： "
+)
 
 
 # ------------------------------------------------------------------------------------------ helpers
@@ -343,7 +347,8 @@ def cv_bench(folder: Path, form: str) -> list[dict]:
             "image": picture(n),
             "question": "How many?",
             "choices": ["0", "3", "1 (one)"],
-            "prompt": f"How many dogs {n}? Select from the following choices.\n(A) 0\n(B) 3\n(C) 1 (one)",
+            "prompt": f"How many dogs {n}? Select from the following choices.\n"
+            "(A) 0\n(B) 3\n(C) 1 (one)",
             "answer": f"({'CAB'[n]})",
             "filename": f"img/{kind}/{task.lower()}/{n}.png",
             "source": "ADE20K",
@@ -466,47 +471,38 @@ def visualprobe(folder: Path, form: str) -> list[dict]:
     return expected
 
 
-SOURCES = {  # (benchmark, form): what writes it; the hub's form first where it is parquet
-    **{("vstar", form): vstar for form in ("parquet", "jsonl")},
-    ("zoombench", "parquet"): zoombench,
-    **{
-        (f"hrbench-{size}", form): lambda folder, form, size=size: hrbench(folder, form, size)
-        for size in ("4k", "8k")
-        for form in ("parquet", "tsv")
-    },
-    **{("mme-realworld", form): mme for form in ("parquet", "json")},
-    **{
-        ("mme-realworld-cn", form): lambda folder, form: mme(folder, form, chinese=True)
-        for form in ("parquet", "json")
-    },
-    **{("mme-realworld-lite", form): mme for form in ("parquet", "tsv image", "tsv bytes")},
-    **{("mmvp", form): mmvp for form in ("Index", "lndex")},
-    **{("mmstar", form): mmstar for form in ("parquet", "tsv")},
-    **{("cv-bench", form): cv_bench for form in ("parquet", "jsonl image", "jsonl filename")},
-    ("pope", "parquet"): pope,
-    ("visualprobe", "json"): visualprobe,
+SOURCES = {  # what writes it, its repository, its forms: the hub's first
+    "vstar": (vstar, "lmms-lab/vstar-bench", ["parquet", "jsonl"]),
+    "zoombench": (zoombench, "inclusionAI/ZoomBench", ["parquet"]),
+    "hrbench-4k": (partial(hrbench, size="4k"), "DreamMr/HR-Bench", ["parquet", "tsv"]),
+    "hrbench-8k": (partial(hrbench, size="8k"), "DreamMr/HR-Bench", ["parquet", "tsv"]),
+    "mme-realworld": (mme, "yifanzhang114/MME-RealWorld-Lmms-eval", ["parquet", "json"]),
+    "mme-realworld-cn": (
+        partial(mme, chinese=True),
+        "yifanzhang114/MME-RealWorld-CN-Lmms-eval",
+        ["parquet", "json"],
+    ),
+    "mme-realworld-lite": (
+        mme,
+        "yifanzhang114/MME-RealWorld-lite-lmms-eval",
+        ["parquet", "tsv image", "tsv bytes"],
+    ),
+    "mmvp": (mmvp, "MMVP/MMVP", ["Index", "lndex"]),
+    "mmstar": (mmstar, "Lin-Chen/MMStar", ["parquet", "tsv"]),
+    "cv-bench": (cv_bench, "nyu-visionx/CV-Bench", ["parquet", "jsonl image", "jsonl filename"]),
+    "pope": (pope, "lmms-lab/POPE", ["parquet"]),
+    "visualprobe": (visualprobe, "Mini-o3/VisualProbe_Easy", ["json"]),
 }
-FIRST = {name: form for name, form in reversed(SOURCES)}
-REPOSITORIES = {
-    "vstar": "lmms-lab/vstar-bench",
-    "zoombench": "inclusionAI/ZoomBench",
-    "hrbench-4k": "DreamMr/HR-Bench",
-    "hrbench-8k": "DreamMr/HR-Bench",
-    "mme-realworld": "yifanzhang114/MME-RealWorld-Lmms-eval",
-    "mme-realworld-cn": "yifanzhang114/MME-RealWorld-CN-Lmms-eval",
-    "mme-realworld-lite": "yifanzhang114/MME-RealWorld-lite-lmms-eval",
-    "mmvp": "MMVP/MMVP",
-    "cv-bench": "nyu-visionx/CV-Bench",
-    "mmstar": "Lin-Chen/MMStar",
-    "pope": "lmms-lab/POPE",
-    "visualprobe": "Mini-o3/VisualProbe_Easy",
-}
-every_source = pytest.mark.parametrize("name, form", SOURCES, ids=map(" as ".join, SOURCES))
-every_benchmark = pytest.mark.parametrize("name", FIRST)
+FORMS = [(name, form) for name, (_, _, forms) in SOURCES.items() for form in forms]
+every_source = pytest.mark.parametrize("name, form", FORMS, ids=map(" as ".join, FORMS))
+every_benchmark = pytest.mark.parametrize("name", SOURCES)
 
 
-def source(name: str, form: str, folder: Path) -> list[dict]:
-    return [{"id": f"{name}/{n}", **r} for n, r in enumerate(SOURCES[name, form](folder, form))]
+def source(name: str, form: str | None, folder: Path) -> list[dict]:
+    """Write a benchmark's source, in the hub's form or another; the rows it must become."""
+    write, _, forms = SOURCES[name]
+    rows = write(folder, form or forms[0])
+    return [{"id": f"{name}/{n}", **r} for n, r in enumerate(rows)]
 
 
 @pytest.fixture(autouse=True)
@@ -620,7 +616,7 @@ def test_a_damaged_source_is_refused_by_name_and_leaves_nothing_that_looks_conve
 def test_an_absent_source_is_fetched_from_its_repository(name, tmp_path, monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
-    expected, asked = source(name, FIRST[name], tmp_path / "hub"), []
+    expected, asked = source(name, None, tmp_path / "hub"), []
 
     def download(repo_id, *, repo_type, local_dir, allow_patterns=None, **rest):
         asked.append((repo_id, repo_type))
@@ -633,7 +629,7 @@ def test_an_absent_source_is_fetched_from_its_repository(name, tmp_path, monkeyp
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert read(name, tmp_path / "root") == expected
     levels = ("Easy", "Medium", "Hard") if name == "visualprobe" else ("Easy",)
-    assert asked == [(REPOSITORIES[name].replace("Easy", level), "dataset") for level in levels]
+    assert asked == [(SOURCES[name][1].replace("Easy", level), "dataset") for level in levels]
 
 
 @every_benchmark
@@ -646,27 +642,26 @@ def test_without_a_connection_the_error_names_the_repository_and_where_to_put_th
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(FileNotFoundError) as error:
         read_rows(name, tmp_path)
-    assert REPOSITORIES[name] in str(error.value) and str(tmp_path / name) in str(error.value)
+    assert SOURCES[name][1] in str(error.value)
+    assert str(tmp_path / name) in str(error.value)
 
 
 def test_a_download_that_broke_off_is_not_taken_for_the_whole_benchmark(tmp_path, monkeypatch):
     expected = source("pope", "parquet", tmp_path / "hub")
 
-    def download(repo_id, *, local_dir, whole, **rest):
-        for path in sorted((tmp_path / "hub/data").iterdir())[: None if whole else 1]:
+    parts = sorted((tmp_path / "hub/data").iterdir())
+
+    def download(some: list[Path], repo_id, *, local_dir, **rest):
+        for path in some:
             put(Path(local_dir) / "data" / path.name, path.read_bytes())
-        if not whole:
+        if some != parts:
             raise ConnectionError("connection reset")
         return local_dir
 
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *a, **k: download(*a, **k, whole=False)
-    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", partial(download, parts[:1]))
     with pytest.raises(FileNotFoundError):
         read_rows("pope", tmp_path / "root")
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *a, **k: download(*a, **k, whole=True)
-    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", partial(download, parts))
     assert read("pope", tmp_path / "root") == expected
 
 
@@ -774,7 +769,7 @@ def evaluated(monkeypatch, tmp_path):
         said = {}
         rows = read_rows(name, tmp_path)
         shown = [(r["image"], r["prompt"], reply) for r, reply in zip(rows, replies, strict=True)]
-        shown += [(r["crop"], r["prompt"], reply) for r, reply in zip(rows, crop) if r["crop"]]  # noqa: B905
+        shown += [(r["crop"], r["prompt"], reply) for r, reply in zip(rows, crop) if r["crop"]]
         for image, prompt, reply in shown:
             if reply is None:
                 image.write_bytes(image.read_bytes()[:50])
