@@ -191,48 +191,36 @@ def row(name: str, image: Path) -> Triplet:
 
 def test_a_run_s_page_holds_its_log_its_results_and_its_settings(run):
     _, data = build(run)
-    assert (
-        data["training"]
-        and list(data["results"]) == ["before", "after"]
-        and data["args"]["ema_rate"] == 0.005
-    )
+    assert data["training"]
+    assert data["args"]["ema_rate"] == 0.005
+    assert list(data["results"]) == ["before", "after"]
     assert data["results"]["after"] == json.loads((run / "eval-after/result.json").read_text())
-    assert (
-        data["log"] == read(run / "log.jsonl")
-        and data["seconds"] == {"base": 144.2, "distillation": 85.2}
-        and data["notes"] == []
-    )
+    assert data["log"] == read(run / "log.jsonl")
+    assert data["seconds"] == {"base": 144.2, "distillation": 85.2}
+    assert data["notes"] == []
     saved = [r for r in read(run / "rollouts.jsonl") if r["step"] != 100]
     assert [r["step"] for r in saved] == [1] * 5 + [200] * 5  # the first and the last saved step
-    assert [(r["tokens"], r["divergence"]) for r in data["rollouts"]] == [
-        (r["tokens"], r["divergence"]) for r in saved
-    ]
-    shown = {
-        r[view]
-        for r in data["rollouts"] + data["gallery"]["samples"]
-        for view in ("image", "crop")
-        if r[view]
-    }
-    assert shown == set(data["images"]) and len(shown) == 60
+    for shown, r in zip(data["rollouts"], saved, strict=True):
+        assert (shown["tokens"], shown["divergence"]) == (r["tokens"], r["divergence"])
+    rows = data["rollouts"] + data["gallery"]["samples"]
+    shown = {r["image"] for r in rows} | {r["crop"] for r in rows if r["crop"]}
+    assert shown == set(data["images"])
+    assert len(shown) == 60
 
 
 def test_a_sample_has_its_images_its_question_and_the_answers_of_both_views(run):
     sample = build(run)[1]["gallery"]["samples"][0]
-    said = {
-        (when, a["view"]): [a["output"], "right" if a["output"] == a["answer"] else "wrong"]
-        for when in ("before", "after")
-        for a in read(run / f"eval-{when}/answers-toy-0.jsonl")
-        if a["id"] == sample["id"]
-    }
-    triplet = next(r for r in read_triplets(run / "eval") if r.id == sample["id"])
-    assert (sample["question"], sample["gold"], sample["bench"]) == (
-        triplet.question,
-        triplet.answer,
-        "toy",
-    )
-    assert (
-        len(said) == 4 and {(label, view): rest for label, view, *rest in sample["answers"]} == said
-    )
+    said = []
+    for when in ("before", "after"):
+        for a in read(run / f"eval-{when}/answers-toy-0.jsonl"):
+            if a["id"] == sample["id"]:
+                state = "right" if a["output"] == a["answer"] else "wrong"
+                said.append([when, a["view"], a["output"], state])
+    (row,) = (r for r in read_triplets(run / "eval") if r.id == sample["id"])
+    told = (sample["question"], sample["gold"], sample["bench"])
+    assert told == (row.question, row.answer, "toy")
+    assert len(said) == 4
+    assert sorted(sample["answers"]) == sorted(said)
 
 
 def test_small_images_stay_exact_and_large_ones_become_a_jpeg_of_at_most_640_px(tmp_path):
@@ -421,7 +409,8 @@ def test_a_folder_that_is_no_run_is_refused_with_what_it_holds(tmp_path, files):
 
 
 def dom(page: Path, address: str = "", probe: str = "''") -> str:
-    """The document as the page's script has made it, scripts left out; `probe`'s value ends it."""
+    """The document as the page's script has made it, scripts left out; the value of `probe` stands
+    at its end."""
     tried = page.with_name("tried.html")
     tried.write_text(
         page.read_text()

@@ -713,7 +713,7 @@ def test_numbers_may_stand_where_texts_are_meant_and_other_keys_mean_nothing(tmp
     rows = [
         free | {"id": 7, "group": 2, "pair": 0},
         free | {"answer": " a ", "kind": "mc", "error": None, "calls": 3, "output": "A"},
-        free | {"answer": " Yes ", "kind": "yn"},
+        free | {"answer": " Yes ", "kind": "yn", "id": None},
     ]
     rows[1]["options"] = COLOURS
     put(tmp_path / "own.jsonl", "\ufeff" + lines(rows))
