@@ -6,10 +6,11 @@ processes of their own where that matters.
 
 import io
 import json
-import multiprocessing
+import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, livelier, noise
-from ranks import fork
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evaluate
@@ -215,28 +215,36 @@ def test_ranks_share_the_rows_and_may_be_others_when_a_run_goes_on(runs, model, 
     assert sum(map(len, model.asked)) == len(lines_of(out)) == 14
 
 
+def in_process(flags: str, **torchrun) -> subprocess.Popen:
+    """evaluate.py on its own, with what torchrun would tell it."""
+    words = [sys.executable, str(ROOT / "evaluate.py"), *command(flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **torchrun}
+    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True)
+
+
 def test_a_process_killed_at_work_goes_on_to_the_answers_of_a_straight_one(straight, tmp_path):
     flags, wanted = straight
-    again = command(f"{flags} --out {tmp_path}")
-    process = multiprocessing.get_context("fork").Process(target=evaluate.main, args=[again])
-    process.start()
-    while len(lines_of(tmp_path)) < 4 and process.is_alive():
+    process = in_process(f"{flags} --out {tmp_path}")
+    while len(lines_of(tmp_path)) < 4 and process.poll() is None:
         time.sleep(0.005)
     process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
     assert 4 <= len(lines_of(tmp_path)) < 28
-    evaluate.main(again)
+    run(f"{flags} --out {tmp_path}")
     assert outcome(tmp_path) == outcome(wanted)
     assert len(lines_of(tmp_path)) == 28
 
 
-def test_two_processes_give_the_answers_of_one(straight, tmp_path, monkeypatch, capfd):
+def test_two_processes_give_the_answers_of_one(straight, tmp_path):
     flags, wanted = straight
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # fork sets them: afterwards they are as before
-    fork(2, partial(evaluate.main, command(f"{flags} --out {tmp_path}")))
-    assert capfd.readouterr().out.count("accuracy [95% interval]") == 1
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    pair = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    started = [in_process(f"{flags} --out {tmp_path}", RANK=str(i), **pair) for i in range(2)]
+    printed = "".join(process.communicate()[0] for process in started)
+    assert [process.returncode for process in started] == [0, 0]
+    assert printed.count("accuracy [95% interval]") == 1
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"report.html", "answers-mine-0.jsonl", "answers-mine-1.jsonl"}
     assert outcome(tmp_path) == outcome(wanted)
