@@ -12,17 +12,20 @@ import inspect
 import bench
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import DEVICE, alone, livelier, noise, tiny_qwen3_vl
 from test_model import gradients, plain_hidden
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+import methods
 import model as vision_model
 import rollout
-import sharding
 import toy.tiny as tiny_model
 import train
 from loss import divergence, topk_divergence
 from rollout import sample
+from sharding import Shards, join_ranks
+from triplets.format import Triplet
 
 torch.backends.cudnn.allow_tf32 = False  # in convolutions; in kernels: see conftest.py
 KERNELS = [
@@ -173,50 +176,29 @@ def test_the_loss_in_bf16_is_the_equation_of_the_rounded_logits():
     assert all(error(mine.grad, its.grad) < limit for mine, its in zip(here, exact, strict=False))
 
 
-def test_a_step_is_that_of_the_cpu(subject, monkeypatch):
-    """Streams and publishing included: the gradient, what is logged, and the weights that are live
-    afterwards. On a GPU every stream is kept waiting where another one must wait for it."""
-    model, processor, _ = subject
-    args = train.parse(
-        [
-            "--device",
-            "cpu",
-            "--prompts",
-            "3",
-            "--group",
-            "2",
-            "--max-new-tokens",
-            "9",
-            "--steps",
-            "5",
-            "--lr",
-            "1e-3",
-        ]
-    )
-    micros = [
-        (
-            [i],
-            *(
-                vision_model.encode(processor, [noise(side, 64, i)], ["what is in the red box ?"])
-                for side in (96, 48)
-            ),
-        )
-        for i in range(3)
-    ]
-    rows, found, rollouts, real, summed = (
-        [{"id": str(i)} for i in range(3)],
-        [],
-        [],
-        train.token_loss,
-        sharding.Flat.summed,
-    )
-    wait = (lambda: torch.cuda._sleep(10**8)) if DEVICE == "cuda" else lambda: None
-    monkeypatch.setattr(train, "show", lambda *_: [])
+def one_of_a_kind(device: str) -> tuple[int, int, torch.device]:
+    """join_ranks, for the CPU and a GPU in one process."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return join_ranks(device)
 
-    def late(function, *args):
-        out = function(*args)
-        wait()
-        return out
+
+def test_a_step_is_that_of_the_cpu(subject, monkeypatch):
+    """The gradient, what is logged, and the weights that are published afterwards."""
+    model, processor, _ = subject
+    flags = "--device cpu --prompts 3 --group 2 --max-new-tokens 9 --steps 5 --lr 1e-3"
+    settings = train.parse(flags.split())
+    rows = [Triplet(str(i), "", "", "") for i in range(3)]
+    batch = []
+    for i, row in enumerate(rows):
+        prompts = [
+            vision_model.encode(processor, [noise(side, 64, i)], ["what is in the red box ?"])
+            for side in (96, 48)
+        ]
+        batch.append(([row], *prompts))
+    found, rollouts = [], []
+    monkeypatch.setattr(train, "show", lambda *_, **__: [])
 
     def sampled(*args, **kwargs):  # the same responses on both
         if not found:
@@ -224,39 +206,24 @@ def test_a_step_is_that_of_the_cpu(subject, monkeypatch):
         calls.append(rollouts[len(calls)])
         return rollout.Rollout(*(tensor.to(device) for tensor in vars(calls[-1]).values()))
 
-    monkeypatch.setattr(train, "sample", sampled)
+    monkeypatch.setattr(methods, "sample", sampled)
     for device in ("cpu", DEVICE):
+        rank, world, there = one_of_a_kind(device)
         student, calls = copy.deepcopy(model).to(device), []
-        teacher = copy.deepcopy(student).requires_grad_(False)
-        flat, teacher_flat = sharding.Flat(student, 0, 1), sharding.Flat(teacher, 0, 1)
-        state = sharding.State(flat, args)
-        flat.track_gradients(state.master.grad)
+        shards = Shards(student, lr=1e-3, eps=1e-8, weight_decay=0.01, copy_stays=False)
+        method = methods.METHODS["vision-opd"](settings)
+        run = train.Run(settings, method, rows, [1] * 3, processor, shards, rank, world, there)
         with contextlib.nullcontext() if found else transformers_own():
-            entries = [
-                train.learn(
-                    args,
-                    step,
-                    micros,
-                    student,
-                    teacher,
-                    processor,
-                    flat,
-                    teacher_flat,
-                    state,
-                    rows,
-                    None,
-                )[0]
-                for step in range(2)
-            ]
-        found.append((entries, state, flat))
-        monkeypatch.setattr(train, "token_loss", lambda *args: late(real, *args))  # before backward
-        monkeypatch.setattr(
-            sharding.Flat, "summed", lambda *args: late(summed, *args)
-        )  # before it is added
-    (want, its, _), (got, mine, flat) = found
+            entries = [train.learn(run, step, batch)[0] for step in range(2)]
+        found.append((entries, shards))
+    (want, its), (got, mine) = found
     for key in ("loss", "grad_norm"):
-        assert [entry[key] for entry in got] == pytest.approx(
-            [entry[key] for entry in want], rel=1e-2
-        )
-    assert error(mine.moments["exp_avg"], its.moments["exp_avg"]) < 1e-2 and not flat.grads.any()
-    assert torch.equal(flat.owned(), mine.master) and not torch.equal(mine.master, mine.ema)
+        assert [each[key] for each in got] == pytest.approx([each[key] for each in want], rel=1e-2)
+
+    def moments(shards):
+        return torch.cat([shards.adam.state[each]["exp_avg"].flatten() for each in shards.student])
+
+    assert error(moments(mine).cpu(), moments(its)) < 1e-2
+    for published, own in zip(mine.publish("student").parameters(), mine.student, strict=True):
+        assert torch.equal(published, own)
+    assert not all(map(torch.equal, mine.student, mine.teacher))

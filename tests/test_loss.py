@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss import DIVERGENCES, divergence, topk_divergence
 
+pytestmark = pytest.mark.core
+
 N, V, D = 7, 23, 5  # tokens, vocabulary, width
 
 

@@ -66,6 +66,7 @@ def float64_inside(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("checkpoint, padded", [(True, True), (False, True), (True, False)])
 def test_hidden_states_and_gradients_are_those_of_a_plain_forward_of_each_sequence(
     lively, mixed_prompt, checkpoint, padded, float64_inside
@@ -101,6 +102,7 @@ def test_hidden_states_and_gradients_are_those_of_a_plain_forward_of_each_sequen
     )
 
 
+@pytest.mark.core
 def test_one_token_one_prompt_and_one_response_take_the_same_path(lively, mixed_prompt):
     model, _ = lively
     for prompt, rows in (
@@ -117,6 +119,7 @@ def test_one_token_one_prompt_and_one_response_take_the_same_path(lively, mixed_
                 )
 
 
+@pytest.mark.core
 def test_neighbours_and_padding_do_not_leak_into_a_prompt(lively, mixed_prompt):
     model, _ = lively
     ids = torch.randint(0, 300, (3, 6), generator=torch.Generator().manual_seed(0))

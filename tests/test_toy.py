@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 import train
-from toy import demonstration, table
+from model import load
+from toy import base, demonstration, table
 from toy.scenes import COLOURS, KINDS, SHAPES, SPLITS, draw, scene, sprite
 from toy.tiny import WORDS, tiny
 from triplets.format import RED, read_triplets
@@ -297,3 +299,14 @@ def test_a_variant_that_fails_is_named_with_its_output(toy, started, tmp_path, m
 def test_train_takes_the_flags_of_every_variant(variant):
     """It refuses flags and choices it does not know, and flags that would change nothing."""
     assert train.parse(["--toy", "--device", "cpu", *table.VARIANTS[variant].split()]).toy
+
+
+def test_the_base_model_is_trained_the_same_for_a_seed_and_saved_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "STEPS", 2)
+    for name in ("one", "two"):
+        base.train_base(tmp_path / name / "base", 3)
+    one, two = (load(str(tmp_path / name / "base"))[0].state_dict() for name in ("one", "two"))
+    untrained = tiny(3)[0].state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not any(torch.equal(one[key], untrained[key]) for key in one if "proj.weight" in key)
+    assert json.loads((tmp_path / "one" / "base-seconds.json").read_text())["base"] > 0

@@ -8,9 +8,9 @@ import torch
 from conftest import noise
 from PIL import Image
 
-import benchmarks.zoom as zoom
 import model as vision_model
 import rollout
+from benchmarks import zoom
 from toy.tiny import tiny
 
 
@@ -25,83 +25,81 @@ def said(chat: list[dict]) -> str:
     return " ".join(part["text"] for part in chat[-1]["content"] if part["type"] == "text")
 
 
-@pytest.fixture
-def play(monkeypatch):
-    """zoomed() with a model that says what is scripted, {question: its turns}; every prompt is
-    really encoded. Returns the replies, and a list of rows (images, chat) for each time that
-    the model was called."""
-    model, processor = tiny()
+class Play:
+    """zoomed answers of a model that says what is scripted; every prompt is really encoded."""
 
-    def tokens(text):
-        return processor.tokenizer(text, split_special_tokens=True)["input_ids"] + [
-            processor.tokenizer.eos_token_id
-        ]
+    def __init__(self):
+        self.model, self.processor = tiny()
+        self.calls = []  # for each time that the model was called, its rows: (images, chat)
 
-    def run(script: dict[str, list[str]], images: list, rounds: int):
-        calls = []
+    def tokens(self, text: str) -> list[int]:
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+        return [*ids, tokenizer.eos_token_id]
 
-        def encode(processor, images, chats):
-            calls.append(
-                [(list(views), list(chat)) for views, chat in zip(images, chats, strict=True)]
-            )
-            return vision_model.encode(processor, images, chats)
+    def encode(self, processor, images, chats):
+        rows = zip(images, chats, strict=True)
+        self.calls.append([(list(views), list(chat)) for views, chat in rows])
+        return vision_model.encode(processor, images, chats)
 
-        def sample(model, processor, prompt, group, *, max_new_tokens, temperature):
-            assert (group, temperature, max_new_tokens) == (1, 0, 99) and prompt[
-                "image_grid_thw"
-            ].shape[0] == sum(len(views) for views, _ in calls[-1])
-            turns = [
-                torch.tensor(tokens(script[chat[1]["content"][1]["text"]][len(chat) // 2 - 1]))
-                for _, chat in calls[-1]
-            ]
-            ids = torch.nn.utils.rnn.pad_sequence(turns, batch_first=True)
-            return rollout.Rollout(
-                ids,
-                torch.arange(ids.shape[1]) < torch.tensor([[len(turn)] for turn in turns]),
-                torch.ones(len(turns), dtype=torch.bool),
-                torch.full(ids.shape, torch.nan),
-            )
+    def sample(self, model, processor, prompt, group, *, max_new_tokens, temperature):
+        assert (group, temperature, max_new_tokens) == (1, 0, 99)
+        shown = sum(len(views) for views, _ in self.calls[-1])
+        assert prompt["image_grid_thw"].shape[0] == shown
+        turns = []
+        for _, chat in self.calls[-1]:
+            said = self.script[question(chat)][len(chat) // 2 - 1]
+            turns.append(torch.tensor(self.tokens(said)))
+        ids = torch.nn.utils.rnn.pad_sequence(turns, batch_first=True)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([[len(turn)] for turn in turns])
+        ended = torch.ones(len(turns), dtype=torch.bool)
+        return rollout.Rollout(ids, mask, ended, torch.full(ids.shape, torch.nan))
 
-        monkeypatch.setattr(rollout, "encode", encode)
-        monkeypatch.setattr(rollout, "sample", sample)
+    def __call__(self, script: dict[str, list[str]], images: list, rounds: int) -> list[dict]:
+        """The replies to {question: the model's turns}."""
+        self.script = script
 
         def ask(images, chats):
-            return rollout.answers(model, processor, images, chats, 99)
+            return rollout.answers(self.model, self.processor, images, chats, 99)
 
-        return zoom.answer_with_zoom(ask, images, list(script), rounds), calls
+        return zoom.answer_with_zoom(ask, images, list(script), rounds)
 
-    run.tokens = lambda text: len(tokens(text))
-    return run
+
+def question(chat: list[dict]) -> str:
+    return chat[1]["content"][1]["text"]
+
+
+@pytest.fixture
+def play(monkeypatch) -> Play:
+    play = Play()
+    monkeypatch.setattr(rollout, "encode", play.encode)
+    monkeypatch.setattr(rollout, "sample", play.sample)
+    return play
 
 
 def test_a_call_gives_the_region_enlarged_and_the_next_turn_is_the_answer(play):
-    image, turns = (
-        noise(640, 480),
-        ["I look closer. " + call(250, 500, 500, 1000, label="the sign"), "It is red."],
-    )
-    (reply,), calls = play({"what ?": turns}, [image], 1)
-    assert reply == {
-        "output": "It is red.",
-        "tokens": sum(map(play.tokens, turns)),
-        "truncated": False,
-        "calls": 1,
-        "malformed": 0,
-    }
-    (first,), (second,) = calls
-    assert (
-        first[0] == [image]
-        and [m["role"] for m in first[1]] == ["system", "user"]
-        and first[1][0]["content"] == zoom.TOOLS
-    )
-    whole, crop = second[0]
-    assert whole is image and crop.size == (299, 448)  # 160 x 240 px, times 448 / 240
-    assert (
-        crop.tobytes()
-        == image.crop((160, 240, 320, 480)).resize((299, 448), Image.Resampling.BICUBIC).tobytes()
-    )
-    assert second[1][:2] == first[1] and second[1][2] == {"role": "assistant", "content": turns[0]}
-    assert [part["type"] for part in second[1][3]["content"]].count("image") == 1
-    assert said(second[1]) == "<tool_response> This was the last call: answer now. </tool_response>"
+    image = noise(640, 480)
+    turns = ["I look closer. " + call(250, 500, 500, 1000, label="the sign"), "It is red."]
+    (reply,) = play({"what ?": turns}, [image], 1)
+    tokens = sum(len(play.tokens(turn)) for turn in turns)
+    counts = {"tokens": tokens, "truncated": False, "calls": 1, "malformed": 0}
+    assert reply == {"output": "It is red.", **counts}
+    ((views, first),), ((more, second),) = play.calls
+    assert views == [image]
+    assert [message["role"] for message in first] == ["system", "user"]
+    assert first[0]["content"] == zoom.TOOLS
+    whole, crop = more
+    assert whole is image
+    want = image.crop((160, 240, 320, 480))
+    assert_enlarged(crop, want, (299, 448))  # 160 x 240 px, times 448 / 240
+    assert second[:3] == [*first, {"role": "assistant", "content": turns[0]}]
+    assert [part["type"] for part in second[3]["content"]].count("image") == 1
+    assert "last call" in said(second)
+
+
+def assert_enlarged(crop: Image.Image, region: Image.Image, size: tuple[int, int]) -> None:
+    assert crop.size == size
+    assert crop.tobytes() == region.resize(size, Image.Resampling.BICUBIC).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -111,33 +109,24 @@ def test_a_call_gives_the_region_enlarged_and_the_next_turn_is_the_answer(play):
         ((100, 100), (333, 0, 667, 1000), (33, 0, 67, 100)),
         ((64, 64), (0, 0, 1, 1), (0, 0, 1, 1)),
         ((640, 480), (100.5, 0.1, 110, 999.9), (64, 0, 71, 480)),
+        # 1000 * (2007 / 1000) is more than 2007
         ((2007, 600), (0, 0, 1000, 1000), (0, 0, 2007, 600)),
     ],
-)  # 1000 * (2007 / 1000) is more than 2007
+)
 def test_a_region_is_in_thousandths_of_the_images_sides(size, box, pixels):
     image = noise(*size)
     crop, want = zoom.zoomed_region(call(*box)[11:-12], image), image.crop(pixels)
     scale = max(1, 448 / max(want.size))
-    assert (
-        crop.tobytes()
-        == want.resize(
-            [math.ceil(side * scale) for side in want.size], Image.Resampling.BICUBIC
-        ).tobytes()
-    )
+    assert_enlarged(crop, want, tuple(math.ceil(side * scale) for side in want.size))
 
 
 def test_calls_go_on_for_as_many_rounds_as_allowed_and_no_more(play):
     turns = [call(0, 0, 500, 500), call(500, 500, 1000, 1000), call(0, 0, 100, 100), "never said"]
-    (reply,), calls = play({"what ?": turns}, [noise(64, 64)], 2)
-    assert len(calls) == 3 and [len(views) for ((views, _),) in calls] == [1, 2, 3]
-    assert [("last call" in said(chat)) for ((_, chat),) in calls] == [False, False, True]
-    assert reply == {
-        "output": turns[2],
-        "tokens": sum(map(play.tokens, turns[:3])),
-        "truncated": False,
-        "calls": 2,
-        "malformed": 0,
-    }
+    (reply,) = play({"what ?": turns}, [noise(64, 64)], 2)
+    assert [len(views) for ((views, _),) in play.calls] == [1, 2, 3]
+    assert ["last call" in said(chat) for ((_, chat),) in play.calls] == [False, False, True]
+    assert reply["tokens"] == sum(len(play.tokens(turn)) for turn in turns[:3])
+    assert reply == reply | {"output": turns[2], "truncated": False, "calls": 2, "malformed": 0}
 
 
 MALFORMED = {
@@ -175,31 +164,22 @@ BREAKING = {  # each would end the whole evaluation
     "turn", [*MALFORMED.values(), *BREAKING.values()], ids=[*MALFORMED, *BREAKING]
 )
 def test_a_malformed_call_is_counted_and_answered_with_an_error(turn, play):
-    (reply,), calls = play({"what ?": [turn, "red"]}, [noise(800, 600)], 3)
+    (reply,) = play({"what ?": [turn, "red"]}, [noise(800, 600)], 3)
     assert reply == reply | {"output": "red", "calls": 1, "malformed": 1}
-    ((views, chat),) = calls[1]
-    assert (
-        len(views) == 1
-        and "Error: " in said(chat)
-        and "Expected a call as described" in said(chat)
-        and "last call" not in said(chat)
-    )
+    ((views, chat),) = play.calls[1]
+    assert len(views) == 1
+    assert "Error: " in said(chat) and "Expected" in said(chat)
+    assert "last call" not in said(chat)
 
 
-def test_the_last_call_of_a_turn_counts_and_spelled_out_vision_tokens_do_not_break_the_next_prompt(
-    play,
-):
+def test_the_last_call_counts_and_spelled_out_vision_tokens_do_not_break_the_next_prompt(play):
     turn = "I see " + call(7, 7) + call(0, 0, 500, 500)
-    (reply,), calls = play(
-        {"what ?": ["<|vision_start|><|image_pad|>" + turn, "red <|image_pad|>"]},
-        [noise(64, 64)],
-        1,
-    )
-    assert reply == reply | {"output": "red <|image_pad|>", "calls": 1, "malformed": 0}
-    assert (
-        calls[1][0][1][2]["content"] == "< |vision_start|>< |image_pad|>" + turn
-        and len(calls[1][0][0]) == 2
-    )
+    turns = ["<|vision_start|><|image_pad|>" + turn, "red <|image_pad|>"]
+    (reply,) = play({"what ?": turns}, [noise(64, 64)], 1)
+    assert reply == reply | {"output": turns[1], "calls": 1, "malformed": 0}
+    ((views, chat),) = play.calls[1]
+    assert chat[2]["content"] == "< |vision_start|>< |image_pad|>" + turn
+    assert len(views) == 2
 
 
 def test_rows_that_do_not_call_are_done_while_the_others_go_on(play):
@@ -208,36 +188,23 @@ def test_rows_that_do_not_call_are_done_while_the_others_go_on(play):
         "two ?": ["at once"],
         "three ?": [call(9), call(0, 0, 9, 9), "latest"],
     }
-    replies, calls = play(script, [noise(64, 64, seed) for seed in range(3)], 3)
-    assert [[chat[1]["content"][1]["text"] for _, chat in rows] for rows in calls] == [
-        ["one ?", "two ?", "three ?"],
-        ["one ?", "three ?"],
-        ["three ?"],
-    ]
-    assert [(r["output"], r["calls"], r["malformed"]) for r in replies] == [
-        ("late", 1, 0),
-        ("at once", 0, 0),
-        ("latest", 2, 1),
-    ]
-    assert [r["tokens"] for r in replies] == [
-        sum(map(play.tokens, turns)) for turns in script.values()
-    ]
+    replies = play(script, [noise(64, 64, seed) for seed in range(3)], 3)
+    asked = [" ".join(question(chat) for _, chat in rows) for rows in play.calls]
+    assert asked == ["one ? two ? three ?", "one ? three ?", "three ?"]
+    found = [(r["output"], r["calls"], r["malformed"]) for r in replies]
+    assert found == [("late", 1, 0), ("at once", 0, 0), ("latest", 2, 1)]
+    for reply, turns in zip(replies, script.values(), strict=True):
+        assert reply["tokens"] == sum(len(play.tokens(turn)) for turn in turns)
 
 
 def test_with_a_tool_that_no_row_calls_the_answers_take_one_turn(lively):
-    (model, processor), images = lively, [noise(64, 64, seed) for seed in range(3)]
+    images = [noise(64, 64, seed) for seed in range(3)]
     look = [{"type": "image"}, {"type": "text", "text": "a ?"}]
-    want = rollout.answers(
-        model,
-        processor,
-        images,
-        [[{"role": "system", "content": zoom.TOOLS}, {"role": "user", "content": look}]] * 3,
-        6,
-    )
+    chat = [{"role": "system", "content": zoom.TOOLS}, {"role": "user", "content": look}]
 
     def ask(images, chats):
-        return rollout.answers(model, processor, images, chats, 6)
+        return rollout.answers(*lively, images, chats, 6)
 
-    assert zoom.answer_with_zoom(ask, images, ["a ?"] * 3, 2) == [
-        vars(reply) | {"calls": 0, "malformed": 0} for reply in want
-    ]
+    found = zoom.answer_with_zoom(ask, images, ["a ?"] * 3, 2)
+    none = {"calls": 0, "malformed": 0}
+    assert found == [vars(reply) | none for reply in ask(images, [chat] * 3)]

@@ -1,4 +1,5 @@
-"""The report page: what it shows and survives, and that nothing a model wrote can act in it."""
+"""The report page: what it shows, what it survives, and that nothing a model wrote can act in
+it."""
 
 import base64
 import io
@@ -16,12 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import benchmarks.figures as figures
-import benchmarks.page as pages
 import evaluate
-import toy.scenes as toy_scenes
-import triplets.format as triplet_format
-from triplets.format import Triplet
+from benchmarks import figures
+from benchmarks import page as pages
+from benchmarks.rows import Answer
+from toy import scenes
+from triplets.format import Triplet, read_triplets, write_triplets
 
 ATTACK = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{data}} \u2028 \ud800 &amp;"
@@ -30,7 +31,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 chromium = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 
 
-# ------------------------------------------------------------------------------------ fake folders
+# ------------------------------------------------------------------------------------- fake folders
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -43,159 +44,123 @@ def read(path: Path) -> list[dict]:
 
 
 def misread(text: str, rng: random.Random) -> str:
+    """An answer with one or two of its words wrong."""
     words = text.split()
-    for n, choices in rng.sample(
-        [(1, list(toy_scenes.COLOURS)), (2, toy_scenes.SHAPES), (4, "0123456789")],
-        rng.choice([1, 1, 2]),
-    ):
-        words[n] = rng.choice([c for c in choices if c != words[n]])
+    places = [(1, list(scenes.COLOURS)), (2, scenes.SHAPES), (4, "0123456789")]
+    for n, choices in rng.sample(places, rng.choice([1, 1, 2])):
+        words[n] = rng.choice([word for word in choices if word != words[n]])
     return " ".join(words)
 
 
 def reply(row: Triplet, bench: str, view: str, output: str) -> dict:
     """A line of answers-BENCH-0.jsonl."""
-    return {
-        "id": row.id,
-        "bench": bench,
-        "view": view,
-        "prompt": row.question,
-        "answer": row.answer,
-        "kind": "exact",
-        "options": {},
-        "group": row.extra.get("toy"),
-        "pair": None,
-        "image": str(row.image),
-        "crop": row.crop and str(row.crop),
-        "output": output,
-        "tokens": 7,
-        "truncated": False,
-        "seconds": 0.01,
-    }
+    answer = Answer(
+        id=row.id,
+        prompt=row.question,
+        answer=row.answer,
+        kind="exact",
+        group=row.extra.get("toy"),
+        image=str(row.image),
+        crop=row.crop and str(row.crop),
+    )
+    said = {"tokens": 7, "truncated": False, "seconds": 0.01}
+    return answer.line() | said | {"bench": bench, "view": view, "output": output}
 
 
 def results(folder: Path, answers: list[dict]) -> Path:
     """A results folder as evaluate.py leaves it."""
-    for bench in dict.fromkeys(a["bench"] for a in answers):
-        write(folder / f"answers-{bench}-0.jsonl", [a for a in answers if a["bench"] == bench])
-    (folder / "args.json").write_text(
-        json.dumps(
-            {
-                "model": "runs/toy/base",
-                "weights": "0123456789abcdef",
-                "max_new_tokens": 10,
-                "zoom": 0,
-            }
-        )
-    )
+    for bench in {answer["bench"] for answer in answers}:
+        own = [answer for answer in answers if answer["bench"] == bench]
+        write(folder / f"answers-{bench}-0.jsonl", own)
+    settings = {"model": "runs/toy/base", "weights": "0123456789abcdef"}
+    write(folder / "args.json", [settings | {"max_new_tokens": 10, "zoom": 0}])
     figures.summarise(folder, figures.Scorer())
     return folder
 
 
-def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10, seed: int = 0) -> Path:
-    """A run folder as train.py --toy leaves it, with plausible numbers: full 52% -> 95%, crop and
-    large kept."""
-    rng = random.Random(seed)
-    scenes = (
-        toy_scenes.scene(seed, i, "small" if i < small else "large", "eval")
-        for i in range(small + large)
-    )
-    triplet_format.write_triplets(out / "eval", scenes)
-    rows, log, saved = triplet_format.read_triplets(out / "eval"), [], []
-    for when, hit in (
-        ("before", {"full": 0.52, "crop": 0.99, "large": 1}),
-        ("after", {"full": 0.95, "crop": 0.98, "large": 0.99}),
-    ):
-        asked = [
-            (row, "toy" if row.extra["toy"] == "small" else "toy-large", view)
-            for row in rows
-            for view in ("full", "crop")[: 1 + (row.extra["toy"] == "small")]
-        ]
-        results(
-            out / f"eval-{when}",
-            [
-                reply(
-                    row,
-                    bench,
-                    view,
-                    row.answer
-                    if rng.random() < hit["large" if bench != "toy" else view]
-                    else misread(row.answer, rng),
-                )
-                for row, bench, view in asked
-            ],
-        )
-    (out / "seconds.json").write_text(json.dumps({"base": 144.2, "distillation": 85.2}))
-    (out / "args.json").write_text(
-        json.dumps(
-            {
-                "toy": True,
-                "model": "runs/toy/base",
-                "data": "runs/toy/data",
-                "steps": steps,
-                "prompts": 16,
-                "group": 2,
-                "lr": 5e-4,
-                "divergence": "jsd",
-                "beta": 0.5,
-                "top_k": 16,
-                "ema_rate": 0.005,
-                "seed": seed,
-                "max_new_tokens": 10,
-                "commit": "0123456789abcdef",
-                "versions": {"python": "3.12.4", "torch": "2.13.0", "transformers": "5.23.0"},
-            }
-        )
-    )
-    for step in range(1, steps + 1):
-        fall, noise = math.exp(-5 * step / steps), lambda scale: rng.gauss(1, scale)
-        log.append(
-            {
-                "step": step,
-                "steps": steps,
-                "loss": (0.012 + 0.09 * fall) * noise(0.12),
-                "grad_norm": (0.35 + 1.3 * fall) * noise(0.2),
-                "lr": 5e-4 * min(1, step / 10) * (0.55 + 0.45 * math.cos(math.pi * step / steps)),
-                "length": 7 + 0.15 * fall * noise(0.6),
-                "eos": 1 - 0.01 * fall,
-                "truncated": 0.01 * fall,
-                "agreement": 0.985 - 0.16 * fall * noise(0.1),
-                "tokens": 224,
-                "gen_s": 0.09 * noise(0.08),
-                "teach_s": 0.02 * noise(0.1),
-                "learn_s": 0.08 * noise(0.06),
-                "other_s": 0.012 * noise(0.2),
-                "mem_gb": 0.71 + 0.002 * math.sin(step),
-            }
-        )
-        for row in rng.sample(rows, 5) if step in (1, steps // 2, steps) else []:
-            gold = row.answer.split()
-            words = gold if rng.random() > fall else misread(row.answer, rng).split()
-            off = [
-                rng.uniform(0.4, 0.95) if w != g else rng.random() ** 4 * (0.06 + 0.4 * fall)
-                for w, g in zip(words, gold, strict=False)
-            ]
-            saved.append(
-                {
-                    "step": step,
-                    "id": row.id,
-                    "question": row.question,
-                    "image": str(row.image.relative_to(out)),
-                    "crop": str(row.crop.relative_to(out)),
-                    "answer": row.answer,
-                    "tokens": [words[0], *(" " + word for word in words[1:]), "<|im_end|>"],
-                    "divergence": [math.log(2) * d for d in off] + [0.0001],
-                }
-            )
-    write(out / "log.jsonl", log)
+def evaluation(folder: Path, rows: list[Triplet], hits: dict, rng: random.Random) -> None:
+    """Answers to small targets in both views and to large ones in the full one, right as often as
+    `hits` says."""
+    answers = []
+    for row in rows:
+        large = row.extra["toy"] == "large"
+        bench = "toy-large" if large else "toy"
+        for view in ["full"] if large else ["full", "crop"]:
+            right = rng.random() < hits["large" if large else view]
+            output = row.answer if right else misread(row.answer, rng)
+            answers.append(reply(row, bench, view, output))
+    results(folder, answers)
+
+
+def logged(step: int, steps: int, rng: random.Random) -> dict:
+    """A line of log.jsonl, with plausible numbers."""
+    fall = math.exp(-5 * step / steps)
+    return {
+        "step": step,
+        "steps": steps,
+        "loss": (0.012 + 0.09 * fall) * rng.gauss(1, 0.12),
+        "grad_norm": (0.35 + 1.3 * fall) * rng.gauss(1, 0.2),
+        "lr": 5e-4 * (0.55 + 0.45 * math.cos(math.pi * step / steps)),
+        "length": 7 + 0.15 * fall,
+        "eos": 1 - 0.01 * fall,
+        "truncated": 0.01 * fall,
+        "agreement": 0.985 - 0.16 * fall,
+        "tokens": 224,
+        "gen_s": 0.09,
+        "teach_s": 0.02,
+        "learn_s": 0.08,
+        "other_s": 0.012,
+        "mem_gb": 0.71,
+    }
+
+
+def rollout(step: int, row: Triplet, out: Path, rng: random.Random) -> dict:
+    """A line of rollouts.jsonl."""
+    words = misread(row.answer, rng).split()
+    return {
+        "step": step,
+        "id": row.id,
+        "question": row.question,
+        "image": str(row.image.relative_to(out)),
+        "crop": str(row.crop.relative_to(out)),
+        "answer": row.answer,
+        "tokens": [words[0], *(" " + word for word in words[1:]), "<|im_end|>"],
+        "divergence": [math.log(2) * rng.random() for _ in words] + [0.0001],
+    }
+
+
+def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10) -> Path:
+    """A run folder as train.py --toy leaves it: full 52% -> 95%, crop and large kept."""
+    rng = random.Random(0)
+    sizes = ["small"] * small + ["large"] * large
+    drawn = (scenes.scene(0, i, size, "eval") for i, size in enumerate(sizes))
+    write_triplets(out / "eval", drawn)
+    rows = read_triplets(out / "eval")
+    evaluation(out / "eval-before", rows, {"full": 0.52, "crop": 0.99, "large": 1}, rng)
+    evaluation(out / "eval-after", rows, {"full": 0.95, "crop": 0.98, "large": 0.99}, rng)
+    write(out / "seconds.json", [{"base": 144.2, "distillation": 85.2}])
+    settings = {"toy": True, "model": "runs/toy/base", "steps": steps, "lr": 5e-4, "seed": 0}
+    method = {"divergence": "jsd", "beta": 0.5, "top_k": 16, "ema_rate": 0.005}
+    versions = {"commit": "0123456789abcdef", "versions": {"torch": "2.13.0"}}
+    write(out / "args.json", [settings | method | versions])
+    write(out / "log.jsonl", [logged(step, steps, rng) for step in range(1, steps + 1)])
+    saved = []
+    for step in (1, steps // 2, steps):
+        saved += [rollout(step, row, out, rng) for row in rng.sample(rows, 5)]
     write(out / "rollouts.jsonl", saved)
     return out
 
 
-def build(run: Path) -> tuple[str, dict]:
-    """The page's text, and the data it draws, read as strictly as a browser reads it."""
-    page = pages.write_page(run).read_text()
+def data_of(page: str) -> dict:
+    """The data that a page draws, read as strictly as a browser reads it."""
     data = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1]
-    return page, json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    return json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def build(run: Path) -> tuple[str, dict]:
+    """The page's text, and its data."""
+    page = pages.write_page(run).read_text()
+    return page, data_of(page)
 
 
 @pytest.fixture(scope="module")
@@ -221,53 +186,41 @@ def row(name: str, image: Path) -> Triplet:
     return Triplet(name, f"what is on {name} ?", image, None, answer="a red cross")
 
 
-# ----------------------------------------------------------------------------------- what it shows
+# ------------------------------------------------------------------------------------ what it shows
 
 
 def test_a_run_s_page_holds_its_log_its_results_and_its_settings(run):
     _, data = build(run)
-    assert (
-        data["training"]
-        and list(data["results"]) == ["before", "after"]
-        and data["args"]["ema_rate"] == 0.005
-    )
+    assert data["training"]
+    assert data["args"]["ema_rate"] == 0.005
+    assert list(data["results"]) == ["before", "after"]
     assert data["results"]["after"] == json.loads((run / "eval-after/result.json").read_text())
-    assert (
-        data["log"] == read(run / "log.jsonl")
-        and data["seconds"] == {"base": 144.2, "distillation": 85.2}
-        and data["notes"] == []
-    )
+    assert data["log"] == read(run / "log.jsonl")
+    assert data["seconds"] == {"base": 144.2, "distillation": 85.2}
+    assert data["notes"] == []
     saved = [r for r in read(run / "rollouts.jsonl") if r["step"] != 100]
     assert [r["step"] for r in saved] == [1] * 5 + [200] * 5  # the first and the last saved step
-    assert [(r["tokens"], r["divergence"]) for r in data["rollouts"]] == [
-        (r["tokens"], r["divergence"]) for r in saved
-    ]
-    shown = {
-        r[view]
-        for r in data["rollouts"] + data["gallery"]["samples"]
-        for view in ("image", "crop")
-        if r[view]
-    }
-    assert shown == set(data["images"]) and len(shown) == 60
+    for shown, r in zip(data["rollouts"], saved, strict=True):
+        assert (shown["tokens"], shown["divergence"]) == (r["tokens"], r["divergence"])
+    rows = data["rollouts"] + data["gallery"]["samples"]
+    shown = {r["image"] for r in rows} | {r["crop"] for r in rows if r["crop"]}
+    assert shown == set(data["images"])
+    assert len(shown) == 60
 
 
 def test_a_sample_has_its_images_its_question_and_the_answers_of_both_views(run):
     sample = build(run)[1]["gallery"]["samples"][0]
-    said = {
-        (when, a["view"]): [a["output"], "right" if a["output"] == a["answer"] else "wrong"]
-        for when in ("before", "after")
-        for a in read(run / f"eval-{when}/answers-toy-0.jsonl")
-        if a["id"] == sample["id"]
-    }
-    triplet = next(r for r in triplet_format.read_triplets(run / "eval") if r.id == sample["id"])
-    assert (sample["question"], sample["gold"], sample["bench"]) == (
-        triplet.question,
-        triplet.answer,
-        "toy",
-    )
-    assert (
-        len(said) == 4 and {(label, view): rest for label, view, *rest in sample["answers"]} == said
-    )
+    said = []
+    for when in ("before", "after"):
+        for a in read(run / f"eval-{when}/answers-toy-0.jsonl"):
+            if a["id"] == sample["id"]:
+                state = "right" if a["output"] == a["answer"] else "wrong"
+                said.append([when, a["view"], a["output"], state])
+    (row,) = (r for r in read_triplets(run / "eval") if r.id == sample["id"])
+    told = (sample["question"], sample["gold"], sample["bench"])
+    assert told == (row.question, row.answer, "toy")
+    assert len(said) == 4
+    assert sorted(sample["answers"]) == sorted(said)
 
 
 def test_small_images_stay_exact_and_large_ones_become_a_jpeg_of_at_most_640_px(tmp_path):
@@ -295,35 +248,20 @@ def test_images_that_do_not_fit_are_counted_not_shown(tmp_path, monkeypatch):
 
 
 def test_the_gallery_takes_flipped_and_wrong_samples_first_when_there_are_too_many(tmp_path):
-    before, after = (
-        [0] * 3 + [1] * 9,
-        [0] * 2 + [1] * 9 + [0],
-    )  # 0, 1 wrong twice; 2 gained; 11 lost
-    folders = {
-        name: results(
-            tmp_path / name,
-            [
-                reply(
-                    row(f"{n:02}", tmp_path / "x.png"),
-                    "b",
-                    "full",
-                    "a red cross" if mark else "a cat",
-                )
-                for n, mark in enumerate(marks)
-            ],
-        )
-        for name, marks in (("a", before), ("b", after))
-    }
-    picked = {
-        most: [s["id"] for s in pages.gallery(tmp_path, folders, most)["samples"]]
-        for most in (2, 4, 6)
-    }
-    assert picked == {
-        2: ["02", "11"],
-        4: ["02", "11", "00", "01"],
-        6: ["02", "11", "00", "01", "03", "04"],
-    }
-    assert pages.gallery(tmp_path, folders, 2)["total"] == 12
+    folders = {}
+    # 0, 1 wrong twice; 2 gained; 11 lost
+    for name, marks in (("a", "000111111111"), ("b", "001111111110")):
+        said = {"1": "a red cross", "0": "a cat"}
+        answers = [
+            reply(row(f"{n:02}", tmp_path / "x.png"), "b", "full", said[mark])
+            for n, mark in enumerate(marks)
+        ]
+        folders[name] = results(tmp_path / name, answers)
+    order = ["02", "11", "00", "01", "03", "04"]
+    for most in (2, 4, 6):
+        shown = pages.gallery(tmp_path, folders, most)
+        assert [sample["id"] for sample in shown["samples"]] == order[:most]
+        assert shown["total"] == 12
 
 
 def test_an_evaluation_alone_has_a_page_with_its_one_result(run):
@@ -343,38 +281,25 @@ def test_an_evaluation_alone_has_a_page_with_its_one_result(run):
 def test_a_page_made_anew_shows_images_of_any_size(run, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses what has twice as many
     evaluate.main(["--report", str(run)])
-    data = json.loads(
-        re.search(r'application/json">(.*?)</script>', (run / "report.html").read_text(), re.S)[1]
-    )
-    assert len(data["images"]) == 60 and data["notes"] == []
+    data = data_of((run / "report.html").read_text())
+    assert len(data["images"]) == 60
+    assert data["notes"] == []
 
 
 def test_two_evaluations_stand_side_by_side(run):
-    evaluate.main(
-        ["--compare", str(run / "eval-before"), str(run / "eval-after"), "--out", str(run / "both")]
-    )
-    data = json.loads(
-        re.search(
-            r'application/json">(.*?)</script>', (run / "both/report.html").read_text(), re.S
-        )[1]
-    )
-    assert (
-        ["difference", *data["results"]]
-        == list(data["tables"])
-        == ["difference", str(run / "eval-before"), str(run / "eval-after")]
-    )
-    assert "McNemar p" in data["tables"]["difference"]
-    (run / "both" / "compare.json").write_text(
-        json.dumps({"folders": list(data["results"])})
-    )  # as it was kept before
+    both = [str(run / "eval-before"), str(run / "eval-after")]
+    evaluate.main(["--compare", *both, "--out", str(run / "both")])
+    data = data_of((run / "both/report.html").read_text())
+    assert list(data["results"]) == both
+    assert list(data["tables"]) == ["difference", *both]
+    assert "McNemar" in data["tables"]["difference"]
+    write(run / "both/compare.json", [{"folders": both}])  # as it was kept before
     _, data = build(run / "both")
-    assert list(data["tables"]) == list(data["results"])
-    assert {
-        label for sample in data["gallery"]["samples"] for label, *_ in sample["answers"]
-    } == set(data["results"])
+    assert list(data["tables"]) == both
+    assert {a[0] for sample in data["gallery"]["samples"] for a in sample["answers"]} == set(both)
 
 
-# -------------------------------------------------------------------------------- what it survives
+# --------------------------------------------------------------------------------- what it survives
 
 
 def test_nothing_a_model_wrote_can_act_in_the_page(run):
@@ -480,7 +405,7 @@ def test_a_folder_that_is_no_run_is_refused_with_what_it_holds(tmp_path, files):
         pages.write_page(tmp_path)
 
 
-# ------------------------------------------------------------------------------------ in a browser
+# ------------------------------------------------------------------------------------- in a browser
 
 
 def dom(page: Path, address: str = "", probe: str = "''") -> str:
@@ -561,65 +486,44 @@ def test_a_browser_draws_the_page_of_a_run_that_has_only_just_begun(tmp_path):
 
 @chromium
 def test_a_long_log_is_averaged_and_a_long_rollout_is_cut(tmp_path):
-    run = only_a_log(
-        tmp_path / "run", [{"step": step, "loss": float(step % 2)} for step in range(1, 2001)]
-    )
-    write(
-        run / "rollouts.jsonl",
-        [
-            {
-                "step": step,
-                "id": "a",
-                "question": "what ?",
-                "answer": None,
-                "image": "x.png",
-                "crop": "x.png",
-                "tokens": [" word"] * 1024,
-                "divergence": [math.log(2) / 4] * 1024,
-            }
-            for step in (1, 9)
-            for _ in range(8)
-        ],
-    )
+    log = [{"step": step, "loss": float(step % 2)} for step in range(1, 2001)]
+    run = only_a_log(tmp_path / "run", log)
+    long = {"id": "a", "question": "what ?", "answer": None, "image": "x.png", "crop": "x.png"}
+    long |= {"tokens": [" word"] * 1024, "divergence": [math.log(2) / 4] * 1024}
+    write(run / "rollouts.jsonl", [long | {"step": step} for step in [1] * 8 + [9] * 8])
     steps, losses, spans, sides = probed(
         pages.write_page(run),
         "[binned(data.log).map(r => r.step), binned(data.log).map(r => r.loss), "
         "document.querySelectorAll('.tokens span').length, "
         "[...document.querySelectorAll('.when')].map(e => e.textContent)]",
     )
-    assert steps == list(range(5, 2001, 5)) and losses == pytest.approx([0.6, 0.4] * 200)
-    assert spans == 2 * 4 * 400 and sides == [
-        "Early: step 1mean disagreement 25.0%",
-        "Late: step 9mean disagreement 25.0%",
-    ]
+    assert steps == list(range(5, 2001, 5))
+    assert losses == pytest.approx([0.6, 0.4] * 200)
+    assert spans == 2 * 4 * 400
+    told = "mean disagreement 25.0%"
+    assert sides == [f"Early: step 1{told}", f"Late: step 9{told}"]
 
 
 @chromium
 def test_the_address_chooses_what_the_gallery_shows(run):
-    page, shown = (
-        pages.write_page(run),
-        "[...document.querySelectorAll('.sample small')].map(e => e.textContent)",
-    )
-    said = [
-        {
-            (a["view"], a["id"]): a["output"] == a["answer"]
-            for a in read(run / f"eval-{when}/answers-toy-0.jsonl")
-        }
-        for when in ("before", "after")
-    ]
-    flipped = {i for view, i in said[0] if said[0][view, i] != said[1][view, i]}
-    assert {
-        text.split(" · ")[-1]
-        for text in probed(page, shown, "#bench=toy&group=small&state=flipped")
-    } == flipped
+    page = pages.write_page(run)
+    shown = "[...document.querySelectorAll('.sample small')].map(e => e.textContent)"
+    marks = {}
+    for when in ("before", "after"):
+        for a in read(run / f"eval-{when}/answers-toy-0.jsonl"):
+            marks.setdefault((a["view"], a["id"]), set()).add(a["output"] == a["answer"])
+    flipped = {sample for (_, sample), seen in marks.items() if len(seen) == 2}
+    found = probed(page, shown, "#bench=toy&group=small&state=flipped")
+    assert {text.split(" · ")[-1] for text in found} == flipped
     controls = (
         "[...document.querySelectorAll('[aria-pressed=true], select, input')]"
         ".map(e => e.tagName === 'BUTTON' ? e.textContent : e.value)"
     )
-    large = [s["id"] for s in build(run)[1]["gallery"]["samples"] if s["bench"] == "toy-large"]
-    assert probed(
-        page, f"[{shown}, {controls}]", f"#bench=toy-large&state=%3Cb%3E&q={large[1]}"
-    ) == [[f"toy-large · large · {large[1]}"], ["all1", "toy-large", "", large[1]]]
+    large = read(run / "eval-after/answers-toy-large-0.jsonl")[1]["id"]
+    address = f"#bench=toy-large&state=%3Cb%3E&q={large}"
+    samples, chosen = probed(page, f"[{shown}, {controls}]", address)
+    assert samples == [f"toy-large · large · {large}"]
+    assert chosen == ["all1", "toy-large", "", large]
 
 
 @chromium
@@ -635,8 +539,7 @@ def test_two_thousand_photographs_open_at_once_in_less_than_20_mb(tmp_path):
     cards, images, opened, lead = probed(
         page,
         "[document.querySelectorAll('.sample').length, Object.keys(data.images).length, "
-        "performance.now(), "
-        "document.querySelector('header').textContent]",
+        "performance.now(), document.querySelector('header').textContent]",
     )
     assert (
         page.stat().st_size < 20_000_000

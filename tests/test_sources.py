@@ -13,25 +13,26 @@ import shutil
 import sys
 import tarfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import noise
-from PIL import Image
 
-import benchmarks.sources as sources
 import evaluate
 import rollout
-import storage.images as images
-import toy.scenes as toy_scenes
-import triplets.format as triplet_format
+from benchmarks import sources
+from storage.images import load_image
+from toy import scenes
+from triplets.format import read_triplets
 
 KEYS = ("id", "prompt", "answer", "kind", "options", "group", "pair", "image", "crop")
+COLOURS = {"A": "red", "B": "blue", "C": "green", "D": "white"}
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 MME = (
-    "{} The choices are listed below:\n{}\nSelect the best answer to the above multiple-choice "
-    "question based on the image. "
+    "{} The choices are listed below:\n{}\n"
+    "Select the best answer to the above multiple-choice question based on the image. "
     "Respond with only the letter (A, B, C, D, or E) of the correct option.\nThe best answer is: "
 )
 MME_CN = (
@@ -40,7 +41,7 @@ MME_CN = (
 )
 
 
-# ----------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 
 def read_rows(name, root) -> list[dict]:
@@ -104,7 +105,7 @@ def read(name: str, root: Path) -> list[dict]:
     ]
 
 
-# ----------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 def vstar(folder: Path, form: str) -> list[dict]:
@@ -476,47 +477,38 @@ def visualprobe(folder: Path, form: str) -> list[dict]:
     return expected
 
 
-SOURCES = {  # (benchmark, form): what writes it; the hub's form first where it is parquet
-    **{("vstar", form): vstar for form in ("parquet", "jsonl")},
-    ("zoombench", "parquet"): zoombench,
-    **{
-        (f"hrbench-{size}", form): lambda folder, form, size=size: hrbench(folder, form, size)
-        for size in ("4k", "8k")
-        for form in ("parquet", "tsv")
-    },
-    **{("mme-realworld", form): mme for form in ("parquet", "json")},
-    **{
-        ("mme-realworld-cn", form): lambda folder, form: mme(folder, form, chinese=True)
-        for form in ("parquet", "json")
-    },
-    **{("mme-realworld-lite", form): mme for form in ("parquet", "tsv image", "tsv bytes")},
-    **{("mmvp", form): mmvp for form in ("Index", "lndex")},
-    **{("mmstar", form): mmstar for form in ("parquet", "tsv")},
-    **{("cv-bench", form): cv_bench for form in ("parquet", "jsonl image", "jsonl filename")},
-    ("pope", "parquet"): pope,
-    ("visualprobe", "json"): visualprobe,
+SOURCES = {  # what writes it, its repository, its forms: the hub's first
+    "vstar": (vstar, "lmms-lab/vstar-bench", ["parquet", "jsonl"]),
+    "zoombench": (zoombench, "inclusionAI/ZoomBench", ["parquet"]),
+    "hrbench-4k": (partial(hrbench, size="4k"), "DreamMr/HR-Bench", ["parquet", "tsv"]),
+    "hrbench-8k": (partial(hrbench, size="8k"), "DreamMr/HR-Bench", ["parquet", "tsv"]),
+    "mme-realworld": (mme, "yifanzhang114/MME-RealWorld-Lmms-eval", ["parquet", "json"]),
+    "mme-realworld-cn": (
+        partial(mme, chinese=True),
+        "yifanzhang114/MME-RealWorld-CN-Lmms-eval",
+        ["parquet", "json"],
+    ),
+    "mme-realworld-lite": (
+        mme,
+        "yifanzhang114/MME-RealWorld-lite-lmms-eval",
+        ["parquet", "tsv image", "tsv bytes"],
+    ),
+    "mmvp": (mmvp, "MMVP/MMVP", ["Index", "lndex"]),
+    "mmstar": (mmstar, "Lin-Chen/MMStar", ["parquet", "tsv"]),
+    "cv-bench": (cv_bench, "nyu-visionx/CV-Bench", ["parquet", "jsonl image", "jsonl filename"]),
+    "pope": (pope, "lmms-lab/POPE", ["parquet"]),
+    "visualprobe": (visualprobe, "Mini-o3/VisualProbe_Easy", ["json"]),
 }
-FIRST = dict(reversed(SOURCES))
-REPOSITORIES = {
-    "vstar": "lmms-lab/vstar-bench",
-    "zoombench": "inclusionAI/ZoomBench",
-    "hrbench-4k": "DreamMr/HR-Bench",
-    "hrbench-8k": "DreamMr/HR-Bench",
-    "mme-realworld": "yifanzhang114/MME-RealWorld-Lmms-eval",
-    "mme-realworld-cn": "yifanzhang114/MME-RealWorld-CN-Lmms-eval",
-    "mme-realworld-lite": "yifanzhang114/MME-RealWorld-lite-lmms-eval",
-    "mmvp": "MMVP/MMVP",
-    "cv-bench": "nyu-visionx/CV-Bench",
-    "mmstar": "Lin-Chen/MMStar",
-    "pope": "lmms-lab/POPE",
-    "visualprobe": "Mini-o3/VisualProbe_Easy",
-}
-every_source = pytest.mark.parametrize("name, form", SOURCES, ids=map(" as ".join, SOURCES))
-every_benchmark = pytest.mark.parametrize("name", FIRST)
+FORMS = [(name, form) for name, (_, _, forms) in SOURCES.items() for form in forms]
+every_source = pytest.mark.parametrize("name, form", FORMS, ids=map(" as ".join, FORMS))
+every_benchmark = pytest.mark.parametrize("name", SOURCES)
 
 
-def source(name: str, form: str, folder: Path) -> list[dict]:
-    return [{"id": f"{name}/{n}", **r} for n, r in enumerate(SOURCES[name, form](folder, form))]
+def source(name: str, form: str | None, folder: Path) -> list[dict]:
+    """Write a benchmark's source, in the hub's form or another; the rows it must become."""
+    write, _, forms = SOURCES[name]
+    rows = write(folder, form or forms[0])
+    return [{"id": f"{name}/{n}", **r} for n, r in enumerate(rows)]
 
 
 @pytest.fixture(autouse=True)
@@ -526,7 +518,7 @@ def offline(monkeypatch):
     )
 
 
-# -------------------------------------------------------------------------------------- conversion
+# --------------------------------------------------------------------------------------- conversion
 
 
 @every_source
@@ -579,81 +571,43 @@ def test_without_pyarrow_a_parquet_source_says_what_to_install_and_the_others_wo
             read_rows(name, tmp_path)
 
 
-POINTER = "version https://git-lfs.github.com/spec/v1\n"
+def replaced(old: str, new: str):
+    return lambda path: path.write_text(path.read_text().replace(old, new))
 
 
-@pytest.mark.parametrize(
-    "name, form, file, damage, message",
-    [
-        (
-            "vstar",
-            "jsonl",
-            "test_questions.jsonl",
-            lambda path: path.write_text(path.read_text() + '{"text": "cut'),
-            r"test_questions\.jsonl, (line 3|row [23])\b",
-        ),
-        (
-            "vstar",
-            "jsonl",
-            "test_questions.jsonl",
-            lambda path: path.write_text(path.read_text().replace("label", "lable")),
-            r"test_questions\.jsonl.*label",
-        ),
-        ("vstar", "jsonl", "direct_attributes/sa_0.jpg", Path.unlink, r"sa_0\.jpg"),
-        (
-            "cv-bench",
-            "parquet",
-            "test_2d.parquet",
-            lambda path: path.write_text(POINTER),
-            r"test_2d\.parquet",
-        ),
-        (
-            "mmstar",
-            "parquet",
-            "mmstar.parquet",
-            lambda path: parquet(path, [{"image": b"", "answer": "A", "category": ""}]),
-            r"mmstar\.parquet.*question",
-        ),
-        (
-            "hrbench-4k",
-            "tsv",
-            "hr_bench_4k.tsv",
-            lambda path: path.write_text(path.read_text()[:-40] + "!\n"),
-            r"hr_bench_4k\.tsv",
-        ),
-        (
-            "mmvp",
-            "Index",
-            "Questions.csv",
-            lambda path: path.write_text("Index,Question\n1,open?\n"),
-            r"Questions\.csv.*Options",
-        ),
-        ("mmvp", "Index", "MMVP Images/3.jpg", Path.unlink, r"3\.jpg"),
-        (
-            "mme-realworld",
-            "json",
-            "images.tar.gz.part_ab",
-            Path.unlink,
-            r"images\.tar\.gz|monitoring_images",
-        ),
-        ("mme-realworld", "json", "ocr_cc.tar.gz.part_aa", Path.unlink, r"ocr_cc/2\.jpg"),
-        (
-            "mme-realworld-lite",
-            "tsv image",
-            "mme_realworld_lite.tsv",
-            lambda path: path.write_text(path.read_text().replace("['(A)", "['(A)', (")),
-            r"mme_realworld_lite\.tsv",
-        ),
-        (
-            "visualprobe",
-            "json",
-            "VisualProbe_Hard/val.json",
-            lambda path: path.write_text(path.read_text()[:-9]),
-            r"VisualProbe_Hard.val\.json",
-        ),
-    ],
-    ids=lambda value: "" if callable(value) else value,
-)
+def cut(path: Path) -> None:
+    path.write_text(path.read_text()[:-40] + "!\n")
+
+
+def rewritten(text: str):
+    return lambda path: path.write_text(text)
+
+
+def without_columns(path: Path) -> None:
+    parquet(path, [{"image": b"", "answer": "A", "category": ""}])
+
+
+LITE = "mme_realworld_lite.tsv"
+QUESTIONS = "test_questions.jsonl"
+POINTER = rewritten("version https://git-lfs.github.com/spec/v1\n")
+NO_LIST = replaced("['(A)", "['(A)', (")
+DAMAGES = [  # benchmark, form, what is damaged and how, what the error names
+    ("vstar", "jsonl", QUESTIONS, cut, QUESTIONS + r".*\b2\b"),
+    ("vstar", "jsonl", QUESTIONS, replaced("label", "lable"), QUESTIONS + ".*label"),
+    ("vstar", "jsonl", "direct_attributes/sa_0.jpg", Path.unlink, "sa_0.jpg"),
+    ("cv-bench", "parquet", "test_2d.parquet", POINTER, "test_2d.parquet"),
+    ("mmstar", "parquet", "mmstar.parquet", without_columns, "mmstar.parquet.*question"),
+    ("hrbench-4k", "tsv", "hr_bench_4k.tsv", cut, "hr_bench_4k.tsv"),
+    ("mmvp", "Index", "Questions.csv", rewritten("Index,Question\n1,open?\n"), ".csv.*Options"),
+    ("mmvp", "Index", "MMVP Images/3.jpg", Path.unlink, "3.jpg"),
+    ("mme-realworld", "json", "images.tar.gz.part_ab", Path.unlink, "images.tar.gz|monitoring"),
+    ("mme-realworld", "json", "ocr_cc.tar.gz.part_aa", Path.unlink, "ocr_cc/2.jpg"),
+    ("mme-realworld-lite", "tsv image", LITE, NO_LIST, LITE),
+    ("visualprobe", "json", "VisualProbe_Hard/val.json", cut, "VisualProbe_Hard.val.json"),
+]
+
+
+@pytest.mark.parametrize("name, form, file, damage, message", DAMAGES)
 def test_a_damaged_source_is_refused_by_name_and_leaves_nothing_that_looks_converted(
     name, form, file, damage, message, tmp_path
 ):
@@ -668,7 +622,7 @@ def test_a_damaged_source_is_refused_by_name_and_leaves_nothing_that_looks_conve
 def test_an_absent_source_is_fetched_from_its_repository(name, tmp_path, monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
-    expected, asked = source(name, FIRST[name], tmp_path / "hub"), []
+    expected, asked = source(name, None, tmp_path / "hub"), []
 
     def download(repo_id, *, repo_type, local_dir, allow_patterns=None, **rest):
         asked.append((repo_id, repo_type))
@@ -681,7 +635,7 @@ def test_an_absent_source_is_fetched_from_its_repository(name, tmp_path, monkeyp
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert read(name, tmp_path / "root") == expected
     levels = ("Easy", "Medium", "Hard") if name == "visualprobe" else ("Easy",)
-    assert asked == [(REPOSITORIES[name].replace("Easy", level), "dataset") for level in levels]
+    assert asked == [(SOURCES[name][1].replace("Easy", level), "dataset") for level in levels]
 
 
 @every_benchmark
@@ -694,27 +648,26 @@ def test_without_a_connection_the_error_names_the_repository_and_where_to_put_th
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(FileNotFoundError) as error:
         read_rows(name, tmp_path)
-    assert REPOSITORIES[name] in str(error.value) and str(tmp_path / name) in str(error.value)
+    assert SOURCES[name][1] in str(error.value)
+    assert str(tmp_path / name) in str(error.value)
 
 
 def test_a_download_that_broke_off_is_not_taken_for_the_whole_benchmark(tmp_path, monkeypatch):
     expected = source("pope", "parquet", tmp_path / "hub")
 
-    def download(repo_id, *, local_dir, whole, **rest):
-        for path in sorted((tmp_path / "hub/data").iterdir())[: None if whole else 1]:
+    parts = sorted((tmp_path / "hub/data").iterdir())
+
+    def download(some: list[Path], repo_id, *, local_dir, **rest):
+        for path in some:
             put(Path(local_dir) / "data" / path.name, path.read_bytes())
-        if not whole:
+        if some != parts:
             raise ConnectionError("connection reset")
         return local_dir
 
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *a, **k: download(*a, **k, whole=False)
-    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", partial(download, parts[:1]))
     with pytest.raises(FileNotFoundError):
         read_rows("pope", tmp_path / "root")
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *a, **k: download(*a, **k, whole=True)
-    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", partial(download, parts))
     assert read("pope", tmp_path / "root") == expected
 
 
@@ -724,7 +677,7 @@ def test_a_folder_that_holds_no_known_form_is_refused_with_what_was_expected(tmp
         read_rows("mmvp", tmp_path)
 
 
-# ------------------------------------------------------------------------- benchmarks of one's own
+# ------------------------------------------------------------------------ benchmarks of one's own
 
 
 def own(root: Path, name: str, rows: list[dict]) -> list[dict]:
@@ -732,223 +685,142 @@ def own(root: Path, name: str, rows: list[dict]) -> list[dict]:
     row has crop=True."""
     filled = []
     for n, r in enumerate(rows):
-        image, crop = (f"{name}-images/{view}{n}.png" for view in ("image", "crop"))
-        put(root / image, picture(n, 8, 8))
-        if r.get("crop"):
-            put(root / crop, picture(1000 + n, 8, 8))
-        filled.append(
-            {
-                "id": f"{name}/{n}",
-                "prompt": f"question {n}",
-                "kind": "mc",
-                "group": None,
-                "pair": None,
-                **r,
-                "image": image,
-                "options": dict(zip("ABCD", ("red", "blue", "green", "white"), strict=False))
-                if r.get("kind", "mc") == "mc"
-                else {},
-                "crop": crop if r.get("crop") else None,
-            }
-        )
+        full = {"id": f"{name}/{n}", "prompt": f"question {n}", "kind": "mc", "options": {}} | r
+        if full["kind"] == "mc":
+            full["options"] = COLOURS
+        full["image"] = f"{name}-images/image{n}.png"
+        put(root / full["image"], picture(n, 8, 8))
+        if full.pop("crop", False):
+            full["crop"] = f"{name}-images/crop{n}.png"
+            put(root / full["crop"], picture(1000 + n, 8, 8))
+        filled.append(full)
     put(root / f"{name}.jsonl", lines(filled))
     return filled
 
 
 def test_a_benchmark_of_ones_own_is_read_from_its_file(tmp_path):
-    rows = own(
-        tmp_path / "mine",
-        "signs",
-        [{"answer": "A", "crop": True}, {"answer": "yes", "kind": "yn", "group": "easy"}],
-    )
-    found = read_rows(str(tmp_path / "mine/signs.jsonl"), tmp_path)
-    for r, e in zip(found, rows, strict=True):
-        assert {**{key: r[key] for key in KEYS}, "image": None, "crop": None} == {
-            **e,
-            "image": None,
-            "crop": None,
-        }
-    assert found[0]["image"].read_bytes() == picture(0, 8, 8) and found[0][
-        "crop"
-    ].read_bytes() == picture(1000, 8, 8)
+    easy = {"answer": "yes", "kind": "yn", "group": "easy"}
+    rows = own(tmp_path / "mine", "signs", [{"answer": "A", "crop": True}, easy])
+    found = read(str(tmp_path / "mine/signs.jsonl"), tmp_path)
+    rows[0] |= {"image": picture(0, 8, 8), "crop": picture(1000, 8, 8)}
+    rows[1] |= {"image": picture(1, 8, 8)}
+    empty = dict.fromkeys(KEYS)
+    assert found == [empty | r for r in rows]
 
 
-def test_numbers_may_stand_where_texts_are_meant(tmp_path):
-    (tmp_path / "own.jsonl").write_text(
-        json.dumps(
-            {
-                "id": 7,
-                "image": "a.png",
-                "prompt": "how many ?",
-                "answer": 3,
-                "kind": "free",
-                "group": 2,
-                "pair": 0,
-            }
-        )
-    )
-    (row,) = read_rows(str(tmp_path / "own.jsonl"), tmp_path)
-    assert [row[key] for key in ("id", "answer", "group", "pair")] == ["7", "3", "2", "0"]
+def test_numbers_may_stand_where_texts_are_meant_and_other_keys_mean_nothing(tmp_path):
+    free = {"prompt": "how many ?", "image": "a.png", "kind": "free", "answer": 3}
+    rows = [
+        free | {"id": 7, "group": 2, "pair": 0},
+        free | {"answer": " a ", "kind": "mc", "error": None, "calls": 3, "output": "A"},
+        free | {"answer": " Yes ", "kind": "yn", "id": None},
+    ]
+    rows[1]["options"] = COLOURS
+    put(tmp_path / "own.jsonl", "\ufeff" + lines(rows))
+    number, *rest = read_rows(str(tmp_path / "own.jsonl"), tmp_path)
+    told = [number[key] for key in ("id", "answer", "group", "pair")]
+    assert told == ["7", "3", "2", "0"]
+    assert [(row["id"], row["answer"]) for row in rest] == [("1", "A"), ("2", "yes")]
+    assert set(number) == set(KEYS)
 
 
-def test_keys_that_are_not_of_the_form_mean_nothing(tmp_path):
-    rows = own(
-        tmp_path,
-        "signs",
-        [
-            {"answer": " a ", "error": None, "calls": 3, "output": "A"},
-            {"answer": " Yes ", "kind": "yn"},
-        ],
-    )
-    put(tmp_path / "signs.jsonl", "".join(json.dumps(row | {"id": None}) + "\n" for row in rows))
-    first, second = read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
-    assert (
-        first.keys()
-        == second.keys()
-        == {"id", "kind", "options", "image", "prompt", "answer", "crop", "group", "pair"}
-    )
-    assert [row["id"] for row in (first, second)] == ["0", "1"] and (
-        first["answer"],
-        second["answer"],
-    ) == ("A", "yes")
+GOOD = {"id": "x", "prompt": "?", "image": "a.png", "kind": "mc", "answer": "A"}
 
 
-def test_options_are_called_by_letters_and_ids_come_once(tmp_path):
-    rows = own(tmp_path, "signs", [{"answer": "A"}, {"answer": "B"}])
-    put(tmp_path / "signs.jsonl", json.dumps(rows[0] | {"options": {"red": "red", "blue": "blue"}}))
-    with pytest.raises(
-        ValueError,
-        match=r"signs.jsonl, row 1: options are called \['red', 'blue'\]",
-    ):
-        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
-    put(tmp_path / "signs.jsonl", json.dumps(rows[0] | {"options": ["red", "blue"]}))
-    with pytest.raises(
-        ValueError,
-        match=r"row 1: options are \['red', 'blue'\]. Expected letters and texts, such as",
-    ):
-        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
-    put(tmp_path / "signs.jsonl", "\ufeff" + json.dumps(rows[0]))
-    assert len(read_rows(str(tmp_path / "signs.jsonl"), tmp_path)) == 1
-    put(tmp_path / "signs.jsonl", "".join(json.dumps(row | {"id": "x"}) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=r"2 rows, ids that come twice: \['x'\]"):
+@pytest.mark.parametrize(
+    "second, message",
+    [
+        (GOOD | {"options": {"red": "red", "blue": "blue"}}, "row 2: options are called"),
+        (GOOD | {"options": ["red", "blue"]}, "row 2: options are .*Expected letters"),
+        (GOOD | {"options": COLOURS}, "twice: .*'x'"),
+        ({"id": "y", "prompt": "?"}, r"\b2\b"),
+        ([], r"\b2\b"),
+        (None, r"\b2\b"),
+    ],
+)
+def test_a_broken_row_in_such_a_file_is_named(second, message, tmp_path):
+    written = json.dumps(second) if second is not None else '{"id": "signs/1", "pro'
+    put(tmp_path / "signs.jsonl", lines([GOOD | {"options": COLOURS}]) + written)
+    with pytest.raises(ValueError, match=rf"signs\.jsonl.*{message}"):
         read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
 
 
 def test_the_options_of_a_question_are_its_longest_list():
     listed = "Which?\nA. red\nB. blue\nC. green\n"
-    assert sources.inline_options(listed + "Answer with A. or B. only.") == {
-        "A": "red",
-        "B": "blue",
-        "C": "green",
-    }
-    assert sources.inline_options("A. x B. y\n" + "(A) red (B) blue") == {
-        "A": "red",
-        "B": "blue",
-    }  # of two, the last
-
-
-@pytest.mark.parametrize(
-    "line", ['{"id": "signs/1", "pro', '{"id": "signs/1", "prompt": "?"}', "[]"]
-)
-def test_a_broken_line_in_such_a_file_is_named(line, tmp_path):
-    own(tmp_path, "signs", [{"answer": "A"}])
-    put(tmp_path / "signs.jsonl", (tmp_path / "signs.jsonl").read_text() + line)
-    with pytest.raises(ValueError, match=r"signs\.jsonl.*\b2\b"):
-        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
+    found = sources.inline_options(listed + "Answer with A. or B. only.")
+    assert found == {"A": "red", "B": "blue", "C": "green"}
+    # of two, the last
+    found = sources.inline_options("A. x B. y\n(A) red (B) blue")
+    assert found == {"A": "red", "B": "blue"}
 
 
 def test_a_folder_of_triplets_is_a_benchmark_with_crops(tmp_path):
-    toy_scenes.draw(tmp_path / "toy", 2, 0, split="eval")
-    rows = read_rows(str(tmp_path / "toy"), tmp_path)
-    for r, triplet in zip(rows, triplet_format.read_triplets(tmp_path / "toy"), strict=True):
-        assert [r[key] for key in ("prompt", "answer", "image", "crop")] == [
-            getattr(triplet, key) for key in ("question", "answer", "image", "crop")
-        ]
+    folder = scenes.draw(tmp_path / "toy", 2, 0, split="eval")
+    questions = sources.read_benchmark(str(folder), tmp_path)
+    for question, triplet in zip(questions, read_triplets(folder), strict=True):
+        assert (question.prompt, question.answer) == (triplet.question, triplet.answer)
+        assert (question.image, question.crop) == (triplet.image, triplet.crop)
 
 
 # ----------------------------------------------------------------------------------------- figures
 
 
-def figures(
-    monkeypatch,
-    root: Path,
-    name: str,
-    replies: list[str | tuple | None],
-    *flags: str,
-    crop: list | None = None,
-) -> dict:
-    """result.json's part about `name` for a model that says `replies` (text, or text, tokens,
-    ended), row by row. Of a None the image is cut off. Every reply is given to its own image
-    and prompt only."""
-    said = {}
-    for view, texts in (("image", replies), ("crop", crop or [])):
-        for r, reply in zip(read_rows(name, root), texts, strict=False):
-            if reply is None and r[view]:
-                r[view].write_bytes(r[view].read_bytes()[:50])
-            elif r[view]:
-                said[images.load_image(r[view]).tobytes(), r["prompt"]] = (
-                    reply if isinstance(reply, tuple) else (reply, 10, True)
-                )
+@pytest.fixture
+def evaluated(monkeypatch, tmp_path):
+    """evaluated(name, replies): result.json's part about a benchmark for a model that says these
+    (a text or a Reply), row by row. Of a None the image is cut off. Every reply is given to its own
+    image and prompt only."""
 
-    def answers(model, processor, images: list[Image.Image], texts: list[str], max_new_tokens: int):
-        replies = [
-            said[image.tobytes(), prompt] for image, prompt in zip(images, texts, strict=True)
+    def go(name: str, replies: list, crop: list = (), flags: str = "") -> dict:
+        said = {}
+        rows = read_rows(name, tmp_path)
+        shown = [(r["image"], r["prompt"], reply) for r, reply in zip(rows, replies, strict=True)]
+        shown += [
+            (r["crop"], r["prompt"], reply)
+            for r, reply in zip(rows, crop, strict=False)
+            if r["crop"]
         ]
-        return [rollout.Reply(text, tokens, not ended) for text, tokens, ended in replies]
+        for image, prompt, reply in shown:
+            if reply is None:
+                image.write_bytes(image.read_bytes()[:50])
+                continue
+            if isinstance(reply, str):
+                reply = rollout.Reply(reply, 10, False)
+            said[load_image(image).tobytes(), prompt] = reply
 
-    monkeypatch.setattr("rollout.answers", answers)
-    monkeypatch.setattr("model.load", lambda path, *, device, dtype: (torch.nn.Linear(1, 1), None))
-    evaluate.main(
-        [
-            "--bench",
-            name,
-            "--model",
-            "m",
-            "--data-root",
-            str(root),
-            "--out",
-            str(root / "out"),
-            "--device",
-            "cpu",
-            *flags,
-        ]
-    )
-    return json.loads((root / "out/result.json").read_text())["benches"][name]
+        def answers(model, processor, images, prompts, max_new_tokens):
+            asked = zip(images, prompts, strict=True)
+            return [said[image.tobytes(), prompt] for image, prompt in asked]
+
+        monkeypatch.setattr("rollout.answers", answers)
+        monkeypatch.setattr("model.load", lambda path, **how: (torch.nn.Linear(1, 1), None))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        flags += f" --bench {name} --model m --data-root {tmp_path} --out {tmp_path}/out"
+        evaluate.main([*flags.split(), "--device", "cpu"])
+        return json.loads((tmp_path / "out/result.json").read_text())["benches"][name]
+
+    return go
 
 
 @every_source
 def test_a_model_that_is_always_right_scores_everything_and_a_wrong_one_nothing(
-    name, form, tmp_path, monkeypatch
+    name, form, tmp_path, evaluated
 ):
     rows = source(name, form, tmp_path / name)
+    free = any(r["kind"] == "free" for r in rows)
     other = {"yes": "no", "no": "yes", "A": "B"}
-    for accuracy in (1.0, 0.0):
-        replies = [
-            r["answer"]
-            if accuracy
-            else "99"
-            if r["kind"] == "free"
-            else other.get(r["answer"], "A")
-            for r in rows
-        ]
-        full = figures(monkeypatch, tmp_path, name, replies)["full"]
-        assert full == full | {
-            "n": len(rows),
-            "right": accuracy * len(rows),
-            "accuracy": accuracy,
-            "errors": 0,
-            "judged": 0,
-            "truncated": 0,
-        }
-        if all(r["kind"] != "free" for r in rows):  # those are a judge's, officially
-            assert full["official"] == accuracy and full["unparsed"] == 0
-        assert {group: g["n"] for group, g in full["groups"].items()} == dict(
-            Counter(r["group"] for r in rows if r["group"])
-        )
-        shutil.rmtree(tmp_path / "out")
+    wrong = ["99" if free else other.get(r["answer"], "A") for r in rows]
+    groups = Counter(r["group"] for r in rows if r["group"])
+    for accuracy, replies in ((1, [r["answer"] for r in rows]), (0, wrong)):
+        full = evaluated(name, replies)["full"]
+        counts = {"n": len(rows), "right": accuracy * len(rows), "accuracy": accuracy}
+        assert full == full | counts | {"errors": 0, "judged": 0, "truncated": 0}
+        if not any(r["kind"] == "free" for r in rows):  # those are a judge's, officially
+            assert (full["official"], full["unparsed"]) == (accuracy, 0)
+        assert {group: g["n"] for group, g in full["groups"].items()} == groups
 
 
-def test_wrong_unparsed_truncated_and_unreadable_rows_are_counted_apart(tmp_path, monkeypatch):
+def test_wrong_unparsed_truncated_and_unreadable_rows_are_counted_apart(tmp_path, evaluated):
     groups = ["near", "near", "far", "far", "near", "far", "far", "far"]
     own(
         tmp_path,
@@ -958,157 +830,83 @@ def test_wrong_unparsed_truncated_and_unreadable_rows_are_counted_apart(tmp_path
             for answer, group in zip("ABCBADBA", groups, strict=False)
         ],
     )
-    full = figures(
-        monkeypatch,
-        tmp_path,
-        "vstar",
-        [
-            "A",
-            "The best answer is (B).",
-            "Answer: C",  # right by both rules, but for the last: the first capital is an A
-            "blue",  # right by its text; officially there is no letter
-            "B",
-            "I cannot tell.",
-            (
-                "<think> it may be",
-                80,
-                False,
-            ),  # wrong; unparsed; cut off while thinking, so unparsed too
-            None,
-        ],
-    )["full"]  # an unreadable image: no answer, so not in n
-    assert full == full | {
-        "n": 7,
-        "right": 4,
-        "unparsed": 2,
-        "judged": 0,
-        "truncated": 1,
-        "errors": 1,
-    }
-    assert full["accuracy"] == pytest.approx(4 / 7) and full["official"] == pytest.approx(2 / 7)
+    replies = [
+        # right by both rules, but for the last: the first capital is an A
+        *["A", "The best answer is (B).", "Answer: C"],
+        "blue",  # right by its text; officially there is no letter
+        *["B", "I cannot tell."],  # wrong; unparsed
+        rollout.Reply("<think> it may be", 80, True),  # while thinking, so unparsed too
+        None,  # an unreadable image: no answer, so not in n
+    ]
+    full = evaluated("vstar", replies)["full"]
+    counts = {"n": 7, "right": 4, "unparsed": 2, "judged": 0, "truncated": 1, "errors": 1}
+    assert full == full | counts
+    assert full["accuracy"] == pytest.approx(4 / 7)
+    assert full["official"] == pytest.approx(2 / 7)
     assert full["groups"] == {
         "near": {"n": 3, "right": 2, "accuracy": pytest.approx(2 / 3)},
         "far": {"n": 4, "right": 2, "accuracy": 0.5},
     }
-    assert full["tokens"] == 20 and full["seconds"] >= 0  # (6 * 10 + 80) / 7
-
-
-def test_the_interval_is_wilsons(tmp_path, monkeypatch):
-    own(tmp_path, "mmstar", [{"answer": "A"}] * 29)
-    full = figures(monkeypatch, tmp_path, "mmstar", ["A"] + ["B"] * 28)["full"]
-    assert full["interval"] == pytest.approx(
-        [0.0061, 0.1718], abs=5e-5
-    )  # 1 of 29: Newcombe 1998, Table I, method 3
+    assert full["tokens"] == 20  # (6 * 10 + 80) / 7
+    assert full["seconds"] >= 0
 
 
 @pytest.mark.parametrize(
     "name, groups, replies, accuracy",
-    [  # every answer is A; what follows is never right over n
-        (
-            "cv-bench",
-            ["2D", "2D", "3D", "3D", "3D", "3D"],
-            "ABAAAB",
-            0.625,
-        ),  # (1/2 + 3/4) / 2, and not 4/6
-        (
-            "visualprobe",
-            ["Easy", "Medium", "Medium", "Hard", "Hard", "Hard"],
-            "AABBBB",
-            0.5,
-        ),  # (1 + 1/2 + 0) / 3, and not 2/6
-        (
-            "hrbench-8k",
-            ["single", "single", "cross", "cross", "cross", "cross"],
-            "ABAAAB",
-            4 / 6,
-        ),  # of all rows: 4/6
-        ("mme-realworld-cn", ["a", "a", "b", "b", "b", "b"], "ABAAAB", 4 / 6),
+    [  # every answer is A; but for the last two, what follows is never right over n
+        ("cv-bench", "2D 2D 3D 3D 3D 3D", "ABAAAB", 0.625),  # (1/2 + 3/4) / 2
+        ("visualprobe", "Easy Medium Medium Hard Hard Hard", "AABBBB", 0.5),  # (1 + 1/2 + 0) / 3
+        ("hrbench-8k", "single single cross cross cross cross", "ABAAAB", 4 / 6),  # of all rows
+        ("mme-realworld-cn", "a a b b b b", "ABAAAB", 4 / 6),
     ],
 )
-def test_the_headline_is_the_papers(name, groups, replies, accuracy, tmp_path, monkeypatch):
-    own(tmp_path, name, [{"answer": "A", "group": group} for group in groups])
-    full = figures(monkeypatch, tmp_path, name, list(replies))["full"]
-    assert (
-        full["accuracy"] == pytest.approx(accuracy)
-        and full["interval"][0] < accuracy < full["interval"][1]
-    )
-    assert (full["n"], full["right"]) == (6, replies.count("A")) and set(full["groups"]) == set(
-        groups
-    )
+def test_the_headline_is_the_papers(name, groups, replies, accuracy, tmp_path, evaluated):
+    own(tmp_path, name, [{"answer": "A", "group": group} for group in groups.split()])
+    full = evaluated(name, list(replies))["full"]
+    assert full["accuracy"] == pytest.approx(accuracy)
+    assert full["interval"][0] < accuracy < full["interval"][1]
+    assert (full["n"], full["right"]) == (6, replies.count("A"))
+    assert set(full["groups"]) == set(groups.split())
 
 
-def test_pope_has_precision_recall_and_f1_of_yes(tmp_path, monkeypatch):
-    own(
-        tmp_path,
-        "pope",
-        [
-            {"answer": answer, "kind": "yn", "group": group}
-            for answer, group in zip(
-                ["yes"] * 4 + ["no"] * 4 + ["yes"],
-                ["random", "popular", "adversarial"] * 3,
-                strict=False,
-            )
-        ],
-    )
-    full = figures(
-        monkeypatch,
-        tmp_path,
-        "pope",
-        [
-            "Yes",
-            "**Answer: Yes**",
-            "yes, there is.",
-            "Perhaps.",  # 3 hits, 1 miss (unparsed)
-            "Yes.",
-            "yes",
-            "No",
-            "There is no dog in the image.",
-            None,
-        ],
-    )["full"]  # 2 false alarms, 2 right; 1 unreadable
-    assert full == full | {"n": 8, "right": 5, "unparsed": 1, "errors": 1}
-    assert (
-        full["accuracy"] == 5 / 8
-        and full["precision"] == pytest.approx(3 / 5)
-        and full["recall"] == pytest.approx(3 / 4)
-    )
+def test_pope_has_precision_recall_and_f1_of_yes(tmp_path, evaluated):
+    gold = ["yes"] * 4 + ["no"] * 4 + ["yes"]
+    groups = ["random", "popular", "adversarial"] * 3
+    rows = [
+        {"answer": a, "kind": "yn", "group": group} for a, group in zip(gold, groups, strict=False)
+    ]
+    own(tmp_path, "pope", rows)
+    replies = [
+        *["Yes", "**Answer: Yes**", "yes, there is.", "Perhaps."],  # 3 hits, 1 miss (unparsed)
+        *["Yes.", "yes", "No", "There is no dog in the image."],  # 2 false alarms, 2 right
+        None,  # unreadable
+    ]
+    full = evaluated("pope", replies)["full"]
+    assert full == full | {"n": 8, "right": 5, "unparsed": 1, "errors": 1, "accuracy": 5 / 8}
+    assert full["precision"] == pytest.approx(3 / 5)
+    assert full["recall"] == pytest.approx(3 / 4)
     assert full["f1"] == pytest.approx(2 / 3)  # 2 * (3/5 * 3/4) / (3/5 + 3/4) = 0.9 / 1.35
     assert full["yes_rate"] == pytest.approx(5 / 8)  # 5 times yes in 8 answers
-    assert {group: (g["right"], g["n"]) for group, g in full["groups"].items()} == {
-        "random": (2, 3),
-        "popular": (2, 3),
-        "adversarial": (1, 2),
-    }
+    counts = {group: (g["right"], g["n"]) for group, g in full["groups"].items()}
+    assert counts == {"random": (2, 3), "popular": (2, 3), "adversarial": (1, 2)}
 
 
-def test_an_mmvp_pair_is_right_when_both_of_it_are(tmp_path, monkeypatch):
+def test_an_mmvp_pair_is_right_when_both_of_it_are(tmp_path, evaluated):
     own(tmp_path, "mmvp", [{"answer": "A", "pair": str(n // 2)} for n in range(6)])
-    full = figures(monkeypatch, tmp_path, "mmvp", list("AAABBA"))[
-        "full"
-    ]  # pairs: both, the first, the second
-    assert full["accuracy"] == pytest.approx(4 / 6) and full["pair_accuracy"] == pytest.approx(
-        1 / 3
-    )
+    full = evaluated("mmvp", list("AAABBA"))["full"]  # pairs: both, the first, the second
+    assert full["accuracy"] == pytest.approx(4 / 6)
+    assert full["pair_accuracy"] == pytest.approx(1 / 3)
 
 
-def test_the_gap_is_over_the_rows_answered_in_both_views(tmp_path, monkeypatch):
+def test_the_gap_is_over_the_rows_answered_in_both_views(tmp_path, evaluated):
     own(tmp_path, "zoombench", [{"answer": "A", "crop": n < 5, "group": "mcq"} for n in range(7)])
-    bench = figures(
-        monkeypatch,
-        tmp_path,
-        "zoombench",
-        ["A", "B", "B", "A", None, "A", "A"],
-        "--view",
-        "both",
-        crop=["A", "A", "B", None, "A", "", ""],
-    )  # rows 5 and 6 have no crop: no error, just not in this view
+    replies, crop = ["A", "B", "B", "A", None, "A", "A"], ["A", "A", "B", None, "A", "", ""]
+    # rows 5 and 6 have no crop: no error, just not in this view
+    bench = evaluated("zoombench", replies, crop, "--view both")
     assert bench["full"] == bench["full"] | {"n": 6, "right": 4, "errors": 1}  # rows 0, 3, 5, 6
     assert bench["crop"] == bench["crop"] | {"n": 4, "right": 3, "errors": 1}  # rows 0, 1, 4
-    assert bench["gap"] == bench["gap"] | {  # rows 0, 1, 2; and not 3/4 - 4/6
-        "n": 3,
-        "full": pytest.approx(1 / 3),
-        "crop": pytest.approx(2 / 3),
-        "gap": pytest.approx(1 / 3),
-    }
-    low, high = bench["gap"]["interval"]
+    low, high = bench["gap"].pop("interval")
+    third = pytest.approx(1 / 3)  # rows 0, 1, 2; and not 3/4 - 4/6
+    want = {"n": 3, "full": third, "crop": pytest.approx(2 / 3), "gap": third}
+    assert bench["gap"] == bench["gap"] | want
     assert -1 <= low < 1 / 3 < high <= 1
