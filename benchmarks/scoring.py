@@ -7,7 +7,7 @@ match_free_form("It says 15.", "15")                                            
 
 import re
 import unicodedata
-from dataclasses import fields
+from contextlib import suppress
 
 from benchmarks.rows import Answer, Question, Scored
 
@@ -95,8 +95,8 @@ def final_text(output: str) -> str:
     question = r"[^.!?。\n]*\?"
     text = re.sub(f"{tags}|{marks}|{question}", " ", text)
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text).strip()
-    number = rf"(?<!the )(?<!hundred )(?<!hundred and )\b(?:{NUMBER})\b(?![ -](?:{LARGE}))"
-    return re.sub(number, digits, text, flags=re.IGNORECASE)
+    number = rf"(?i)(?<!the )(?<!hundred )(?<!hundred and )\b(?:{NUMBER})\b(?![ -](?:{LARGE}))"
+    return re.sub(number, digits, text)
 
 
 def digits(words: re.Match) -> str:
@@ -105,7 +105,8 @@ def digits(words: re.Match) -> str:
 
 
 def plain(text: str) -> str:
-    """Lower case, without articles, outer punctuation and the hyphens of words."""
+    """Lower case, without articles, outer punctuation and the hyphens of words: "The T-shirt." ->
+    "t shirt"."""
     text = re.sub(r"\b(?:an?|the) +(?=\w)|(?<=[a-z])-(?=[a-z])", " ", text.lower())
     return " ".join(text.strip(" \n.,;:!?'()[]。").split())
 
@@ -117,81 +118,85 @@ def parse_choice(output: str, options: dict[str, str]) -> str | None:
     """The letter of the option that an output commits to; None when it commits to none, or to
     several.
 
-    1. Options are marked where they are named: «C» for "(c)" and "option c", ‹C› for the text of C,
-       and ·C· for a capital that stands alone: "A dog" and "B12" name none.
-    2. What is denied ("not A", "B and D are wrong") is dropped, and a letter beside another
+    1. An output that is an option's text, and no more, means that option.
+    2. Else options are marked where they are named: «C» for "(c)" and "option c", ·C· for a capital
+       that stands alone ("A dog" and "B12" name none), ‹C› for the text of C.
+    3. What is denied ("not A", "B and D are wrong") is dropped, and a letter beside another
        option's text is no answer.
-    3. The last one announced ("answer", "so", "choose", "选", ..) decides: letters first, then
+    4. The last one announced ("answer", "so", "choose", "选", ..) decides: letters first, then
        texts, alone in their sentence.
-    4. Else the lines that begin with a letter; else what is named, ·C· aside ("vitamin C"); and
+    5. Else the lines that begin with a letter; else what is named, ·C· aside ("vitamin C"); and
        that must be a single option.
     """
     text = final_text(output)
-    whole = [
+    said = {
         name for name, option in options.items() if len(option) > 1 and plain(option) == plain(text)
-    ]
-    if whole:
-        return whole[0] if len(whole) == 1 else None
-    text = mark_texts(mark_letters(text, "".join(options)), options)
-    text = drop_denied(text)
-    other_text = r"[«·](\w)[»·]\W*(?:(?:an?|the)\s+)?‹(?!\1)|(?<!«\w» )‹(\w)› ?«(?!\2)"
-    if re.search(other_text, text, re.IGNORECASE):
-        return None
-    letters = announced_or_named(text)
-    return letters.pop() if len(letters) == 1 else None
+    }
+    if not said:
+        text = mark_texts(mark_letters(text, "".join(options)), options)
+        text = drop_denied(text)
+        if not contradicts_itself(text):
+            said = announced(text) or named(text)
+    return said.pop() if len(said) == 1 else None
 
 
 def mark_letters(text: str, names: str) -> str:
-    """«C» for "(c)" and "option c"; ·C· for a capital that stands alone."""
+    """ "Option c or (d)." -> "«C» or «D»."; "So C, not A" -> "So ·C·, not ·A·"."""
     text = re.sub(r":\s+", ": ", text)
-    small = rf"(^|\banswer(?: is|:) )([{names}])(?={AFTER})"
-    text = re.sub(small, lambda m: m[1] + m[2].upper(), text, flags=re.IGNORECASE)
+    small = rf"(?i)(^|\banswer(?: is|:) )([{names}])(?={AFTER})"
+    text = re.sub(small, lambda found: found[1] + found[2].upper(), text)
     option = rf"(?:\b(?:option|choice)|选项)\s*[(\[]?([{names}])\b[)\]]?"
     bracketed = rf"[(\[]\s*([{names}])\s*[)\]]"
-    text = re.sub(
-        f"{option}|{bracketed}",
-        lambda m: f"«{(m[1] or m[2]).upper()}»",
-        text,
-        flags=re.IGNORECASE,
-    )
-    alone = rf"({BEFORE})([{names}])(?={AFTER}|{GOES_ON})"
-    return re.sub(alone, r"\1·\2·", text, flags=re.MULTILINE)
+    certain = f"(?i){option}|{bracketed}"
+    text = re.sub(certain, lambda found: f"«{(found[1] or found[2]).upper()}»", text)
+    alone = rf"(?m)({BEFORE})([{names}])(?={AFTER}|{GOES_ON})"
+    return re.sub(alone, r"\1·\2·", text)
 
 
 def mark_texts(text: str, options: dict[str, str]) -> str:
-    """‹C› for the text of C, the longest text first."""
+    """ "It is dark red" -> "It is ‹B›", where A is "red": the longest text is looked for first."""
     for name, option in sorted(options.items(), key=lambda item: -len(item[1])):
         words = plain(final_text(option)).split()
         if words:
             words = r"[\s-]+(?:(?:an?|the)\s)?".join(map(re.escape, words))
-            there = rf"(?<![a-z0-9.:‹«·-]){words}(?![a-z0-9›»·-]|[.:]\d|\s*%)"
-            text = re.sub(there, f"‹{name}›", text, flags=re.IGNORECASE)
+            there = rf"(?i)(?<![a-z0-9.:‹«·-]){words}(?![a-z0-9›»·-]|[.:]\d|\s*%)"
+            text = re.sub(there, f"‹{name}›", text)
     return text
 
 
 def drop_denied(text: str) -> str:
-    """Without the marked options that follow a "not", or of which something says that they are
-    wrong."""
-    before = rf"(?:{NOT}|{REJECT})\s*(?:[\w']+\s+){{0,3}}?{SEVERAL}"
-    text = re.sub(before, " ", text, flags=re.IGNORECASE)
-    return re.sub(rf"{SEVERAL}[)\]]?:?\s*(?:{DENIED})", " ", text, flags=re.IGNORECASE)
+    """ "Neither «A» nor «B». «D» is ruled out, so «C»" -> " .  , so «C»"."""
+    text = re.sub(rf"(?i)(?:{NOT}|{REJECT})\s*(?:[\w']+\s+){{0,3}}?{SEVERAL}", " ", text)
+    return re.sub(rf"(?i){SEVERAL}[)\]]?:?\s*(?:{DENIED})", " ", text)
 
 
-def announced_or_named(text: str) -> set[str]:
-    """The options that the last announcement names; without one, those of lines that begin with
-    one; else all that are named."""
-    cue = rf"{CUE}[^«‹·.\n]*({SEVERAL})(?=([^.\n]*))"
-    announced = re.findall(cue, text, flags=re.IGNORECASE)
-    letters = [found for found, _ in announced if "‹" not in found]
-    if letters:
-        said = letters[-1]
-    elif announced:
-        said = "".join(announced[-1])
-    else:
-        starts = re.findall(rf"^\W*(?=[«·])({SEVERAL})(.*)", text, re.MULTILINE)
-        lines = [first + rest.replace("·", " ") for first, rest in starts]
-        said = "\n".join(lines) or text.replace("·", " ")
-    return set(re.findall(r"[«·](\w)", said) or re.findall(r"‹(\w)", said))
+def contradicts_itself(text: str) -> bool:
+    """Whether a letter stands beside another option's text: "«C» ‹A›", "‹A› «C»"."""
+    beside = r"(?i)[«·](\w)[»·]\W*(?:(?:an?|the)\s+)?‹(?!\1)|(?<!«\w» )‹(\w)› ?«(?!\2)"
+    return re.search(beside, text) is not None
+
+
+def announced(text: str) -> set[str]:
+    """The options of the last announcement: "I think «A». So «C»." -> {"C"}. Texts count only alone
+    in their sentence: "So the ‹D› van hides it, and it is ‹C›." -> {"C", "D"}."""
+    found = re.findall(rf"(?i){CUE}[^«‹·.\n]*({SEVERAL})(?=([^.\n]*))", text)
+    if not found:
+        return set()
+    letters = [options for options, _ in found if "‹" not in options]
+    return names_in(letters[-1] if letters else "".join(found[-1]))
+
+
+def named(text: str) -> set[str]:
+    """The options of the lines that begin with a letter, else of all: "«C»\nIt is by «A»." ->
+    {"C"}; "It is ‹C›." -> {"C"}. Elsewhere ·C· may be a word."""
+    lines = re.findall(rf"(?m)^\W*(?=[«·])({SEVERAL})(.*)", text)
+    said = "\n".join(start + rest.replace("·", " ") for start, rest in lines)
+    return names_in(said or text.replace("·", " "))
+
+
+def names_in(text: str) -> set[str]:
+    """Of letters, if there are any, else of texts: "«C» ‹A›" -> {"C"}."""
+    return set(re.findall(r"[«·](\w)", text) or re.findall(r"‹(\w)", text))
 
 
 # ------------------------------------------------------------------------------ yes/no, free form
@@ -205,12 +210,12 @@ def parse_yes_no(output: str) -> str | None:
     if re.search(UNSURE, text):
         return None
     cue = r"(?:\b(?:answer|so|hence|thus|therefore)\b|答案|所以|因此)(?:\s*(?:is|是|为))?[\s:]*"
-    announced = re.findall(cue + YES_OR_NO, text)
+    announcements = re.findall(cue + YES_OR_NO, text)
     clauses = re.findall(rf"(?:^|[.,:;!。\n]|\b(?:is|so|and|or)\b)\s*{YES_OR_NO}", text)
     said = set()
-    for word in announced[-1:] or clauses:
+    for word in announcements[-1:] or clauses:
         said.add("no" if re.match("no|否|不|没", word) else "yes")
-    if not announced and said != {"no"}:
+    if not announcements and said != {"no"}:
         denial = r"\bthere(?: is|'s| are) no|\bno\W*$" if said else NOT
         if re.search(denial, text):
             said.add("no")
@@ -227,8 +232,8 @@ def match_free_form(output: str, answer: str) -> bool | None:
     last line, or what follows a single sentence's last verb. A number also stands among words
     ("3 dogs"), where it is the only one and nothing qualifies it.
     """
-    cue = r"\banswer\b\s*(?:is\b|[:=])|答案[是为:]*"
-    text = re.split(cue, final_text(output), flags=re.IGNORECASE)[-1].strip()
+    cue = r"(?i)\banswer\b\s*(?:is\b|[:=])|答案[是为:]*"
+    text = re.split(cue, final_text(output))[-1].strip()
     gold = plain(final_text(answer))
     if not gold:
         return None
@@ -240,34 +245,32 @@ def match_free_form(output: str, answer: str) -> bool | None:
 
 
 def values_of(text: str) -> list[str]:
-    """What a text may mean as a whole: itself, its first or last line, a sentence's end."""
+    """What a text may mean as a whole: itself, its first or last line; "blue" of "The car is blue",
+    but not of "I doubt it is blue"."""
     lines = text.split("\n")
-    verb = r"\b(?:is|are|was|were|it's|says|reads|shows)\b"
-    *before, value = re.split(verb, text, flags=re.IGNORECASE)
-    doubt = rf"{NOT}|\b(?:if|whether|doubt|nobody|false|unsure|unclear|uncertain)\b"
-    several_sentences = re.search(r"[.!。]\s|\n", text)
-    if several_sentences or re.search(doubt, " ".join(before), re.IGNORECASE):
-        return [text, lines[0], lines[-1]]
+    *before, value = re.split(r"(?i)\b(?:is|are|was|were|it's|says|reads|shows)\b", text)
+    doubt = rf"(?i){NOT}|\b(?:if|whether|doubt|nobody|false|unsure|unclear|uncertain)\b"
+    if re.search(r"[.!。]\s|\n", text) or re.search(doubt, " ".join(before)):
+        value = text  # of several sentences, or of one that does not say so
     return [text, lines[0], lines[-1], value]
 
 
 def same_number(text: str, gold: str) -> bool | None:
-    """Whether the only number in `text` is that of `gold`; None where there is no such number, it
-    is qualified, or the two are written in different ways (1/2 and 0.5)."""
+    """Whether the only number in `text` is that of `gold`: "3.0 dogs" and "3" are, "3" and "4" are
+    not. None where there is no such number, it is qualified ("about 3", "3%"), stands for something
+    else ("3 dogs" and "3 cats"), or the two are written in different ways (1/2 and 0.5)."""
     number = r"(?<![\w.:/])-?\d+(?:[.:/]\d+)*(?![\w%+°])"
-    found, wanted = re.findall(number, text), re.fullmatch(rf"({number})(?: [a-z]+)*", gold)
-    vague = re.search(rf"{NOT}|\b(?:{VAGUE})\b", f"{text} {gold}", re.IGNORECASE)
-    if len(found) != 1 or not wanted or vague:
-        return None
-    if gold != wanted[1] and plain(text) != found[0]:
+    found = re.findall(number, text)
+    wanted = re.fullmatch(rf"({number})(?: [a-z]+)*", gold)
+    if len(found) != 1 or not wanted or re.search(rf"(?i){NOT}|\b(?:{VAGUE})\b", f"{text} {gold}"):
         return None
     a, b = found[0], wanted[1]
-    if re.fullmatch(r"(?:-?\d+(?:\.\d+)? ?){2}", f"{a} {b}"):
+    if gold != b and plain(text) != a:
+        return None
+    with suppress(ValueError):  # 10:11 is no float
         return float(a) == float(b)
-    if a == b:
-        return True
     alike = re.sub(r"\d", "", a) == re.sub(r"\d", "", b)
-    return False if alike else None
+    return a == b if alike else None
 
 
 # ------------------------------------------------------------------------------------------ score
@@ -276,25 +279,28 @@ def same_number(text: str, gold: str) -> bool | None:
 def official_right(output: str, kind: str, answer: str, bench: str = "") -> bool:
     """The official rule, mistakes included ("Answer: C" counts as A; only what it calls wrong goes
     to the judge)."""
-    inside, gold = output.partition("<answer>")[2], answer.strip().lower()
+    if kind == "exact":  # ours
+        return output.split() == answer.split()
+    gold = answer.strip().lower()
     text = output[max(output.find("Answer:"), 0) :]
-    if "</answer>" in inside:
-        text = inside.partition("</answer>")[0]
-    text = text.strip()
+    inside = re.search(r"(?s)<answer>(.*?)</answer>", output)
+    text = (inside[1] if inside else text).strip()
     if kind == "yn":
         text = text.lstrip("*")
         if text.lower().startswith("answer"):
             text = text.partition("answer")[2]  # the original crashes at "Answer": wrong here
         text = text.strip(":* \n").lower()
-        first = next((word for word in ("yes", "no") if text.startswith(word)), None)
-        return gold == (first or text.split(" ")[-1].strip(". *"))
-    if text.lower() == gold:
-        return True
+        first = re.match("yes|no", text)
+        return gold == (first[0] if first else text.split(" ")[-1].strip(". *"))
+    if kind == "free" or text.lower() == gold:
+        return text.lower() == gold
     rules = (r"\(([A-Z])\)", r"([A-Z])[.)\s]", r"([A-Z])")
     if bench == "mmvp":
         rules = (r"\(([ABab])\)", r"\b([ABab])\b")
-    first = next(filter(None, (re.search(rule, text) for rule in rules)), None)
-    return kind == "mc" and first is not None and first[1].lower() == gold
+    for rule in rules:
+        if letter := re.search(rule, text):
+            return letter[1].lower() == gold
+    return False
 
 
 def parse_and_judge(question: Question, output: str) -> tuple[str | None, bool | None]:
@@ -317,24 +323,18 @@ def is_right(question: Question, output: str) -> bool:
 
 def score(answer: Answer, verdict: bool | None = None, scorer: str = "ours") -> Scored:
     """What an answer is worth. verdict: the judge's, used only where the scorer is undecided."""
-    row = {each.name: getattr(answer, each.name) for each in fields(Answer)}
+    scored = Scored(**vars(answer))
     if answer.error is not None:
-        return Scored(**row)
-    said, right = parse_and_judge(answer, answer.output)
-    official = right
-    if answer.kind != "exact":
-        official = official_right(answer.output, answer.kind, answer.answer, answer.bench)
-    decided = right if scorer == "ours" else official or None
-    correct = bool(verdict if decided is None else decided)
-    state = "right" if correct else "wrong"
-    if not correct and right is None and verdict is None:
-        state = "unparsed"
-    return Scored(
-        **row,
-        said=answer.answer if correct else said,
-        official=official,
-        undecided=decided is None,
-        judged=decided is None and verdict is not None,
-        correct=correct,
-        state=state,
-    )
+        return scored
+    scored.said, right = parse_and_judge(answer, answer.output)
+    scored.official = official_right(answer.output, answer.kind, answer.answer, answer.bench)
+    decided = right if scorer == "ours" else scored.official or None
+    scored.undecided = decided is None
+    scored.judged = scored.undecided and verdict is not None
+    scored.correct = bool(verdict if scored.undecided else decided)
+    scored.state = "right" if scored.correct else "wrong"
+    if scored.correct:
+        scored.said = answer.answer
+    elif right is None and verdict is None:
+        scored.state = "unparsed"
+    return scored

@@ -11,16 +11,16 @@ import json
 import re
 import tomllib
 from ast import literal_eval
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from string import ascii_uppercase
 
 from tqdm import tqdm
 
 from benchmarks.rows import Question
-from storage.files import naming_full_disks, write, write_jsonl
+from storage.files import naming_full_disks, numbered_lines, write, write_jsonl
 from storage.hub import download, unpack
 from triplets.format import Triplet, read_triplets
 
@@ -35,6 +35,7 @@ GROUPS = {
 }
 LETTERS = "ABCDEFGH"
 UNKNOWN_OPTIONS = dict.fromkeys(LETTERS, "")  # they are in the image, or in an unknown form
+TEXTS = ("id", "prompt", "answer", "group", "pair")  # of a question; numbers may stand there too
 # In what a source may differ from the layout that the code expects.
 LAYOUT_ERRORS = (LookupError, TypeError, AttributeError, ValueError, SyntaxError)
 
@@ -51,24 +52,24 @@ def read_benchmark(name: str, root: Path) -> list[Question]:
         if not path.is_file():
             with naming_full_disks(root):
                 convert(name, root)
-    questions = []
+    rows = read_triplets(path) if path.is_dir() else records(path)
+    questions = {}
     try:
-        if path.is_dir():
-            for triplet in read_triplets(path):  # which names file and line itself
-                questions.append(triplet_question(triplet))
-        else:
-            for number, row in enumerate(records(path)):
-                questions.append(own_question(row, str(number), path.parent))
+        for number, row in enumerate(rows):
+            if isinstance(row, Triplet):
+                question = triplet_question(row)
+            else:
+                question = neutral_question(row, str(number))
+                question.image = path.parent / question.image
+                question.crop = path.parent / question.crop if question.crop else None
+            if question.id in questions:
+                raise ValueError(f"its id comes twice: {question.id!r}. Expected unique ids")
+            questions[question.id] = question
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}, row {len(questions) + 1}: {error}.") from error
-    ids = Counter(question.id for question in questions)
-    twice = [each for each, count in ids.items() if count > 1]
-    if twice or not questions:
-        raise ValueError(
-            f"{path}: {len(questions)} rows, ids that come twice: {twice[:3]}. Expected at least "
-            "one row, and unique ids."
-        )
-    return questions
+    if not questions:
+        raise ValueError(f"{path} holds no rows. Expected at least one.")
+    return list(questions.values())
 
 
 # ----------------------------------------------------------------------------------- neutral form
@@ -85,41 +86,37 @@ def neutral_question(row: dict, name: str) -> Question:
             f"no {', '.join(missing)}. Expected image, prompt and answer (triplets get one from "
             "synth.py --labels)"
         )
-    kind, given, answer = row.get("kind") or "mc", row.get("options") or {}, str(row["answer"])
-    options = named_options(given or inline_options(str(row["prompt"])))
-    allowed = {"mc": options if given else UNKNOWN_OPTIONS, "yn": ("yes", "no")}
-    if kind not in (*allowed, "free", "exact"):
-        raise ValueError(f"kind is {kind!r}. Expected mc, yn, free or exact")
+    texts = {key: str(row[key]) for key in TEXTS if row.get(key) is not None}
+    kind, answer = row.get("kind") or "mc", texts.pop("answer")
+    options, allowed = lettered(row.get("options") or {}), ()
     if kind == "yn":
         answer = answer.strip().lower()
-    if kind == "mc":
+        allowed = ("yes", "no")
+    elif kind == "mc":
         answer = answer.strip(" \n.()（）").upper()
-        given = options if answer in options else UNKNOWN_OPTIONS
-    if kind in allowed and answer not in allowed[kind]:
-        raise ValueError(f"the answer is {answer!r}. Expected one of {', '.join(allowed[kind])}")
-    texts = {key: str(row[key]) for key in ("id", "group", "pair") if row.get(key) is not None}
+        if not options:
+            written = inline_options(texts["prompt"])
+            options = written if answer in written else UNKNOWN_OPTIONS
+        allowed = options
+    elif kind not in ("free", "exact"):
+        raise ValueError(f"kind is {kind!r}. Expected mc, yn, free or exact")
+    if allowed and answer not in allowed:
+        raise ValueError(f"the answer is {answer!r}. Expected one of {', '.join(allowed)}")
+    texts = {"id": name} | texts
     return Question(
-        image=row["image"],
-        crop=row.get("crop"),
-        prompt=str(row["prompt"]),
-        answer=answer,
-        kind=kind,
-        options=given,
-        **{"id": name, **texts},
+        image=row["image"], crop=row.get("crop"), answer=answer, kind=kind, options=options, **texts
     )
 
 
-def named_options(options) -> dict[str, str]:
-    """{letter: text}, checked. Raises ValueError."""
-    if not isinstance(options, dict):
+def lettered(options: dict) -> dict[str, str]:
+    """{"a": 1} -> {"A": "1"}. Raises ValueError for what is no dict of letters."""
+    letters = isinstance(options, dict) and set(map(str.upper, options)) <= set(ascii_uppercase)
+    if not letters:
         raise ValueError(
-            f"options are {options!r:.60}. Expected letters and texts, such as "
+            f"options are called {options!r:.60}. Expected letters and texts, such as "
             '{"A": "red", "B": "blue"}'
         )
-    wrong = [name for name in options if not re.fullmatch("[A-Za-z]", str(name))]
-    if wrong:
-        raise ValueError(f"options are called {wrong}. Expected letters, A to Z")
-    return {str(name).upper(): str(text) for name, text in options.items()}
+    return {name.upper(): str(text) for name, text in options.items()}
 
 
 def inline_options(text: str) -> dict[str, str]:
@@ -127,7 +124,7 @@ def inline_options(text: str) -> dict[str, str]:
     {} when there are none. Of several lists the longest that starts at A, of these the last."""
     lists = [[]]
     for mark in re.finditer(r"[(（]([A-Ha-h])[)）]|\b([A-H])[.:：)](?=\s|[^\x00-\x7f])", text):
-        letter = (mark[1] or mark[2]).upper()
+        letter = mark[mark.lastindex].upper()
         if letter == "A":
             lists.append([])
         if LETTERS.index(letter) == len(lists[-1]):
@@ -135,57 +132,49 @@ def inline_options(text: str) -> dict[str, str]:
     marks = max(reversed(lists), key=len)
     if len(marks) < 2:
         return {}
-    options = {}
-    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    options, ends = {}, [mark.start() for mark in marks[1:]] + [len(text)]
     for letter, mark, end in zip(LETTERS, marks, ends, strict=False):
         first_line = text[mark.end() : end].strip().split("\n")[0]
         options[letter] = first_line.strip(" ,;")
     return options
 
 
-def own_question(row: dict, name: str, folder: Path) -> Question:
-    """Of a .jsonl in the neutral form, whose images lie relative to its `folder`."""
-    question = neutral_question(row, name)
-    question.image = folder / question.image
-    question.crop = folder / question.crop if question.crop else None
-    return question
-
-
 def triplet_question(triplet: Triplet) -> Question:
     """The question of a triplet. The toy's answers are compared word for word."""
-    toy_kind = triplet.extra.get("toy")
-    options = inline_options(triplet.question)
+    toy_kind, options = triplet.extra.get("toy"), inline_options(triplet.question)
     kind = "mc" if triplet.answer in options else "free"
     row = {
-        "image": triplet.image,
-        "crop": triplet.crop,
         "prompt": triplet.question,
-        "answer": triplet.answer,
-        "kind": "exact" if toy_kind else kind,
         "options": options,
+        "kind": "exact" if toy_kind else kind,
         "group": toy_kind,
     }
-    return neutral_question(row, triplet.id)
+    return neutral_question(vars(triplet) | row, triplet.id)
 
 
 # ---------------------------------------------------------------------------------------- sources
 
 
-def convert(name: str, root: Path) -> None:
+def convert(name: str, root: Path):
     """root/NAME/ (downloaded if it is not there) -> root/NAME.jsonl and root/NAME-images/, in the
     neutral form."""
-    bench, rows = BENCHES[name], []
-    images = root / f"{name}-images"
+    bench, rows, images = BENCHES[name], [], root / f"{name}-images"
     images.mkdir(parents=True, exist_ok=True)
-    for repo in bench["repos"]:
-        folder = root / name
-        if len(bench["repos"]) > 1:
-            folder /= repo.split("/")[1]
-        forms = bench["files"]
-        fetch_source(repo, folder, forms[0] if forms[0].endswith("parquet") else None)
-        found = [sorted(folder.glob(form)) for form in forms]
-        for path in next(filter(None, found), []):
-            rows += source_rows(name, repo, path, folder, images, first=len(rows))
+    for repo, folders, path in source_files(name, root):
+        first = len(rows)
+        try:
+            for record in tqdm(records(path), f"{name}: {path.name}", unit="row"):
+                row = translate(record, bench, len(rows) + 1, repo)
+                question = neutral_question(row, f"{name}/{len(rows)}")
+                question.image = keep_picture(question.image, folders, images)
+                if question.crop:
+                    question.crop = keep_picture(question.crop, folders, images)
+                rows.append(asdict(question))
+        except LAYOUT_ERRORS as error:
+            raise ValueError(
+                f"{path}, row {len(rows) - first + 1}: {type(error).__name__}: {error}. Expected "
+                f"the layout of {repo}: fetch it again."
+            ) from error
     if not rows:
         raise FileNotFoundError(
             f"{root / name} holds no rows of {name}: expected files {' or '.join(bench['files'])} "
@@ -195,27 +184,19 @@ def convert(name: str, root: Path) -> None:
     write_jsonl(root / f"{name}.jsonl", rows)
 
 
-def source_rows(
-    name: str, repo: str, path: Path, folder: Path, images: Path, first: int
-) -> list[dict]:
-    """The rows of `path`, one file of a source in `folder`; their pictures are written to `images`.
-    first: how many rows the files before it gave."""
-    rows, folders = [], [folder, *(each for each in folder.rglob("*") if each.is_dir())]
-    try:
-        for record in tqdm(records(path), f"{name}: {path.name}", unit="row"):
-            number = first + len(rows)
-            row = translate(record, BENCHES[name], number + 1, repo)
-            question = neutral_question(row, f"{name}/{number}")
-            question.image = keep_picture(question.image, folders, images)
-            if question.crop:
-                question.crop = keep_picture(question.crop, folders, images)
-            rows.append(asdict(question))
-    except LAYOUT_ERRORS as error:
-        raise ValueError(
-            f"{path}, row {len(rows) + 1}: {type(error).__name__}: {error}. Expected the layout of "
-            f"{repo}: fetch it again."
-        ) from error
-    return rows
+def source_files(name: str, root: Path) -> Iterator[tuple[str, list[Path], Path]]:
+    """(repository, its folder and all in it, file with rows) of a benchmark, in its first form that
+    is there."""
+    repos, forms = BENCHES[name]["repos"], BENCHES[name]["files"]
+    for repo in repos:
+        folder = root / name
+        if len(repos) > 1:
+            folder /= repo.split("/")[1]
+        fetch_source(repo, folder, forms[0])
+        folders = [folder, *(each for each in folder.rglob("*") if each.is_dir())]
+        found = [sorted(folder.glob(form)) for form in forms]
+        for path in next(filter(None, found), []):
+            yield repo, folders, path
 
 
 def translate(record: dict, bench: dict, number: int, repo: str) -> dict:
@@ -229,28 +210,21 @@ def translate(record: dict, bench: dict, number: int, repo: str) -> dict:
     row |= {"number": number, "pair": (number - 1) // 2, "repo": repo.split("_")[-1]}
     row["options"] = "\n".join(option_lines(row))
 
-    def fill(key: str, default: str = "") -> str:
+    def fill(key, default=""):
         return bench.get(key, default).format(**row)
 
     prompt, tail = fill("prompt").replace("<image>", "").strip("\n"), bench.get("tail", "")
-    if not prompt.endswith(tail.strip()):
-        prompt += tail
     group = fill("category", "{category}" if "category" in row else "{Task}/{Subtask}")
-    image = bench.get("image", "image")
-    image = image.format(**row) if "{" in image else row[image]
-    kind, crop = bench.get("kind", "mc"), None
-    if "crop" in bench:
-        crop = row[bench["crop"]]
-        if isinstance(crop, dict) and not any(crop.values()):
-            crop = None
-        if group != "mcq":
-            kind = "free"
+    image = fill("image_file") or row[bench.get("image", "image")]
+    crop = row[bench["crop"]] if "crop" in bench else None
+    if isinstance(crop, dict) and not any(crop.values()):
+        crop = None
     return {
         "image": image[0] if isinstance(image, list) else image,
         "crop": crop,
-        "prompt": prompt,
+        "prompt": prompt if prompt.endswith(tail.strip()) else prompt + tail,
         "answer": fill("answer", "{answer}"),
-        "kind": kind,
+        "kind": bench.get("kinds", {}).get(group, bench.get("kind")),
         "options": inline_options(row["options"]),
         "group": group or None,
         "pair": fill("pair") or None,
@@ -259,11 +233,12 @@ def translate(record: dict, bench: dict, number: int, repo: str) -> dict:
 
 def option_lines(row: dict) -> list[str]:
     """A row's options, as lines: a list, a list as Python text, or fields A to D."""
-    lines = row.get("multi-choice options") or row.get("Answer choices")
+    lines = row.get("multi-choice options")
     if not lines:
-        lettered = [letter for letter in "ABCD" if row.get(letter) not in (None, "")]
-        return [f"({letter}) {row[letter]}".strip() for letter in lettered]
-    lines = literal_eval(lines) if isinstance(lines, str) else lines
+        letters = [letter for letter in "ABCD" if row.get(letter) not in (None, "")]
+        lines = [f"({letter}) {row[letter]}" for letter in letters]
+    elif isinstance(lines, str):
+        lines = literal_eval(lines)
     return [line.strip() for line in lines]
 
 
@@ -283,11 +258,10 @@ def records(path: Path) -> Iterator[dict]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
     elif path.suffix == ".jsonl":
-        for line in path.read_text(encoding="utf-8-sig").split("\n"):
-            if line.strip():
-                yield json.loads(line)
+        for _, line in numbered_lines(path):
+            yield json.loads(line)
     else:
-        yield from json.loads(path.read_text(encoding="utf-8-sig"))
+        yield from json.loads(path.read_bytes())
 
 
 def keep_picture(value, folders: list[Path], images: Path) -> str:
@@ -307,25 +281,30 @@ def picture_bytes(value, folders: list[Path]) -> bytes:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
-    if not re.search(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", value, re.IGNORECASE):
+    if not re.search(r"(?i)\.(jpe?g|png|webp|bmp|gif|tiff?)$", value):
         return base64.b64decode(value or "?", validate=True)
-    parts, found = Path(value).parts, []
+    parts = Path(value).parts
     for start in range(len(parts)):
         places = [folder.joinpath(*parts[start:]) for folder in folders]
         found = [place for place in places if place.is_file()]
         if len(found) == 1:
             return found[0].read_bytes()
-    several = "several files" if found else "no file"
-    raise ValueError(f"{value!r} names {several} under {folders[0]}")
+    raise ValueError(f"{value!r} names {len(found)} files under {folders[0]} and not one")
 
 
-def fetch_source(repo: str, folder: Path, pattern: str | None) -> None:
-    """A hub data set -> `folder`, if it is not there, its archives (maybe in parts) unpacked."""
+def fetch_source(repo: str, folder: Path, form: str):
+    """A hub data set -> `folder`, if it is not there, its archives (maybe in parts) unpacked.
+    form: pattern of its files, of which parquet holds the images too."""
     if not folder.is_dir():
         partial = folder.with_name(f"{folder.name}.partial")
-        way_out = f"or put its files into {folder} by hand."
-        where = {"repo_type": "dataset", "local_dir": partial, "allow_patterns": pattern}
-        download(repo, f"{folder} is not there: the data set {repo} is needed", way_out, **where)
+        download(
+            repo,
+            f"{folder} is not there: the data set {repo} is needed",
+            f"or put its files into {folder} by hand.",
+            repo_type="dataset",
+            local_dir=partial,
+            allow_patterns=form if form.endswith("parquet") else None,
+        )
         partial.rename(folder)
     archives = sorted(folder.glob("*.tar.gz*"))
     for name, parts in groupby(archives, lambda path: path.name.split(".tar.gz")[0]):

@@ -163,7 +163,7 @@ def zoombench(folder: Path, form: str) -> list[dict]:
                 "query": query,
                 "response": response,
                 "image": struct(image),
-                "crop_image": struct(crop),
+                "crop_image": struct(crop) or {"bytes": None, "path": None},
                 "question_type": kind,
                 "bbox": [1, 2, 3, 4],
             }
@@ -732,7 +732,9 @@ GOOD = {"id": "x", "prompt": "?", "image": "a.png", "kind": "mc", "answer": "A"}
     [
         (GOOD | {"options": {"red": "red", "blue": "blue"}}, "row 2: options are called"),
         (GOOD | {"options": ["red", "blue"]}, "row 2: options are .*Expected letters"),
-        (GOOD | {"options": COLOURS}, "twice: .*'x'"),
+        (GOOD | {"options": COLOURS}, "row 2: .*twice: 'x'"),
+        (GOOD | {"options": COLOURS, "answer": "E"}, "row 2: .*'E'"),
+        (GOOD | {"kind": "odd"}, "row 2: .*'odd'"),
         ({"id": "y", "prompt": "?"}, r"\b2\b"),
         ([], r"\b2\b"),
         (None, r"\b2\b"),
@@ -742,6 +744,12 @@ def test_a_broken_row_in_such_a_file_is_named(second, message, tmp_path):
     written = json.dumps(second) if second is not None else '{"id": "signs/1", "pro'
     put(tmp_path / "signs.jsonl", lines([GOOD | {"options": COLOURS}]) + written)
     with pytest.raises(ValueError, match=rf"signs\.jsonl.*{message}"):
+        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
+
+
+def test_a_file_without_rows_is_refused(tmp_path):
+    put(tmp_path / "signs.jsonl", "\n")
+    with pytest.raises(ValueError, match="signs.jsonl"):
         read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
 
 
@@ -760,6 +768,17 @@ def test_a_folder_of_triplets_is_a_benchmark_with_crops(tmp_path):
     for question, triplet in zip(questions, read_triplets(folder), strict=True):
         assert (question.prompt, question.answer) == (triplet.question, triplet.answer)
         assert (question.image, question.crop) == (triplet.image, triplet.crop)
+
+
+def test_a_broken_line_of_triplets_is_named_once_and_a_missing_answer_by_its_row(tmp_path):
+    file = scenes.draw(tmp_path / "toy", 2, 0, split="eval") / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text(lines([rows[0], rows[1] | {"answer": None}]))
+    with pytest.raises(ValueError, match=r"row 2: .*answer"):
+        read_rows(str(file.parent), tmp_path)
+    file.write_text(lines([rows[0], rows[1] | {"bbox": 3}]))
+    with pytest.raises(ValueError, match=rf"^{file}, line 2"):
+        read_rows(str(file.parent), tmp_path)
 
 
 # ----------------------------------------------------------------------------------------- figures
