@@ -52,19 +52,17 @@ def scorer_of(out: Path) -> Scorer:
 
 
 def scored_answers(out: Path) -> list[Scored]:
-    """The answers in `out`, scored as in its result.json, asking nobody. FileNotFoundError when
-    there are none."""
+    """The answers in `out`, maybe none, scored as in its result.json, asking nobody."""
     how = scorer_of(out)
-    return rate(saved_or_error(out), how, known_verdicts(out, how))
+    return rate(saved_answers(out), how, known_verdicts(out, how))
 
 
-def saved_or_error(out: Path) -> list[Answer]:
-    answers = saved_answers(out)
+def stop_without_answers(out: Path, answers: list[Answer]) -> None:
+    """Raises FileNotFoundError if `answers`, those of the folder `out`, are none."""
     if not answers:
         raise FileNotFoundError(
             f"{out} holds no answers-*.jsonl. Expected the --out folder of an evaluation."
         )
-    return answers
 
 
 def judge_prompt(answer: Answer) -> str:
@@ -84,14 +82,17 @@ def known_verdicts(out: Path, how: Scorer) -> dict[str, bool]:
     return verdicts
 
 
-def ask_for_verdicts(out: Path, how: Scorer, verdicts: dict[str, bool]) -> int:
+def ask_for_verdicts(
+    out: Path, answers: list[Answer], how: Scorer, verdicts: dict[str, bool]
+) -> int:
     """Ask the judge, once, about the answers on which the scorer is undecided and something is
     said; its verdicts join `verdicts` and out/verdicts.jsonl. Returns how many calls failed."""
     asked, failed = {}, 0
-    for answer in rate(saved_answers(out), how, verdicts):
-        if answer.undecided and not answer.judged and final_text(answer.output):
-            asked[judge_prompt(answer)] = answer
-    if not asked or not how.judge:
+    if how.judge:
+        for answer in rate(answers, how, verdicts):
+            if answer.undecided and not answer.judged and final_text(answer.output):
+                asked[judge_prompt(answer)] = answer
+    if not asked:
         return failed
     replies = ask_judge(how.judge, how.judge_model, list(asked))
     replies = tqdm(replies, "judge", len(asked), unit="answer")
@@ -256,9 +257,10 @@ def summarise(out: Path, how: Scorer) -> dict:
     """Score what `out` holds, write out/result.json, and return it: {"benches": {bench: {view:
     figures, "gap" of the rows answered in both views}}, "averages" over the paper's groups where
     they are complete, "judge_failures", and the settings}."""
-    answers = saved_or_error(out)
+    answers = saved_answers(out)
+    stop_without_answers(out, answers)
     verdicts = known_verdicts(out, how)
-    failed = ask_for_verdicts(out, how, verdicts)
+    failed = ask_for_verdicts(out, answers, how, verdicts)
     benches = {}
     for bench, views in by_view(rate(answers, how, verdicts)).items():
         benches[bench] = {view: bench_figures(bench, rows) for view, rows in views.items()}
@@ -342,7 +344,12 @@ def view_lines(name: str, view: str, f: dict) -> list[str]:
 def compare(a: Path, b: Path) -> tuple[str, dict]:
     """Two results folders, row by row: text, and {bench: {view: `Paired` as a dict}}. ValueError
     where there is nothing to compare, or the scoring differs."""
-    first, second = by_view(scored_answers(a)), by_view(scored_answers(b))
+    sides = []
+    for folder in (a, b):
+        answers = scored_answers(folder)
+        stop_without_answers(folder, answers)
+        sides.append(by_view(answers))
+    first, second = sides
     if scorer_of(a) != scorer_of(b):
         raise ValueError(
             f"{a} was scored with {scorer_of(a)}, {b} with {scorer_of(b)}. Score both alike with "

@@ -362,6 +362,14 @@ def test_lost_images_leave_the_answers_on_the_page(run):
     assert any("eval/images" in note for note in data["notes"])
 
 
+def test_results_without_their_answers_keep_their_figures(run):
+    for path in run.glob("eval-*/answers-*.jsonl"):
+        path.unlink()
+    _, data = build(run)
+    assert list(data["results"]) == ["before", "after"]
+    assert data["gallery"] == {"total": 0, "samples": []}
+
+
 def test_a_torn_last_line_is_left_out_and_told(run):
     whole = build(run)[1]
     for name in ("log.jsonl", "eval-after/answers-toy-0.jsonl", "rollouts.jsonl"):
