@@ -1,23 +1,20 @@
-"""Speed and memory of a training step and its phases, each beside a floor measured in the same run
-and beside the plain way;
-and what the images of a data set cost.
+"""Speed and memory of a training step and its phases, and what a data set's images cost.
 
     python tests/bench.py                        a small model, minutes on two CPU cores (12 GB)
     python tests/bench.py --device cuda          a 2B on one GPU of 80 GB, in the goals' shapes
     python tests/bench.py synth                  decode, draw, crop, write 2250 x 1500 px
     python tests/bench.py loss --tokens 256      the loss: four matmuls, Liger-Kernel and TRL
 
-The plain way is what the official code does: every response is one full sequence, prompt and image
-included, generation
-prefills each of the G copies, and the loss has all logits at once. A floor is the time of what
-cannot be left out, at the
-speed of a bare matmul or copy: of a pass its matmuls (checkpointing's recomputation included), of
-generation reading weights
-and caches once a token, of the loss its four matmuls, of the step all of these. Weights are
-random; the shapes are what
-counts. Medians of --repeats runs (of the loss alone the fastest). tokens/s: response tokens; GB,
-of 2^30 bytes: a GPU's peak
-above what was there before.
+Each figure stands beside a floor measured in the same run and beside the plain way.
+
+The plain way is what the official code does: every response is one full sequence, prompt and
+image included, generation prefills each of the G copies, and the loss has all logits at once.
+A floor is the time of what cannot be left out, at the speed of a bare matmul or copy: of a pass
+its matmuls (checkpointing's recomputation included), of generation reading weights and caches
+once a token, of the loss its four matmuls, of the step all of these.
+
+Weights are random; the shapes are what counts. Medians of --repeats runs (of the loss alone the
+fastest). tokens/s: response tokens; GB, of 2^30 bytes: a GPU's peak above what was there before.
 """
 
 import argparse
