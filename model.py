@@ -196,21 +196,21 @@ def text_tokens(processor, chat: str) -> int:
     return len(processor.tokenizer(chat)["input_ids"]) - 1
 
 
-def prompt_tokens(processor, size: tuple[int, int], chat: str) -> int:
-    """Tokens of a prompt about one image of `size` (width, height) in pixels."""
+def image_tokens(processor, size: tuple[int, int]) -> int:
+    """Tokens of an image of `size` (width, height) in pixels."""
     vision = processor.image_processor
     patches = vision.get_number_of_image_patches(size[1], size[0], {})
-    return text_tokens(processor, chat) + patches // vision.merge_size**2
+    return patches // vision.merge_size**2
 
 
 def fit(processor, image: Image.Image, chat: str, max_tokens: int) -> Image.Image:
     """`image` itself when its prompt has at most `max_tokens` tokens, else a copy scaled down so
     that it has."""
-    if prompt_tokens(processor, image.size, chat) <= max_tokens:
+    room = max_tokens - text_tokens(processor, chat)
+    if image_tokens(processor, image.size) <= room:
         return image
     vision = processor.image_processor
     side = vision.patch_size * vision.merge_size  # px per image token along an edge
-    room = max_tokens - text_tokens(processor, chat)
     # A grid below the processor's minimum is enlarged again.
     least = 2 * math.ceil(vision.size["shortest_edge"] / side**2)
     if room < least:
@@ -219,9 +219,9 @@ def fit(processor, image: Image.Image, chat: str, max_tokens: int) -> Image.Imag
             f"its image, which needs at least {least}. Raise the prompt limit or shorten the "
             f"question: {chat[:120]!r}"
         )
-    scale = math.sqrt(room * side**2 / (image.width * image.height))
-    columns = min(max(1, int(image.width * scale / side)), room)
-    rows = min(max(1, int(image.height * scale / side)), room // columns)
+    scale = math.sqrt(room / (image.width * image.height))  # image tokens per px
+    columns = min(max(1, int(image.width * scale)), room)
+    rows = min(max(1, int(image.height * scale)), room // columns)
     return image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
 
 
@@ -339,14 +339,12 @@ def attention_masks(
     """
     if real.all():
         return {"full": None, "linear": None}, causal_lower_right(length, real.shape[1] + length)
-    square = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device)
-    itself = torch.eye(len(square), dtype=torch.bool, device=real.device)
-    full = square.tril() & real[:, None] | itself  # padding sees itself: no empty row
-    within = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
-    within = within.expand(len(rows), -1, -1)  # (N, T, T)
-    before = real[rows][:, None].expand(-1, length, -1)  # (N, T, L-1)
-    continuation = torch.cat([before, within], dim=2)[:, None]
-    return {"full": full[:, None], "linear": real}, continuation
+    prefix, keys = real.shape[1], pad(real[rows], (0, length), value=True)  # (N, L-1+T)
+    causal = torch.ones(2 * keys.shape[1:], dtype=torch.bool, device=real.device).tril()
+    itself = torch.eye(prefix, dtype=torch.bool, device=real.device)
+    full = causal[:prefix, :prefix] & real[:, None] | itself  # padding sees itself: no empty row
+    continuation = causal[prefix:] & keys[:, None]  # (N, T, L-1+T)
+    return {"full": full[:, None], "linear": real}, continuation[:, None]
 
 
 def shared_layer(

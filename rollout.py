@@ -51,14 +51,13 @@ class Rollout:
 
     def split(self, sizes: list[int]) -> list["Rollout"]:
         """Consecutive parts of `sizes` rows, each as narrow as its longest response."""
-        parts, start = [], 0
-        for size in sizes:
-            rows = slice(start, start + size)
-            start += size
-            mask = self.mask[rows]
+        fields = (self.ids, self.mask, self.ended, self.log_probs)
+        parts = []
+        for ids, mask, ended, log_probs in zip(
+            *(each.split(sizes) for each in fields), strict=True
+        ):
             width = int(mask.sum(1).max())
-            ids, log_probs = self.ids[rows, :width], self.log_probs[rows, :width]
-            parts.append(Rollout(ids, mask[:, :width], self.ended[rows], log_probs))
+            parts.append(Rollout(ids[:, :width], mask[:, :width], ended, log_probs[:, :width]))
         return parts
 
 
@@ -218,8 +217,8 @@ def answers(
     how = {"temperature": 0.0, **how}
     rollout = sample(model, processor, prompt, group, max_new_tokens=max_new_tokens, **how)
     texts = rollout.decode(processor.tokenizer)
-    lengths, ended = rollout.mask.sum(1).tolist(), rollout.ended.tolist()
-    return [Reply(*row) for row in zip(texts, lengths, [not end for end in ended], strict=True)]
+    lengths, cut_off = rollout.mask.sum(1).tolist(), (~rollout.ended).tolist()
+    return list(map(Reply, texts, lengths, cut_off))
 
 
 @dataclass

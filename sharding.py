@@ -48,14 +48,13 @@ def join_ranks(device: str) -> tuple[int, int, torch.device]:
         here, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
         torch.cuda.set_device(here)
     if not dist.is_initialized():
-        alone = {}
-        if "RANK" not in os.environ:
-            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(
             backend,
+            store=None if "RANK" in os.environ else dist.HashStore(),
+            rank=rank,
+            world_size=world,
             device_id=here if device == "cuda" else None,
             timeout=timedelta(hours=6),  # rank 0 may download for long
-            **alone,
         )
     return rank, world, here
 

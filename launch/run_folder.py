@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 
 from storage.files import read_jsonl, write, write_jsonl
 from triplets.format import Triplet
@@ -47,24 +48,30 @@ def rows_digest(rows: list[Triplet], with_answers: bool) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop a log's lines of later steps than `step`: they are about to be done again."""
-    kept = [entry for entry in read_jsonl(path, []) if entry["step"] <= step]
-    write_jsonl(path, kept)
+class RunLog:
+    """log.jsonl, rollouts.jsonl, curves where TensorBoard is installed, and a line on the screen.
+    Lines of later steps than `begin` are dropped: these are about to be done again."""
 
+    def __init__(self, out: Path, begin: int):
+        self.log, self.rollouts = out / "log.jsonl", out / "rollouts.jsonl"
+        for path in (self.log, self.rollouts):
+            write_jsonl(path, [row for row in read_jsonl(path, []) if row["step"] <= begin])
+        try:
+            from torch.utils.tensorboard import SummaryWriter
 
-def append(path: Path, entries: list[dict]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            self.board = SummaryWriter(out / "tensorboard", purge_step=begin + 1)
+        except ImportError:
+            self.board = None
 
-
-def tensorboard(out: Path, begin: int):
-    """A writer of curves, or None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(out / "tensorboard", purge_step=begin + 1)
+    def write(self, entry: dict, shown: list[dict]) -> None:
+        """A step's entry, and rollouts to look at."""
+        for path, rows in ((self.log, [entry]), (self.rollouts, shown)):
+            with path.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        tqdm.write(log_line(entry), file=sys.stdout)
+        if self.board:
+            for key, value in entry.items():
+                self.board.add_scalar(key, value, entry["step"])
 
 
 def log_line(entry: dict) -> str:

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import conftest  # first: it sets what torch reads
@@ -18,8 +19,7 @@ from safetensors.torch import save_file
 import methods
 import model as vision_model
 import train
-from launch.run_folder import append
-from methods import EncodedMicros
+from launch.run_folder import RunLog
 from sharding import Shards, join_ranks, resume, save_checkpoint
 from toy.tiny import tiny
 
@@ -61,9 +61,10 @@ def run(world: Path, out: Path, flags: str) -> None:
     rank, ranks, device = join_ranks("cpu")
     run, _ = train.prepare(settings, rank, ranks, device)
     for step in range(settings.steps):
-        mine = train.share_of_step(settings, run.areas, rank, ranks, step, settings.seed)
-        entry, _ = train.learn(run, step, list(EncodedMicros(run, mine)))
-        append(out / "log.jsonl", [entry] if rank == 0 else [])
+        batch = list(islice(train.load_ahead(run, step), run.micros_a_step))
+        entry, _ = train.learn(run, step, batch)
+        if rank == 0:
+            RunLog(out, step).write({**entry, "other_s": 0.0}, [])
     named = run.shards.publish("student").named_parameters()
     if rank == 0:
         save_file({name: weight.detach() for name, weight in named}, out / "model.safetensors")

@@ -7,6 +7,7 @@ import random
 import shutil
 import statistics
 from dataclasses import dataclass
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -165,7 +166,7 @@ def micro_of(texts: list[str], row: Triplet | None = None) -> methods.Micro:
     ids = batch["input_ids"]
     all_of_them = torch.ones(len(texts), dtype=torch.bool)
     rollout = Rollout(ids, batch["attention_mask"].bool(), all_of_them, torch.zeros(ids.shape))
-    return methods.Micro([row or triplet()], {}, None, rollout, keep=all_of_them)
+    return methods.Micro([row or triplet()], {}, rollout, keep=all_of_them)
 
 
 def select(micros: list, flags: str, further=()) -> tuple[list, list[int]]:
@@ -271,9 +272,7 @@ def begin(world, tmp_path, monkeypatch):
 
 
 def learn(run, step: int) -> dict:
-    shares = train.share_of_step(run.settings, run.areas, 0, 1, step, run.settings.seed)
-    data = methods.EncodedMicros(run, shares)
-    entry, _ = train.learn(run, step, [data[i] for i in range(len(data))])
+    entry, _ = train.learn(run, step, list(islice(train.load_ahead(run, step), run.micros_a_step)))
     return entry
 
 
@@ -398,11 +397,13 @@ def test_the_answer_reaches_opsds_teacher_only(method, world):
     processor = load(str(world / "base"))[1]
     run = SimpleNamespace(rows=rows, settings=settings_of(f"--method {method}"))
     run.processor, run.shards = processor, SimpleNamespace(plain=torch.zeros(1))
-    _, student, teacher = methods.EncodedMicros(run, [[3]])[0]
+    _, prompts = methods.EncodedMicros(run)[[3]]
+    student = prompts.pop("student")
     assert rows[3].answer not in processor.tokenizer.decode(student["input_ids"][0])
     if method == "grpo":
-        assert teacher is None
+        assert not prompts
         return
+    teacher = prompts["teacher"]
     said = processor.tokenizer.decode(teacher["input_ids"][0])
     same_image = student["pixel_values"].shape == teacher["pixel_values"].shape
     assert (rows[3].answer in said) == same_image == (method == "opsd")

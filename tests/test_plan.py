@@ -111,8 +111,7 @@ def phases(build, flags: str, side: int, compiled: bool) -> tuple[dict, dict]:
             loss, *_ = shards.student_pass(partial(train.student_loss, run, micro, weights))
             loss.backward()
         counted["student"] = count.peak
-    prompts = (micros[0].student_prompt, micros[0].teacher_prompt)
-    lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
+    lengths = [prompt["input_ids"].shape[1] for prompt in micros[0].prompts.values()]
     outline = plan.outline(shards.plain)
     return counted, plan.Memory(run.settings, outline, 1, *lengths).phases()
 
@@ -223,7 +222,9 @@ def test_other_families_are_planned_and_trained(family, build, text, vision, wor
     flags = small_run(world, tmp_path / "run", "--steps 2", f"--model {tmp_path / 'base'}")
     settings = train.parse([*flags, "--plan"])
     rows = train.read_rows(settings)
-    assert "memory of a rank" in plan.describe_run(settings, rows, methods.views(settings))
+    assert "memory of a rank" in plan.describe_run(
+        settings, rows, list(methods.views(settings).values())
+    )
     train.train(train.parse(flags), *join_ranks("cpu"))
     assert log(tmp_path / "run")[1]["loss"] > 0
 
@@ -276,9 +277,9 @@ def test_a_plan_is_printed_before_anything_is_loaded(describe, world, tmp_path):
     settings = train.parse(small_run(world, tmp_path / "out"))
     run = SimpleNamespace(settings=settings, rows=train.read_rows(settings), processor=tiny()[1])
     run.shards = SimpleNamespace(plain=torch.zeros(1))
-    encoded = list(methods.EncodedMicros(run, [[i] for i in range(12)]))
-    for view, name in ((1, "student"), (2, "teacher")):
-        lengths = [item[view]["input_ids"].shape[1] for item in encoded]
+    encoded = [methods.EncodedMicros(run)[[i]] for i in range(12)]
+    for name in ("student", "teacher"):
+        lengths = [prompts[name]["input_ids"].shape[1] for _, prompts in encoded]
         mean = sum(lengths) // 12
         assert f"{name}'s prompts: {mean} tokens on average, {max(lengths)} the" in told
 
