@@ -44,7 +44,7 @@ from launch.flags import (
     settings_parser,
     share,
 )
-from launch.run_folder import RunLog, claim, rows_digest
+from launch.run_folder import RunLog, claim, rows_digest, show
 from loss import DIVERGENCES
 from methods import METHODS, EncodedMicros, Micro, micros_on_device, views
 from model import load, missing_kernels, response_hidden
@@ -264,7 +264,7 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
         if agree is not None:
             totals[1] += agree.double().sum() / count["tokens"]
         if not shown and (step % settings.show_every == 0 or step + 1 == settings.steps):
-            shown = show(run, step, micro, per_token, scored=agree is not None)
+            shown = show(run, step + 1, micro, per_token, scored=agree is not None)
     loss, agreement = over_ranks(totals.tolist(), run.device)
     norm = shards.gradient_norm()
     stop_if_not_finite(step, loss, norm, micros)
@@ -437,34 +437,6 @@ def load_ahead(run: Run, begin: int):
         pin_memory=run.device.type == "cuda",
     )
     return iter(loader)
-
-
-# ------------------------------------------------------------------------------ what people look at
-
-
-def show(run: Run, step: int, micro: Micro, per_token: Tensor, scored: bool) -> list[dict]:
-    """The first response to each of up to 4 prompts for the report; where that is the loss
-    (`scored`), each token with the divergence."""
-    shown, mask, folder = [], micro.rollout.mask, run.settings.out
-    per_response = per_token.split(mask.sum(1).tolist())
-    for i, row in enumerate(micro.rows[:4]):
-        first = i * run.settings.group
-        ids = micro.rollout.ids[first][mask[first]].tolist()
-        divergence = [round(d, 5) for d in per_response[first].tolist()]
-        if ids:  # it is trained on
-            shown.append(
-                {
-                    "step": step + 1,
-                    "id": row.id,
-                    "question": row.question,
-                    "answer": row.answer,
-                    "image": os.path.relpath(row.image, folder),
-                    "crop": os.path.relpath(row.crop, folder),
-                    "tokens": [run.processor.tokenizer.decode([token]) for token in ids],
-                    "divergence": divergence if scored else [],
-                }
-            )
-    return shown
 
 
 # --------------------------------------------------------------------------------------------- run

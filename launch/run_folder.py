@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,31 @@ class RunLog:
         if self.board:
             for key, value in entry.items():
                 self.board.add_scalar(key, value, entry["step"])
+
+
+def show(run, step: int, micro, per_token: torch.Tensor, scored: bool) -> list[dict]:
+    """The first response to each of up to 4 prompts of a micro-batch for the report; where that is
+    the loss (`scored`), each token with the divergence. per_token: (n,)."""
+    shown, mask, folder = [], micro.rollout.mask, run.settings.out
+    per_response = per_token.split(mask.sum(1).tolist())
+    for i, row in enumerate(micro.rows[:4]):
+        first = i * run.settings.group
+        ids = micro.rollout.ids[first][mask[first]].tolist()
+        divergence = [round(d, 5) for d in per_response[first].tolist()]
+        if ids:  # it is trained on
+            shown.append(
+                {
+                    "step": step,
+                    "id": row.id,
+                    "question": row.question,
+                    "answer": row.answer,
+                    "image": os.path.relpath(row.image, folder),
+                    "crop": os.path.relpath(row.crop, folder),
+                    "tokens": [run.processor.tokenizer.decode([token]) for token in ids],
+                    "divergence": divergence if scored else [],
+                }
+            )
+    return shown
 
 
 def log_line(entry: dict) -> str:
