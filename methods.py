@@ -47,6 +47,11 @@ class View:
     image: str  # of a triplet: "image" (the full one) or "crop"
     hint: str = ""  # added to the question; {answer} is the label
 
+    def text(self, row: Triplet) -> str:
+        """What stands after the image. The newline is the official training prompt's; its
+        evaluation, and ours, have none."""
+        return "\n" + row.question + self.hint.format(answer=row.answer)
+
 
 @dataclass
 class Micro:
@@ -220,6 +225,7 @@ class GRPO(Graded):
         for micro in micros:
             grade(run, micro)
             micro.advantages = group_advantages(self.rewards(micro)).flatten()
+            micro.keep = micro.advantages != 0  # of the others the loss and its gradient are 0
         return micros
 
     def rewards(self, micro: Micro) -> Tensor:
@@ -303,7 +309,7 @@ class EncodedMicros(torch.utils.data.Dataset):
         try:
             for who, (view, most) in self.views.items():
                 images = [load_image(getattr(row, view.image)) for row in rows]
-                texts = [row.question + view.hint.format(answer=row.answer) for row in rows]
+                texts = [view.text(row) for row in rows]
                 prompt = encode(self.processor, images, texts, max_tokens=most)
                 prompts[who] = prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)}
         except (ValueError, OSError) as error:

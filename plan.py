@@ -282,7 +282,7 @@ def prompt_lengths(rows: list[Triplet], view: View, most: int, processor) -> Len
             size = image_size(getattr(row, view.image))
         except ValueError as error:
             raise ValueError(f"sample {row.id}: {error}") from error
-        text = chat(processor, row.question + view.hint.format(answer=row.answer))
+        text = chat(processor, view.text(row))
         lengths.append(text_tokens(processor, text) + image_tokens(processor, size))
     shrunk = sum(length > most for length in lengths)
     lengths = [min(length, most) for length in lengths]

@@ -47,16 +47,17 @@ from launch.flags import (
 from launch.run_folder import RunLog, claim, rows_digest, show
 from loss import DIVERGENCES
 from methods import METHODS, EncodedMicros, Micro, micros_on_device, views
-from model import load, missing_kernels, response_hidden
+from model import fingerprint, load, missing_kernels, response_hidden
 from sharding import (
     Shards,
     join_ranks,
-    newest_state,
+    newest_step,
     over_ranks,
     peak_memory,
     resume,
     save_checkpoint,
 )
+from storage.files import hold
 from storage.images import image_size
 from triplets.fetch import fetch_triplets
 from triplets.format import Triplet, read_triplets
@@ -184,10 +185,10 @@ class Settings:
 
 
 # A resumed run must agree with the stopped one on all but these: speed, memory, where it stops,
-# where its (same) data lie.
+# where its data and its model lie, which must be the same.
 FREE = set(
-    "out data steps save_every show_every micro_prompts gen_prompts chunk checkpointing compile "
-    "workers threads".split()
+    "model out data steps save_every show_every micro_prompts gen_prompts chunk checkpointing "
+    "compile workers threads".split()
 )
 
 
@@ -269,7 +270,8 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
     norm = shards.gradient_norm()
     stop_if_not_finite(step, loss, norm, micros)
     lr = settings.lr * learning_rate(step, settings)
-    shards.update(lr, norm, settings.clip, teacher_rate(settings))
+    if count["tokens"]:
+        shards.update(lr, norm, settings.clip, teacher_rate(settings))
     clock.append(time.perf_counter())
 
     ended = count["ended"] / count["responses"]
@@ -420,7 +422,7 @@ def check_images(run: Run, begin: int) -> None:
                 )
 
 
-def load_ahead(run: Run, begin: int):
+def load_ahead(run: Run, begin: int) -> Iterator:
     """This rank's encoded micro-batches from step `begin` on, in order, read and encoded by
     --workers."""
     settings = run.settings
@@ -436,7 +438,13 @@ def load_ahead(run: Run, begin: int):
         prefetch_factor=ahead,
         pin_memory=run.device.type == "cuda",
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except RuntimeError as error:  # a worker was killed
+        raise OSError(
+            f"A process that reads images has ended: {error}. If memory ran out, lower --workers; "
+            "then start the same command again."
+        ) from error
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -460,21 +468,18 @@ def read_rows(settings: Settings) -> list[Triplet]:
     return rows
 
 
-def claim_folder(settings: Settings, rows: list[Triplet]) -> None:
+def claim_folder(settings: Settings, rows: list[Triplet], weights: str) -> None:
     """Make --out this run's, or say whose it is."""
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    newest = newest_state(out)
-    if newest:
-        done = int(newest.parts[-3].removeprefix("checkpoint-"))
-        if done > settings.steps:
-            raise ValueError(
-                f"{out} is at step {done} already, past --steps {settings.steps}. Raise --steps, "
-                "or choose another --out."
-            )
+    done = newest_step(out)
+    if done > settings.steps:
+        raise ValueError(
+            f"{out} is at step {done} already, past --steps {settings.steps}. Raise --steps, or "
+            "choose another --out."
+        )
     digest = rows_digest(rows, METHODS[settings.method].needs_answers)
     free = FREE - {"steps"} if settings.schedule == "cosine" else FREE
-    claim(out, {**asdict(settings), "rows_sha256": digest}, free)
+    claim(out, done > 0, {**asdict(settings), "rows_sha256": digest, "weights": weights}, free)
 
 
 def prepare(settings: Settings, rank: int, world: int, device: torch.device) -> tuple[Run, int]:
@@ -484,10 +489,10 @@ def prepare(settings: Settings, rank: int, world: int, device: torch.device) -> 
     dist.barrier()
     rows = read_rows(settings)
     settings.steps = settings.steps or len(rows) // settings.prompts
-    if rank == 0:
-        claim_folder(settings, rows)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, processor = load(settings.model, device=device, dtype=dtype)
+    if rank == 0:
+        claim_folder(settings, rows, fingerprint(model))
     shards = Shards(
         model,
         lr=settings.lr,
@@ -629,6 +634,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(describe_run(settings, read_rows(settings), list(views(settings).values())))
             return
         rank, world, device = join_ranks(settings.device)
+        if rank == 0:
+            hold(Path(settings.out))
         if settings.toy and rank == 0:
             from toy import demonstration
 

@@ -11,18 +11,24 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from storage.files import read_jsonl, write, write_jsonl
+from storage.files import read_json, read_jsonl, write, write_jsonl
 from triplets.format import Triplet
 
 HERE = Path(__file__).parent
 
 
-def claim(out: Path, now: dict, free: set[str]) -> None:
-    """Write out/args.json: the settings `now`, with commit and versions. Refuse a folder with
-    checkpoints of a run whose settings, but those named in `free`, were others."""
+def claim(out: Path, begun: bool, now: dict, free: set[str]) -> None:
+    """Write out/args.json: the settings `now`, with commit and versions. Refuse a folder in which a
+    run has begun whose settings, but those named in `free`, were others."""
     path, then = out / "args.json", now
-    if path.exists() and any(out.glob("checkpoint-*")):  # else nothing is lost
-        then = json.loads(path.read_text())
+    if begun:  # else nothing is lost
+        notes = []
+        then = read_json(path, notes)
+        if notes:
+            raise ValueError(
+                f"{out} holds a run, but {notes[0]}: whose run is it? Put the file back, or "
+                "choose another --out."
+            )
     differ = [key for key in now if key not in free and then.get(key) != now[key]]
     if differ:
         told = "; ".join(f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in differ)
@@ -30,6 +36,7 @@ def claim(out: Path, now: dict, free: set[str]) -> None:
             f"{out} holds a run with other settings ({told}). Resume it with the same ones, or "
             "choose another --out."
         )
+    out.mkdir(parents=True, exist_ok=True)
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip()
     versions = {
@@ -55,8 +62,14 @@ class RunLog:
 
     def __init__(self, out: Path, begin: int):
         self.log, self.rollouts = out / "log.jsonl", out / "rollouts.jsonl"
+        self.idle_steps = 0  # in which there was nothing to learn from
         for path in (self.log, self.rollouts):
-            write_jsonl(path, [row for row in read_jsonl(path, []) if row["step"] <= begin])
+            notes = []
+            rows = [row for row in read_jsonl(path, notes) if row["step"] <= begin]
+            write_jsonl(path, rows)
+            self.idle_steps += sum(row.get("tokens") == 0 for row in rows)
+            if begin and notes:
+                print(*notes, sep="\n", flush=True)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -66,6 +79,8 @@ class RunLog:
 
     def write(self, entry: dict, shown: list[dict]) -> None:
         """A step's entry, and rollouts to look at."""
+        self.idle_steps += entry["tokens"] == 0
+        entry = {**entry, "idle_steps": self.idle_steps}
         for path, rows in ((self.log, [entry]), (self.rollouts, shown)):
             with path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -116,6 +131,8 @@ def log_line(entry: dict) -> str:
     whole = sum(seconds.values())
     told.append(" ".join(f"{name} {s:.1f}s {s / whole:.0%}" for name, s in seconds.items()))
     told.append(f"mem {entry['mem_gb']:.1f}G")
+    if entry["tokens"] == 0:
+        told.append(f"nothing to learn from, no update ({entry['idle_steps']} such steps so far)")
     if entry["shrunk"]:
         told.append(f"shrunk {entry['shrunk']}")
     return " | ".join(told)

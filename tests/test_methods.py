@@ -194,7 +194,7 @@ def test_sft_keeps_the_responses_that_match_the_label():
 
 
 @pytest.mark.parametrize("flags", ["grpo", "dapo --resample 0"])
-def test_dapo_leaves_out_groups_that_are_all_right_or_all_wrong_and_grpo_does_not(flags):
+def test_groups_that_are_all_right_or_all_wrong_are_left_out(flags):
     micros = [micro_of(texts) for texts in ([GOOD, BAD], [GOOD, GOOD], [BAD, BAD])]
     select(micros, f"--max-new-tokens 100 --method {flags}")
     score = 0.5 / math.sqrt(0.5)  # 1 and 0: mean 1/2, deviation sqrt(1/2)
@@ -202,7 +202,7 @@ def test_dapo_leaves_out_groups_that_are_all_right_or_all_wrong_and_grpo_does_no
     for micro in micros[1:]:
         assert not micro.advantages.any()
     kept = [bool(micro.keep.all()) for micro in micros]
-    assert kept == [True, flags == "grpo", flags == "grpo"]
+    assert kept == [True, False, False]
 
 
 def test_dapo_counts_a_response_that_reaches_the_limit_as_worse():
@@ -241,8 +241,8 @@ def test_dapo_draws_until_enough_groups_are_mixed_and_leaves_the_last_ones_out(
 
 
 def parity(row: Triplet, text: str) -> bool:
-    """Random weights answer nothing right: half of all texts count as right."""
-    return sum(map(str.isalnum, text)) % 2 == 0
+    """Random weights answer nothing right: every third text counts as right."""
+    return sum(map(ord, text)) % 3 == 0
 
 
 class Squared(methods.VisionOPD):
@@ -300,7 +300,7 @@ def token_losses(settings, group: list[Answer]):
         if settings.method == "sft":
             yield answer.right, -log_s
         elif settings.method == "grpo":
-            yield True, -one * advantage
+            yield advantage != 0, -one * advantage
         elif settings.method == "dapo":
             yield len({other.right for other in group}) == 2, -one * advantage
         elif settings.method == "squared":
@@ -322,10 +322,10 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
         f"\n\nHere is a reference solution to this problem:\n{row.answer}\n\nAfter understanding "
         "the reference solution, please try to solve this problem using your own approach below:"
     )
-    full = encode(processor, [load_image(row.image)], [row.question])
-    shown = encode(processor, [load_image(row.crop)], [row.question])
+    full = encode(processor, [load_image(row.image)], ["\n" + row.question])
+    shown = encode(processor, [load_image(row.crop)], ["\n" + row.question])
     if settings.method == "opsd":
-        shown = encode(processor, [load_image(row.image)], [row.question + hint])
+        shown = encode(processor, [load_image(row.image)], ["\n" + row.question + hint])
     writer, asked = (initial, shown) if settings.method == "sft" else (student, full)
     seeds = [random.Random(f"5/1/{row.id}").getrandbits(63)]
     rollout = sample(writer, processor, asked, 3, max_new_tokens=6, seeds=seeds)
@@ -376,7 +376,7 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags,
         kept += [losses for trained_on, losses in token_losses(settings, group) if trained_on]
     total = torch.cat(kept).mean()
     if settings.method == "grpo":
-        total = torch.stack([losses.mean() for losses in kept]).mean()
+        total = torch.stack([losses.mean() for losses in kept]).sum() / 6
     total.backward()
 
     assert entry["tokens"] == sum(map(len, kept))
@@ -388,7 +388,7 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags,
     if not run.method.distils:
         right = sum(answer.right for group in groups for answer in group)
         assert (entry["kept"], entry["right"]) == (len(kept) / 6, right / 6)
-        assert (len(kept) < 6) == (settings.method != "grpo"), "the filter must have work"
+        assert len(kept) < 6, "the filter must have work"
 
 
 @pytest.mark.parametrize("method", ["vision-opd", "opsd", "grpo"])

@@ -67,7 +67,7 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     for number in train.batch_rows(len(rows), 4, 0, 0):
         row = rows[number]
         full, crop = (
-            encode(processor, [load_image(image)], [row.question])
+            encode(processor, [load_image(image)], ["\n" + row.question])
             for image in (row.image, row.crop)
         )
         seed = random.Random(f"0/0/{row.id}").getrandbits(63)
@@ -247,14 +247,12 @@ def test_a_newest_checkpoint_that_was_taken_away_is_missed(run, tmp_path):
 def test_a_damaged_state_is_named(run, world, tmp_path):
     run("x", "--steps 1")
     folder = tmp_path / "x" / "checkpoint-000001" / "state"
-    part, note = folder / "__0_0.distcp", folder / "state.json"
+    part = folder / "__0_0.distcp"
     for path, damaged in (
         (part, part.read_bytes()[:5000]),
         (part, None),
         (folder / ".metadata", None),
         (folder / ".metadata", b"no metadata"),
-        (note, b"{"),
-        (note, b"{}"),
     ):
         whole = path.read_bytes()
         path.unlink()
@@ -273,7 +271,8 @@ def test_a_state_of_another_model_is_refused(run, world, tmp_path):
     model.resize_token_embeddings(512)
     vision_model.save(model, processor, base)
     args = tmp_path / "x" / "args.json"
-    args.write_text(args.read_text().replace(str(world / "base"), str(base)))
+    before, after = (vision_model.fingerprint(load(str(it))[0]) for it in (world / "base", base))
+    args.write_text(args.read_text().replace(before, after))
     with pytest.raises(ValueError, match="another model"):
         run("x", "--steps 2 --model", str(base))
 
