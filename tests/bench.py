@@ -371,7 +371,7 @@ def step_of(model, processor, args) -> train.Run:
     )
     method = METHODS["vision-opd"](settings)
     row = Triplet("0", "", "", "")
-    return train.Run(settings, method, [row], [1], processor, shards, rank, world, device)
+    return train.Run(settings, method, [row], processor, shards, rank, world, device)
 
 
 def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[float]:
@@ -425,7 +425,7 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
         f"tokens, G = {group}\n{HEADER}"
     )
     floor = sum(floor for *_, floor in phases.values())
-    batch = [(run.rows, full, crop)]
+    batch = [(run.rows, {"student": full, "teacher": crop})]
     ours, slow = compare(
         "whole step, train.learn", lambda: train.learn(run, 1, batch), plain.step, n, floor, args
     )

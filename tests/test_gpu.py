@@ -192,11 +192,11 @@ def test_a_step_is_that_of_the_cpu(subject, monkeypatch):
     rows = [Triplet(str(i), "", "", "") for i in range(3)]
     batch = []
     for i, row in enumerate(rows):
-        prompts = [
-            vision_model.encode(processor, [noise(side, 64, i)], ["what is in the red box ?"])
-            for side in (96, 48)
-        ]
-        batch.append(([row], *prompts))
+        prompts = {
+            who: vision_model.encode(processor, [noise(side, 64, i)], ["what is in the red box ?"])
+            for who, side in (("student", 96), ("teacher", 48))
+        }
+        batch.append(([row], prompts))
     found, rollouts = [], []
     monkeypatch.setattr(train, "show", lambda *_, **__: [])
 
@@ -212,7 +212,7 @@ def test_a_step_is_that_of_the_cpu(subject, monkeypatch):
         student, calls = copy.deepcopy(model).to(device), []
         shards = Shards(student, lr=1e-3, eps=1e-8, weight_decay=0.01, copy_stays=False)
         method = methods.METHODS["vision-opd"](settings)
-        run = train.Run(settings, method, rows, [1] * 3, processor, shards, rank, world, there)
+        run = train.Run(settings, method, rows, processor, shards, rank, world, there)
         with contextlib.nullcontext() if found else transformers_own():
             entries = [train.learn(run, step, batch)[0] for step in range(2)]
         found.append((entries, shards))

@@ -74,7 +74,7 @@ def begin(build, flags: str, compiled: bool) -> train.Run:
     model.generation_config.eos_token_id = [never]  # no response ends early
     shards = Shards(model, lr=1e-3, eps=1e-8, weight_decay=0.0, copy_stays=compiled)
     method = methods.METHODS[settings.method](settings)
-    return train.Run(settings, method, [], [], processor, shards, rank, world, device)
+    return train.Run(settings, method, [], processor, shards, rank, world, device)
 
 
 def noisy_micros(run, side: int) -> list[methods.Micro]:
@@ -84,8 +84,10 @@ def noisy_micros(run, side: int) -> list[methods.Micro]:
     rows = [Triplet("0", asked[0], Path(), Path())] * size
     micros = []
     for _ in range(0, run.settings.prompts, size):
-        prompts = [encode(run.processor, [noise(px, px)] * size, asked) for px in (side, side // 2)]
-        micros.append(methods.Micro(rows, *prompts))
+        prompts = {}
+        for who, px in (("student", side), ("teacher", side // 2)):
+            prompts[who] = encode(run.processor, [noise(px, px)] * size, asked)
+        micros.append(methods.Micro(rows, prompts))
     return micros
 
 
