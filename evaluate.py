@@ -35,6 +35,7 @@ from benchmarks.rows import Answer, Question
 from benchmarks.scoring import score
 from benchmarks.sources import BENCHES, GROUPS, read_benchmark
 from benchmarks.zoom import answer_with_zoom
+from launch import script
 from launch.flags import natural, positive_int, setting, settings_parser
 from storage.files import appending, read_json, write
 from storage.images import load_image
@@ -418,7 +419,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"evaluate.py: {error}") from error
+    script.run(main)

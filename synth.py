@@ -26,6 +26,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from launch import script
 from launch.flags import positive_int, setting, settings_parser
 from storage.files import naming_full_disks
 from synthesis.checking import check_triplets
@@ -434,7 +435,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"synth.py: {error}") from error
+    script.run(main)

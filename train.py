@@ -20,7 +20,6 @@ import math
 import os
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from launch import script
 from launch.flags import (
     inner_share,
     natural,
@@ -626,41 +626,30 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(settings.threads)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    try:
-        if settings.plan:
-            if os.environ.get("RANK", "0") == "0":
-                from plan import describe_run
+    if settings.plan:
+        if os.environ.get("RANK", "0") == "0":
+            from plan import describe_run
 
-                print(describe_run(settings, read_rows(settings), list(views(settings).values())))
-            return
-        rank, world, device = join_ranks(settings.device)
-        if rank == 0:
-            hold(Path(settings.out))
-        if settings.toy and rank == 0:
+            print(describe_run(settings, read_rows(settings), list(views(settings).values())))
+        return
+    rank, world, device = join_ranks(settings.device)
+    if rank == 0:
+        hold(Path(settings.out))
+        if settings.toy:
             from toy import demonstration
 
             demonstration.begin(settings, device)
-        dist.barrier()
-        final = train(settings, rank, world, device)
-        if rank == 0:
-            from benchmarks.page import write_page
+    dist.barrier()
+    final = train(settings, rank, world, device)
+    if rank == 0:
+        from benchmarks.page import write_page
 
-            if settings.toy:
-                demonstration.end(settings, final, device)
-            print(f"model: {final}   page: {write_page(settings.out)}")
-        dist.barrier()
-    except (ValueError, OSError, FloatingPointError) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(where.filename).name}, line {where.lineno}"
-        # said at once: the other ranks still wait
-        print(f"train.py: {error} ({place})", file=sys.stderr, flush=True)
-        raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        raise SystemExit(
-            "train.py: stopped. The same command goes on where the last checkpoint was."
-        ) from None
+        if settings.toy:
+            demonstration.end(settings, final, device)
+        print(f"model: {final}   page: {write_page(settings.out)}")
+    dist.barrier()
     dist.destroy_process_group()  # not after an error: it could block
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -34,7 +34,7 @@ def test_a_folder_is_one_processs_until_its_death(signal_sent, tmp_path, world):
     holder.stdout.readline()
     with pytest.raises(ValueError, match=f"process {holder.pid} on {os.uname().nodename}"):
         hold(tmp_path / "x")
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=str(holder.pid)):
         train.main(small_run(world, tmp_path / "x"))
     assert not (tmp_path / "x" / "args.json").exists()
     holder.send_signal(signal_sent)

@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import (
     ROOT,
-    SMALL,
     assert_equal,
     assert_same_update,
     log,
@@ -28,6 +27,7 @@ import methods
 import model as vision_model
 import sharding
 import train
+from launch import script
 from loss import divergence
 from model import encode, load
 from rollout import sample
@@ -420,19 +420,8 @@ def test_errors_reach_the_user_as_one_line(world, tmp_path, capsys):
         ("--model no/model", "no/model"),
     ):
         with pytest.raises(SystemExit):
-            train.main(small_run(world, tmp_path / "x", flags))
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("train.py: ")
-        assert told in error
-
-
-def test_a_run_stopped_by_hand_says_how_it_goes_on(tmp_path, monkeypatch):
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "train", stopped)
-    with pytest.raises(SystemExit, match="same command"):
-        train.main([*SMALL, "--out", str(tmp_path / "x")])
+            script.run(train.main, small_run(world, tmp_path / "x", flags))
+        assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 def cut_short(data, step, place):
