@@ -207,15 +207,15 @@ def encode(processor, images: list, texts: list, *, max_tokens: int | None = Non
 
     Returns a Prompt with pixel_values in float32; `shrunk`: prompts over `max_tokens` have their
     one image scaled down to fit (cutting ids would cut image tokens). Raises ValueError when the
-    text alone is too long or holds a vision token.
+    text alone is too long or holds a special token.
     """
     chats, fitted, shrunk = [], [], []
     for image, text in zip(images, texts, strict=True):
-        found = [token for token in VISION_TOKENS if token in str(text)]
+        found = [token for token in processor.tokenizer.all_special_tokens if token in str(text)]
         if found:
             raise ValueError(
                 f"The question {str(text)[:80]!r} holds {found}, which would change the number of "
-                "images. Remove it."
+                "images, or of turns. Remove it."
             )
         chats.append(chat(processor, text))
         small = image if max_tokens is None else fit(processor, image, chats[-1], max_tokens)

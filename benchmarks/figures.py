@@ -8,7 +8,6 @@ and a judge's verdicts.jsonl.
 
 import json
 import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.judge import JUDGE, ask_judge
 from benchmarks.rows import Answer, Scored, read_answer
-from benchmarks.scoring import final_text, score
+from benchmarks.scoring import final_text, parse_yes_no, score
 from benchmarks.sources import BENCHES, GROUPS
 from storage.files import appending, read_json, read_jsonl, write
 
@@ -98,15 +97,13 @@ def ask_for_verdicts(
     replies = tqdm(replies, "judge", len(asked), unit="answer")
     with appending(out / "verdicts.jsonl") as file:
         for (prompt, answer), reply in zip(asked.items(), replies, strict=True):
-            said = None
-            if isinstance(reply, str):
-                said = re.search(r"\b(yes|no)\b", final_text(reply), re.IGNORECASE)
+            said = parse_yes_no(reply) if isinstance(reply, str) else None
             if said is None:
                 failed += 1
                 where = f"{answer.bench} {answer.id}"
                 tqdm.write(f"judge: no verdict on {where}: {str(reply)[:200]!r}")
                 continue
-            verdicts[prompt] = said[0].lower() == "yes"
+            verdicts[prompt] = said == "yes"
             line = {"judge": how.judge, "model": how.judge_model, "prompt": prompt}
             line |= {"reply": reply, "same": verdicts[prompt]}
             file.write(json.dumps(line) + "\n")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.rows import Question
 from storage.files import naming_full_disks, numbered_lines, write, write_jsonl
 from storage.hub import download, unpack
-from triplets.format import Triplet, read_triplets
+from triplets.format import Triplet, is_text, read_triplets
 
 TABLE = Path(__file__).with_name("sources.toml")
 BENCHES = tomllib.loads(TABLE.read_text(encoding="utf-8"))
@@ -60,6 +60,8 @@ def read_benchmark(name: str, root: Path) -> list[Question]:
                 question = triplet_question(row)
             else:
                 question = neutral_question(row, str(number))
+                if not isinstance(question.image, str) or not isinstance(question.crop, str | None):
+                    raise ValueError("image or crop is no text. Expected the name of a file")
                 question.image = path.parent / question.image
                 question.crop = path.parent / question.crop if question.crop else None
             if question.id in questions:
@@ -86,7 +88,13 @@ def neutral_question(row: dict, name: str) -> Question:
             f"no {', '.join(missing)}. Expected image, prompt and answer (triplets get one from "
             "synth.py --labels)"
         )
+    for key in TEXTS:
+        value = row.get(key)
+        if isinstance(value, bool | dict | list) or value != value:
+            raise ValueError(f"{key} is {value!r:.60}. Expected a text or a number")
     texts = {key: str(row[key]) for key in TEXTS if row.get(key) is not None}
+    if not all(map(is_text, texts.values())):
+        raise ValueError("half a character in its texts. Expected what can be written as UTF-8")
     kind, answer = row.get("kind") or "mc", texts.pop("answer")
     options, allowed = lettered(row.get("options") or {}), ()
     if kind == "yn":

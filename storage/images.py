@@ -17,10 +17,7 @@ def load_image(path: str | Path) -> Image.Image:
 
     Raises FileNotFoundError, or ValueError for what is no picture or not whole.
     """
-    path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "not there"
-        raise FileNotFoundError(f"{path} is {found}. Expected an image file.")
+    path = file_at(path)
     try:
         # opened here: given a path, Pillow maps the file and garbles rotated TIFFs
         with path.open("rb") as file, Image.open(file) as image:
@@ -32,6 +29,15 @@ def load_image(path: str | Path) -> Image.Image:
         raise ValueError(
             f"{path} ({size:,} bytes) cannot be read whole as a picture: {error}. {AGAIN}"
         ) from error
+
+
+def file_at(path: str | Path) -> Path:
+    """`path`, where it is a file: a pipe could be waited for without an end."""
+    path = Path(path)
+    if not path.is_file():
+        kind = "no plain file" if path.exists() else "not there"
+        raise FileNotFoundError(f"{path} is {kind}. Expected an image file.")
+    return path
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
@@ -49,7 +55,8 @@ def in_rgb(image: Image.Image) -> Image.Image:
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of a picture as its header gives it, mostly before EXIF rotation. Raises
-    ValueError."""
+    FileNotFoundError or ValueError."""
+    path = file_at(path)
     try:
         with Image.open(path) as image:
             return image.size

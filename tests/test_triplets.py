@@ -128,7 +128,7 @@ def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
         ("version https://git-lfs.github.com/spec/v1", "git-lfs"),
         ("[]", "found list"),
         ('{"problem": "<image>\\nWhat?"}', "found ['problem']"),
-        (row(problem="What?"), "image tags []"),
+        (row(problem="What?"), "no other tag; found []"),
         (row(problem="<image>\nWhat is <image>?"), "['<image>', '<image>']"),
         (row(problem="What? <image>"), "one <image>"),
         (row(problem="<image>\n "), "one <image>"),
@@ -175,7 +175,7 @@ def test_reading_lists_directories_instead_of_asking_for_every_file(tmp_path, mo
         ([sample(), sample()], "repeated"),
         ([sample("../a")], "file name"),
         ([sample("")], "file name"),
-        ([sample(question="<image> what?")], "image tag"),
+        ([sample(question="<image> what?")], "holds a tag"),
         ([sample(question=" ")], "is empty"),
         ([], "no samples"),
     ],
@@ -505,7 +505,7 @@ def test_pictures_that_are_not_whole_are_errors_that_name_the_file(tmp_path, nam
 def test_what_is_no_file_or_has_no_known_range_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="not there"):
         load_image(tmp_path / "none.png")
-    with pytest.raises(FileNotFoundError, match="a folder"):
+    with pytest.raises(FileNotFoundError, match="no plain file"):
         load_image(tmp_path)
     Image.new("F", (2, 2)).save(tmp_path / "x.tiff")
     with pytest.raises(ValueError, match="floating point"):

@@ -20,8 +20,8 @@ from storage.images import save_image
 
 RED = (255, 0, 0)  # the box
 FOLDERS = ("images", "teacher_images")  # of full images and of crops; keys of a row as well
-# each of these would change the number of images
-IMAGE_TAG = re.compile(r"<image>|<video>|<\|(?:image|video|vision)_\w+\|>")
+# each of these would change the number of images, or begin and end turns of the chat
+TAG = re.compile(r"<image>|<video>|<\|\w+\|>")
 
 
 @dataclass
@@ -93,14 +93,17 @@ def read_row(line: bytes, number: int, folder: Path, names_in) -> Triplet:
     """The triplet of a line of train.jsonl, the `number`-th. names_in: a folder -> its files."""
     row = read_object(line)
     problem = str(row["problem"])
+    expect(row, "problem", is_text(problem), "text that can be written as UTF-8")
     question = problem.removeprefix("<image>")
     box = row.get("bbox")
     answer = row.get("answer")
     extra = row.get("extra_info") or {}
-    tags = IMAGE_TAG.findall(problem)
+    tags = TAG.findall(problem)
     good = tags == ["<image>"] and question != problem and question.strip()
-    expected = "one <image>, at the start, then a newline and the question"
-    expect(row, "problem", good, f"{expected}; found the image tags {tags}")
+    expected = "one <image>, at the start, then a newline and the question, and no other tag"
+    expect(row, "problem", good, f"{expected}; found {tags}")
+    good = answer is None or is_text(str(answer)) and type(answer) in (str, int, float)
+    expect(row, "answer", good, "a text, a number or null")
     numbers = isinstance(box, list) and [isinstance(v, int | float) for v in box]
     good = box is None or numbers == [True] * 4
     expect(row, "bbox", good, "[x1, y1, x2, y2] in pixels, or null")
@@ -133,6 +136,11 @@ def read_object(line: bytes) -> dict:
             f"found {found}. Expected the keys problem, images and teacher_images: add them."
         )
     return row
+
+
+def is_text(text: str) -> bool:
+    """Whether no half of a character is in it, which JSON can say and nothing can write."""
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def expect(row: dict, key: str, good: bool, expected: str):
@@ -170,9 +178,9 @@ def write_sample(folder: Path, sample: Triplet, suffix: str) -> dict:
             f"sample {name!r}: the id is no plain file name. Choose letters, digits, '.', '_' and "
             "'-'."
         )
-    if IMAGE_TAG.search(question) or not question.strip():
+    if TAG.search(question) or not question.strip():
         raise ValueError(
-            f"sample {name!r}: {question[:80]!r} is empty or holds an image tag. Leave it out."
+            f"sample {name!r}: {question[:80]!r} is empty or holds a tag. Leave it out."
         )
     image = f"images/{name}{suffix}"
     crop = f"teacher_images/{name}.png"
