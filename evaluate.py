@@ -40,7 +40,9 @@ from storage.files import appending, hold, read_json, read_jsonl, write, write_j
 from storage.images import load_image
 from toy.scenes import held_out
 
-PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS
+# Pixels; Pillow refuses a picture of twice as many. The table's files are trusted, and some are
+# huge; one's own keep Pillow's limit.
+PILLOWS_LIMIT, TABLES_LIMIT = Image.MAX_IMAGE_PIXELS, 250_000_000
 
 
 @dataclass
@@ -221,8 +223,7 @@ def answer_all(
     todo = [answer for answer in asked if answer.place() not in done]
     states, bar = Counter(), tqdm(total=len(asked), desc=name, unit="row", disable=how.rank > 0)
     work = partial(replies_to, model, processor, out, how)
-    # The table's files are trusted, and some are huge. Pillow refuses what has twice as many.
-    Image.MAX_IMAGE_PIXELS = 250_000_000 if name in BENCHES else PILLOWS_LIMIT
+    Image.MAX_IMAGE_PIXELS = TABLES_LIMIT if name in BENCHES else PILLOWS_LIMIT
     with appending(out / f"answers-{name}-{how.rank}.jsonl") as file, bar:
         bar.update(len(asked) - len(todo))
         start = time.perf_counter()
@@ -380,6 +381,7 @@ def print_trajectory(folders: list[Path]) -> None:
 
 def show_saved(settings: Settings, scorer: Scorer) -> None:
     """--compare, --rescore, --report: of answers that are there."""
+    Image.MAX_IMAGE_PIXELS = TABLES_LIMIT
     page = settings.report or settings.rescore or settings.out
     if settings.compare:
         text, found = compare(*settings.compare)

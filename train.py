@@ -32,6 +32,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from benchmarks.rows import repeats_itself
 from launch import script
 from launch.flags import (
     inner_share,
@@ -246,7 +247,7 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
     micros = micros_on_device(batch, run.device)
     method.respond(run, micros, step)
     micros = method.select(run, micros, step)
-    count = count_responses(micros, run.device)
+    count = count_responses(run, micros)
     micros = micros_to_train_on(micros, run.device)
     clock.append(time.perf_counter())
 
@@ -274,24 +275,11 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
         shards.update(lr, norm, settings.clip, teacher_rate(settings))
     clock.append(time.perf_counter())
 
-    ended = count["ended"] / count["responses"]
-    entry = {
-        "step": step + 1,
-        "steps": settings.steps,
-        "loss": loss,
-        "grad_norm": norm,
-        "lr": lr,
-        "length": count["sampled"] / count["responses"],
-        "eos": ended,
-        "truncated": 1 - ended,
-        "tokens": int(count["tokens"]),
-        "shrunk": int(count["shrunk"]),
-        **method.figures(count, None if agree is None else agreement),
-        "gen_s": clock[1] - clock[0],
-        "teach_s": clock[2] - clock[1],
-        "learn_s": clock[3] - clock[2],
-        "mem_gb": over_ranks([peak_memory(run.device)], run.device, dist.ReduceOp.MAX)[0],
-    }
+    entry = {"step": step + 1, "steps": settings.steps, "loss": loss, "grad_norm": norm, "lr": lr}
+    entry |= lengths(count) | method.figures(count, None if agree is None else agreement)
+    for i, name in enumerate(("gen_s", "teach_s", "learn_s")):
+        entry[name] = clock[i + 1] - clock[i]
+    entry["mem_gb"] = over_ranks([peak_memory(run.device)], run.device, dist.ReduceOp.MAX)[0]
     return entry, shown
 
 
@@ -333,20 +321,47 @@ def learning_rate(step: int, settings: Settings) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * done)
 
 
-def count_responses(micros: list[Micro], device) -> Counter:
+def count_responses(run: Run, micros: list[Micro]) -> Counter:
     """What was sampled in a step, summed over all ranks."""
     count = Counter()
     for micro in micros:
         mask, keep = micro.rollout.mask, micro.keep
+        texts = micro.rollout.decode(run.processor.tokenizer)
         count["responses"] += len(keep)
         count["sampled"] += mask.sum()  # tokens, EOS included
         count["ended"] += micro.rollout.ended.sum()  # by themselves
+        count["loops"] += sum(map(repeats_itself, texts))
         count["kept"] += keep.sum()  # responses that are trained on
         count["tokens"] += mask[keep].sum()  # and theirs
         count["right"] += 0 if micro.right is None else micro.right.sum()
         for prompt in micro.prompts.values():
             count["shrunk"] += prompt["shrunk"].sum()  # images scaled down
-    return Counter(dict(zip(count, over_ranks(list(count.values()), device), strict=True)))
+    values = over_ranks([*count.values()], run.device)
+    count = Counter(dict(zip(count, values, strict=True)))
+    count["length_p95"] = length_p95(run, micros)
+    return count
+
+
+def length_p95(run: Run, micros: list[Micro]) -> int:
+    """Tokens that 95% of all ranks' responses have at most."""
+    lengths = torch.cat([micro.rollout.mask.sum(1) for micro in micros])
+    histogram = torch.bincount(lengths, minlength=run.settings.max_new_tokens + 1)
+    shorter = torch.tensor(over_ranks(histogram.tolist(), run.device)).cumsum(0)
+    return int((shorter < 0.95 * shorter[-1]).sum())
+
+
+def lengths(count: Counter) -> dict[str, float]:
+    """What a step logs of its responses."""
+    ended = count["ended"] / count["responses"]
+    return {
+        "length": count["sampled"] / count["responses"],
+        "length_p95": count["length_p95"],
+        "eos": ended,
+        "truncated": 1 - ended,
+        "loops": count["loops"] / count["responses"],
+        "tokens": int(count["tokens"]),
+        "shrunk": int(count["shrunk"]),
+    }
 
 
 def micros_to_train_on(micros: list[Micro], device) -> list[Micro]:

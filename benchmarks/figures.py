@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.judge import JUDGE, ask_judge
-from benchmarks.rows import Answer, Scored, read_answer
+from benchmarks.rows import Answer, Scored, read_answer, repeats_itself
 from benchmarks.scoring import final_text, parse_yes_no, score
 from benchmarks.sources import BENCHES, GROUPS
 from storage.files import appending, read_json, read_jsonl, write
@@ -178,11 +178,16 @@ def bench_figures(bench: str, answers: list[Scored]) -> dict:
         "errors": len(answers) - n,
         "seconds": count("seconds") / max(1, n),
         "tokens": count("tokens") / max(1, n),
+        "tokens_p95": np.percentile([row.tokens or 0 for row in rows], 95).item() if n else 0,
+        "loops": sum(repeats_itself(row.output) for row in rows),
         "groups": {},
     }
     for group, part in grouped([row for row in rows if row.group], "group").items():
         right = sum(row.correct for row in part)
         found["groups"][group] = {"n": len(part), "right": right, "accuracy": right / len(part)}
+    if "subtasks" in BENCHES.get(bench, {}):
+        shares = [group["accuracy"] for group in found["groups"].values()]
+        found["avg_c"] = sum(shares) / max(1, len(shares))
     if n and all(row.calls is not None for row in rows):
         found |= {"calls": count("calls") / n, "malformed": count("malformed")}
     if n and all(row.kind == "yn" for row in rows):
@@ -267,7 +272,7 @@ def summarise(out: Path, how: Scorer) -> dict:
                 gap = {"n": both.n, "full": both.first, "crop": both.second}
                 benches[bench]["gap"] = gap | {"gap": both.difference, "interval": both.interval}
     averages = {}
-    for group in ("fine", "holdout"):
+    for group in ("fine", "avg6", "holdout"):
         full = [benches.get(name, {}).get("full", {}).get("accuracy") for name in GROUPS[group]]
         if None not in full:
             averages[group] = sum(full) / len(full)
@@ -294,8 +299,8 @@ def row_head(name: str, share: float | None, interval: tuple, rows: int | str) -
 def table(result: dict) -> str:
     """A result as text: a line a benchmark and view, its groups and gap below; then averages."""
     lines = [
-        f"{'accuracy [95% interval], %':<48}rows official unparsed judged cut off errors s/row "
-        "tokens  published 4B, 9B"
+        f"{'accuracy [95% interval], %':<48}rows official unparsed judged cut off loops errors "
+        "s/row tokens (95%)  published 4B, 9B"
     ]
     for name, views in result["benches"].items():
         for view, f in views.items():
@@ -304,7 +309,10 @@ def table(result: dict) -> str:
             else:
                 lines += view_lines(name, view, f)
     for group, mean in result["averages"].items():
-        lines.append(f"{f'average of {group} ({len(GROUPS[group])})':<25}{percent(mean)}")
+        line = f"{f'average of {group} ({len(GROUPS[group])})':<25}{percent(mean)}"
+        if group == "avg6":
+            line += "   Vision-OPD, second hand: 77.07 (4B), 79.68 (9B)"
+        lines.append(line)
     if result["judge_failures"]:
         lines.append(f"{result['judge_failures']} calls of the judge failed: scored as wrong")
     return "\n".join(lines)
@@ -319,17 +327,19 @@ def view_lines(name: str, view: str, f: dict) -> list[str]:
     told = row_head(f"{name}, {view}", f["accuracy"], f["interval"], rows)
     told += (
         f"   {percent(f['official'])}{f['unparsed']:9}{f['judged']:7}{f['truncated']:8}"
-        f"{f['errors']:7}{f['seconds']:6.2f}{f['tokens']:7.0f}"
+        f"{f['loops']:6}{f['errors']:7}{f['seconds']:6.2f}{f['tokens']:7.0f} {f['tokens_p95']:5.0f}"
     )
     published = known.get("published", [])
     for base, ours in zip(published[::2], published[1::2], strict=True):
         told += f"  {base:.1f} > {ours:.1f}"
+    if "second_hand" in known:
+        told += "  (second hand)"
     lines = [told]
     if len(f["groups"]) > 1:
         for group, g in f["groups"].items():
             interval = wilson(g["right"], g["n"])
             lines.append(row_head(f"  {group[:22]}", g["accuracy"], interval, g["n"]))
-    further = ("f1", "precision", "recall", "yes_rate", "pair_accuracy")
+    further = ("f1", "precision", "recall", "yes_rate", "pair_accuracy", "avg_c")
     further = [f"{key.replace('_', ' ')} {100 * f[key]:.1f}" for key in further if key in f]
     if further:
         lines.append("  " + ", ".join(further))

@@ -58,6 +58,7 @@ def write_page(out: Path) -> Path:
         "trajectory": [row for folder in steps for row in trajectory(folder)],
         "seconds": read_json(out / "seconds.json", []),
         "published": {name: bench["published"] for name, bench in BENCHES.items()},
+        "second_hand": [name for name, bench in BENCHES.items() if "second_hand" in bench],
         "notes": notes,
     }
     if training:

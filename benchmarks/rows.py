@@ -82,3 +82,14 @@ def read_answer(line: dict) -> Answer:
     """The answer of a line, whatever else an older version wrote there."""
     known = {each.name for each in fields(Answer)}
     return Answer(**{key: value for key, value in line.items() if key in known})
+
+
+def repeats_itself(text: str) -> bool:
+    """Whether a text ends in a loop: the same piece three times or more, over the last 100
+    characters at least."""
+    end = text.rstrip()[-1000:]
+    for piece in range(1, (len(end) + 1) // 3 + 1):
+        size = max(2 * piece - 1, 100 - piece)  # the last one may lack a space
+        if size + piece <= len(end) and end[-size:] == end[-size - piece : -piece]:
+            return True
+    return False

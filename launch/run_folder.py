@@ -124,6 +124,8 @@ def log_line(entry: dict) -> str:
         f"len {entry['length']:.0f}",
         f"eos {entry['eos']:.2f}",
     ]
+    if entry["loops"]:
+        told.append(f"loops {entry['loops']:.2f}")
     for name, key in (("agree", "agreement"), ("right", "right"), ("kept", "kept")):
         if key in entry:
             told.append(f"{name} {entry[key]:.2f}")
