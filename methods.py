@@ -301,12 +301,13 @@ class EncodedMicros(torch.utils.data.Dataset):
 
     def __init__(self, run):
         self.rows, self.processor, self.dtype = run.rows, run.processor, run.shards.plain.dtype
-        self.views = views(run.settings)
+        self.views, self.method = views(run.settings), run.settings.method
 
     def __getitem__(self, numbers: list[int]):
-        rows = [self.rows[j] for j in numbers]
-        prompts = {}
+        rows, prompts = [], {}
         try:
+            rows = [self.rows[j] for j in numbers]
+            refuse_unanswered(self.method, rows)
             for who, (view, most) in self.views.items():
                 images = [load_image(getattr(row, view.image)) for row in rows]
                 texts = [view.text(row) for row in rows]
@@ -315,6 +316,15 @@ class EncodedMicros(torch.utils.data.Dataset):
         except (ValueError, OSError) as error:
             return ValueError(f"samples {[row.id for row in rows]}: {error}")
         return rows, prompts
+
+
+def refuse_unanswered(method: str, rows: list[Triplet]) -> None:
+    without = [row.id for row in rows if row.answer is None]
+    if without and METHODS[method].needs_answers:
+        raise ValueError(
+            f"--method {method} needs answers, and samples {without} have none. Make the data with "
+            "`synth.py --labels`, or train with --method vision-opd."
+        )
 
 
 def views(settings) -> dict[str, tuple[View, int]]:

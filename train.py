@@ -21,9 +21,9 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -47,7 +47,7 @@ from launch.flags import (
 )
 from launch.run_folder import RunLog, claim, rows_digest, show
 from loss import DIVERGENCES
-from methods import METHODS, EncodedMicros, Micro, micros_on_device, views
+from methods import METHODS, EncodedMicros, Micro, micros_on_device, refuse_unanswered, views
 from model import fingerprint, load, missing_kernels, response_hidden
 from sharding import (
     Shards,
@@ -61,7 +61,7 @@ from sharding import (
 from storage.files import hold
 from storage.images import image_size
 from triplets.fetch import fetch_triplets
-from triplets.format import Triplet, read_triplets
+from triplets.format import Triplet, open_triplets
 
 TEACHERS = ["ema", "initial", "current", "trust-region"]
 
@@ -199,7 +199,7 @@ class Run:
 
     settings: Settings
     method: object  # of methods.py
-    rows: list[Triplet]
+    rows: Sequence[Triplet]
     processor: object
     shards: Shards
     rank: int
@@ -391,8 +391,12 @@ def batch_rows(n: int, prompts: int, seed: int, step: int) -> list[int]:
     """Row numbers of a step, a function of (seed, step): epochs are shuffled, each one's last
     incomplete batch is dropped."""
     epoch, index = divmod(step, n // prompts)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-    return order[index * prompts : (index + 1) * prompts].tolist()
+    return epoch_order(n, seed, epoch)[index * prompts : (index + 1) * prompts].tolist()
+
+
+@lru_cache(2)
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
 
 
 def deal(sizes: list[int], rank: int, world: int) -> list[int]:
@@ -423,12 +427,14 @@ def micros_from(run: Run, begin: int) -> Iterator[list[int]]:
         yield from share_of_step(run, step, run.settings.seed)
 
 
-def check_images(run: Run, begin: int) -> None:
-    """Name a bad image before the run, and not in hours: by the headers of the first 20,000 rows
-    (ours: some seconds) that this rank trains on. Raises ValueError."""
+def check_rows(run: Run, begin: int) -> None:
+    """Name a bad row or image before the run, and not in hours: of the first 20,000 (ours: some
+    seconds) that this rank trains on, images by their headers. Raises ValueError."""
     for j in islice(chain.from_iterable(micros_from(run, begin)), 20_000):
+        row = run.rows[j]
+        refuse_unanswered(run.settings.method, [row])
         for view, _ in views(run.settings).values():
-            path = getattr(run.rows[j], view.image)
+            path = getattr(row, view.image)
             width, height = image_size(path)
             if max(width, height) > 200 * min(width, height):
                 raise ValueError(
@@ -465,16 +471,9 @@ def load_ahead(run: Run, begin: int) -> Iterator:
 # --------------------------------------------------------------------------------------------- run
 
 
-def read_rows(settings: Settings) -> list[Triplet]:
+def read_rows(settings: Settings) -> Sequence[Triplet]:
     """The rows of --data. Raises ValueError where they cannot give what is asked for."""
-    rows = read_triplets(fetch_triplets(settings.data))
-    without = sum(row.answer is None for row in rows)
-    if without and METHODS[settings.method].needs_answers:
-        raise ValueError(
-            f"--method {settings.method} needs answers, and {without} of {len(rows)} rows of "
-            f"{settings.data} have none. Make the data with `synth.py --labels`, or train with "
-            "--method vision-opd."
-        )
+    rows = open_triplets(fetch_triplets(settings.data))
     if len(rows) < settings.prompts:
         raise ValueError(
             f"{settings.data} has {len(rows)} triplets, fewer than one batch. Lower --prompts "
@@ -518,7 +517,7 @@ def prepare(settings: Settings, rank: int, world: int, device: torch.device) -> 
     method = METHODS[settings.method](settings)
     run = Run(settings, method, rows, processor, shards, rank, world, device)
     begin = resume(Path(settings.out), shards)
-    check_images(run, begin)
+    check_rows(run, begin)
     if begin != over_ranks([begin], device, dist.ReduceOp.MIN)[0]:
         raise ValueError(
             f"rank {rank} finds step {begin} in {settings.out}, another an earlier one. "

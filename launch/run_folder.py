@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import transformers
 from tqdm import tqdm
 
 from storage.files import read_json, read_jsonl, write, write_jsonl
-from triplets.format import Triplet
+from triplets.format import LazyTriplets, Triplet
 
 HERE = Path(__file__).parent
 
@@ -48,8 +49,11 @@ def claim(out: Path, begun: bool, now: dict, free: set[str]) -> None:
     write(path, json.dumps(told, indent=1))
 
 
-def rows_digest(rows: list[Triplet], with_answers: bool) -> str:
-    """Of all that a run depends on of its data, but not of where they lie."""
+def rows_digest(rows: Sequence[Triplet], with_answers: bool) -> str:
+    """Of all that a run depends on of its data, but not of where they lie; of a large file, of all
+    its bytes."""
+    if isinstance(rows, LazyTriplets):
+        return rows.sha256.hexdigest()
     told = [[row.id, row.question, row.bbox, row.image.name, row.crop.name] for row in rows]
     if with_answers:
         told += [row.answer for row in rows]

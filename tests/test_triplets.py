@@ -1,6 +1,7 @@
 """triplets/ and storage/: the released format in and out, archives, and pictures of every kind."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -13,10 +14,19 @@ import pytest
 from conftest import noise
 from PIL import Image, ImageCms, ImageFont
 
+import triplets.format
 from storage import files
 from storage.images import load_image, save_image
+from toy.scenes import draw
 from triplets.fetch import fetch_triplets
-from triplets.format import FOLDERS, Triplet, read_triplets, write_sample, write_triplets
+from triplets.format import (
+    FOLDERS,
+    Triplet,
+    open_triplets,
+    read_triplets,
+    write_sample,
+    write_triplets,
+)
 from triplets.preview import draw_preview, wrap
 
 HINT = "\n\nOnly focus on the objects inside the red bounding box in the image."
@@ -548,3 +558,43 @@ def test_the_contact_sheet_wraps_by_width_in_any_script(text):
     assert all(font.getlength(line) <= 640 for line in lines)
     if font.getlength(text) < 3000:
         assert "".join("".join(lines).split()) == "".join(text.split())
+
+
+# ------------------------------------------------------------------------------------- large files
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A data set of 40 rows that counts as a large one."""
+    draw(tmp_path, 40, 0)
+    monkeypatch.setattr(triplets.format, "AT_ONCE", 0)
+    return tmp_path
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000, 2**24])
+def test_a_large_file_gives_the_rows_of_a_small_one(piece, large, monkeypatch):
+    path = large / "train.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))  # its last line is not ended
+    monkeypatch.setattr(triplets.format, "PIECE", piece)
+    lazy = open_triplets(large)
+    assert not isinstance(lazy, list)
+    assert list(lazy) == read_triplets(large)
+    assert len(lazy) == 40
+    assert lazy.sha256.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_bad_row_of_a_large_file_is_named_when_it_is_read(large):
+    path = large / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[7] = "{"
+    path.write_text("\n".join(lines))
+    lazy = open_triplets(large)
+    assert lazy[6].id != lazy[8].id
+    with pytest.raises(ValueError, match=r"train.jsonl, line 8"):
+        lazy[7]
+
+
+def test_a_large_file_without_its_images_says_so_at_once(large):
+    shutil.rmtree(large / "images")
+    with pytest.raises(FileNotFoundError, match=r"train.jsonl, line 1"):
+        open_triplets(large)
