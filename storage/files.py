@@ -34,11 +34,11 @@ def naming_full_disks(folder: Path):
 HELD = []  # locks, open until this process ends, in whatever way
 
 
-def hold(folder: Path) -> None:
-    """Makes `folder` this process's until it ends. Raises ValueError, with the process and the host
-    that hold it."""
+def hold(folder: Path, name: str = ".lock") -> None:
+    """Makes `folder` this process's until it ends; name: of the file that says whose it is. Raises
+    ValueError, with the process and the host that hold it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("a+")
+    file = (folder / name).open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -83,7 +83,7 @@ def load_photo(root: Path, file: str) -> Photo:
         with Image.open(path) as header:
             reason = size_fault(header.size)
         if reason:
-            photo.drop(reason)
+            photo.drop(reason, "{} x {} px".format(*header.size))
         else:
             photo.image = load_image(path)
     except Exception as error:  # decoders raise errors of any kind

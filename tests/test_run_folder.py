@@ -8,10 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, assert_equal, log, small_run, weights
+from conftest import ROOT, assert_equal, log, noise, small_run, weights
 from PIL import Image
 
+import evaluate
 import methods
+import synth
 import train
 from sharding import join_ranks
 from storage.files import hold
@@ -22,24 +24,44 @@ import sys, time
 from pathlib import Path
 from storage.files import hold
 hold(Path(sys.argv[1]))
+hold(Path(sys.argv[1]) / ".parts", ".00000.lock")
 print("held", flush=True)
 time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("signal_sent", [signal.SIGKILL, signal.SIGTERM])
-def test_a_folder_is_one_processs_until_its_death(signal_sent, tmp_path, world):
+@pytest.fixture
+def holder(tmp_path):
+    """Another process, which holds tmp_path/x and what synth.py's first rank holds in it."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "x")]
-    holder = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE)
-    holder.stdout.readline()
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("signal_sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_folder_is_one_processs_until_its_death(signal_sent, holder, tmp_path):
     with pytest.raises(ValueError, match=f"process {holder.pid} on {os.uname().nodename}"):
         hold(tmp_path / "x")
-    with pytest.raises(ValueError, match=str(holder.pid)):
-        train.main(small_run(world, tmp_path / "x"))
-    assert not (tmp_path / "x" / "args.json").exists()
     holder.send_signal(signal_sent)
     holder.wait()
     hold(tmp_path / "x")
+
+
+def test_no_script_works_in_a_folder_that_is_held(holder, world, tmp_path):
+    noise(500, 500).save(tmp_path / "photo.png")
+    out = str(tmp_path / "x")
+    given = {
+        train: small_run(world, out),
+        evaluate: f"--bench toy --model {world}/base --data-root {tmp_path} --out {out}".split(),
+        synth: f"--images {tmp_path} --model {world}/base --out {out}".split(),
+    }
+    for script, argv in given.items():
+        with pytest.raises(ValueError, match=f"process {holder.pid}"):
+            script.main(argv)
+    assert not (tmp_path / "x" / "args.json").exists()
 
 
 def test_only_our_own_names_are_ours(run, tmp_path):

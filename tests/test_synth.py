@@ -920,3 +920,13 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, caps
 def test_answers_that_do_not_repeat_are_in_balance():
     samples = [sample(n, answer=str(n), extra={"type": str(n)}, question="What?") for n in range(4)]
     assert checking.balance(samples) == []  # each is 25%
+
+
+def test_boxes_on_photographs_that_are_too_small_are_named(make, tmp_path):
+    photograph(tmp_path / "in" / "small.png", size=(300, 200))
+    boxes = tmp_path / "boxes.jsonl"
+    boxes.write_text(json.dumps({"image": "small.png", "boxes": [[10, 10, 40, 40]]}))
+    with pytest.raises(ValueError, match="too_small"):
+        make("--proposer", boxes)
+    stats = json.loads((tmp_path / "out" / "stats.json").read_text())
+    assert "small.png: too_small: 300 x 200 px" in stats["notes"]

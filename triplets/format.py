@@ -132,7 +132,7 @@ class LazyTriplets(Sequence):
         return len(self.edges) - 1
 
     def __getitem__(self, i: int) -> Triplet:
-        begin, end = self.edges[i : i + 2].tolist()
+        begin, end = self.edges[[i, i + 1]].tolist()
         line = os.pread(self.file.fileno(), end - begin, begin)  # workers share the file
         try:
             return read_row(line, i, self.folder, Path.is_file)
