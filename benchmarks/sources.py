@@ -38,7 +38,7 @@ LETTERS = "ABCDEFGH"
 UNKNOWN_OPTIONS = dict.fromkeys(LETTERS, "")  # they are in the image, or in an unknown form
 TEXTS = ("id", "prompt", "answer", "group", "pair")  # of a question; numbers may stand there too
 # In what a source may differ from the layout that the code expects.
-LAYOUT_ERRORS = (LookupError, TypeError, AttributeError, ValueError, SyntaxError)
+LAYOUT_ERRORS = (LookupError, TypeError, AttributeError, ValueError, SyntaxError, RecursionError)
 
 
 def read_benchmark(name: str, root: Path) -> list[Question]:
@@ -68,7 +68,7 @@ def read_benchmark(name: str, root: Path) -> list[Question]:
             if question.id in questions:
                 raise ValueError(f"its id comes twice: {question.id!r}. Expected unique ids")
             questions[question.id] = question
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}, row {len(questions) + 1}: {error}.") from error
     if not questions:
         raise ValueError(f"{path} holds no rows. Expected at least one.")
