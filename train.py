@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -62,6 +62,7 @@ from storage.files import hold
 from storage.images import image_size
 from triplets.fetch import fetch_triplets
 from triplets.format import Triplet, open_triplets
+from triplets.order import batch_rows, deal
 
 TEACHERS = ["ema", "initial", "current", "trust-region"]
 
@@ -387,26 +388,6 @@ def stop_if_not_finite(step: int, loss: float, norm: float, micros: list[Micro])
 # -------------------------------------------------------------------------------------------- data
 
 
-def batch_rows(n: int, prompts: int, seed: int, step: int) -> list[int]:
-    """Row numbers of a step, a function of (seed, step): epochs are shuffled, each one's last
-    incomplete batch is dropped."""
-    epoch, index = divmod(step, n // prompts)
-    return epoch_order(n, seed, epoch)[index * prompts : (index + 1) * prompts].tolist()
-
-
-@lru_cache(2)
-def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-
-
-def deal(sizes: list[int], rank: int, world: int) -> list[int]:
-    """This rank's places in a batch, in their order. They are dealt out by size, largest first,
-    back and forth, so that each rank gets as many and about as much."""
-    by_size = sorted(range(len(sizes)), key=lambda place: -sizes[place])
-    turns = (rank, 2 * world - 1 - rank)
-    return sorted(place for i, place in enumerate(by_size) if i % (2 * world) in turns)
-
-
 def share_of_step(run: Run, step: int, seed: int) -> list[list[int]]:
     """This rank's micro-batches of a step: row numbers."""
     settings = run.settings
@@ -434,13 +415,7 @@ def check_rows(run: Run, begin: int) -> None:
         row = run.rows[j]
         refuse_unanswered(run.settings.method, [row])
         for view, _ in views(run.settings).values():
-            path = getattr(row, view.image)
-            width, height = image_size(path)
-            if max(width, height) > 200 * min(width, height):
-                raise ValueError(
-                    f"{path} is {width} x {height} px, expected sides of at most 200 : 1, as the "
-                    "model's processor takes them. Take it out of the data."
-                )
+            image_size(getattr(row, view.image))
 
 
 def load_ahead(run: Run, begin: int) -> Iterator:

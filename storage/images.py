@@ -7,6 +7,7 @@ from PIL import Image, ImageOps
 
 from storage.files import whole
 
+LONGEST = 200  # times as long as wide: image processors take no more
 AGAIN = "Fetch or save the file again, or take it out of the data."
 
 
@@ -55,13 +56,19 @@ def in_rgb(image: Image.Image) -> Image.Image:
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of a picture as its header gives it, mostly before EXIF rotation. Raises
-    FileNotFoundError or ValueError."""
+    FileNotFoundError, or ValueError for what is no picture or too long for an image processor."""
     path = file_at(path)
     try:
         with Image.open(path) as image:
-            return image.size
+            width, height = image.size
     except Exception as error:  # decoders raise errors of any kind
         raise ValueError(f"{path} cannot be read as a picture: {error}. {AGAIN}") from error
+    if max(width, height) > LONGEST * min(width, height):
+        raise ValueError(
+            f"{path} is {width} x {height} px, expected at most {LONGEST} : 1. Take it out of "
+            "the data."
+        )
+    return width, height
 
 
 def save_image(image: Image.Image, path: Path):

@@ -11,9 +11,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from storage.images import load_image
-
-LONGEST = 200  # times as long as wide: image processors take no more
+from storage.images import LONGEST, load_image
 
 
 @dataclass

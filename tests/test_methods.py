@@ -24,6 +24,7 @@ from rollout import Rollout, sample
 from sharding import join_ranks, save_checkpoint
 from storage.images import load_image
 from triplets.format import Triplet, read_triplets, write_triplets
+from triplets.order import batch_rows
 
 core = pytest.mark.core
 
@@ -369,7 +370,7 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags,
     shards.update = lambda *args: None  # the gradients stay
     entry = learn(run, 1)
 
-    batch = [run.rows[i] for i in train.batch_rows(len(run.rows), 2, 5, 1)]
+    batch = [run.rows[i] for i in batch_rows(len(run.rows), 2, 5, 1)]
     groups = [read_answers(run, row, initial, student, ema) for row in batch]
     kept = []
     for group in groups:

@@ -35,6 +35,7 @@ from storage.images import load_image
 from toy import demonstration, scenes
 from toy.tiny import tiny
 from triplets.format import read_triplets
+from triplets.order import batch_rows, deal
 
 core = pytest.mark.core
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -64,7 +65,7 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     teacher, _ = load(str(world / "base"))
     rows = read_triplets(world / "data")
     losses, agreed, ended, shown = [], 0, 0, {}
-    for number in train.batch_rows(len(rows), 4, 0, 0):
+    for number in batch_rows(len(rows), 4, 0, 0):
         row = rows[number]
         full, crop = (
             encode(processor, [load_image(image)], ["\n" + row.question])
@@ -154,7 +155,7 @@ def test_the_crop_reaches_only_the_teacher(run, world, tmp_path):
 
 def test_every_row_is_seen_once_an_epoch_in_an_order_given_by_the_seed():
     first, second, other = (
-        [row for step in range(start, start + 3) for row in train.batch_rows(10, 3, seed, step)]
+        [row for step in range(start, start + 3) for row in batch_rows(10, 3, seed, step)]
         for seed, start in ((0, 0), (0, 3), (1, 0))
     )
     for epoch in (first, second, other):
@@ -167,11 +168,11 @@ def test_every_row_is_seen_once_an_epoch_in_an_order_given_by_the_seed():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_a_batch_is_dealt_out_evenly_by_number_and_size(world_size):
     sizes = [random.Random(i).randint(1, 1000) for i in range(96)]
-    parts = [train.deal(sizes, rank, world_size) for rank in range(world_size)]
+    parts = [deal(sizes, rank, world_size) for rank in range(world_size)]
     assert sorted(row for part in parts for row in part) == list(range(96))
     assert {len(part) for part in parts} == {96 // world_size}
     assert max(sum(sizes[j] for j in part) for part in parts) <= 1.02 * sum(sizes) / world_size
-    assert train.deal([5, 3, 4], 0, 1) == [0, 1, 2]  # nothing to balance
+    assert deal([5, 3, 4], 0, 1) == [0, 1, 2]  # nothing to balance
 
 
 # -------------------------------------------------------------------------------- stopped, resumed
@@ -427,7 +428,7 @@ def test_errors_reach_the_user_as_one_line(world, tmp_path, capsys):
 def cut_short(data, step, place):
     """Damages the image of a step's row; returns the row and what mends it."""
     rows = read_triplets(data)
-    row = rows[train.batch_rows(len(rows), 4, 0, step)[place]]
+    row = rows[batch_rows(len(rows), 4, 0, step)[place]]
     good = row.image.read_bytes()
     row.image.write_bytes(good[: len(good) // 2])
     return row, lambda: row.image.write_bytes(good)
