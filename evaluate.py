@@ -145,7 +145,7 @@ def evaluate(
 
 def claim_results(out: Path, path: str, model, how: Asking) -> None:
     """Write out/args.json, or say whose answers `out` holds."""
-    from model import fingerprint
+    from storage.checkpoint import fingerprint
 
     now = {
         "weights": fingerprint(model),

@@ -13,31 +13,25 @@ B prompts, G responses each, N = B G rows, L prompt tokens, T response tokens, D
 import launch.environment  # noqa: F401  (first: it sets what torch and transformers read)
 
 # isort: split
-import hashlib
 import math
-import os
-import shutil
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLProcessor
 
-from storage.hub import download
+from storage.checkpoint import find
 
 BROKEN = (SafetensorError, TemplateError)
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 MIN_CONTINUATION = 4  # tokens; fewer would take the kernels of one-token decoding
-# Before a checkpoint's own chat template: served, it thinks only where it is asked to.
-NO_THINKING = "{% if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif %}"
 
 # What a processor returns and a model takes: input_ids, attention_mask, mm_token_type_ids (B, L)
 # int64, pixel_values (patches, 3 t p p), image_grid_thw (images, 3) int64; and `shrunk` (B,) bool.
@@ -96,29 +90,6 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
     return prepare(model.to(device), processor), processor
 
 
-def find(path: str, patterns: list[str] | None = None) -> Path:
-    """The checkpoint directory `path`, or that of a hub id, whose files (all, or those that fit the
-    patterns) are downloaded."""
-    folder = Path(path)
-    if not folder.is_dir():
-        what = f"--model {path!r} is no directory here"
-        folder = download(path, what, "or give a directory.", allow_patterns=patterns)
-    there = sorted(file.name for file in folder.iterdir())
-    missing = {"config.json", "tokenizer.json", "tokenizer_config.json"}.difference(there)
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} is no checkpoint: it has no {', '.join(sorted(missing))} (it has "
-            f"{there[:8]}). Expected a directory written by save_pretrained, or a hub id such as "
-            "Qwen/Qwen3.5-4B."
-        )
-    if b"quantization_config" in (folder / "config.json").read_bytes():
-        raise ValueError(
-            f"{path} is quantised (its config.json has a quantization_config). Expected the "
-            "original checkpoint in bf16, fp16 or fp32."
-        )
-    return folder
-
-
 def prepare(model, processor):
     """Settings all code here relies on: no dropout, per-block checkpointing of the vision tower,
     and a neutral generation config.
@@ -153,48 +124,6 @@ def missing_kernels(model) -> list[str]:
         "causal-conv1d": "causal_conv1d",
     }
     return [package for package, module in kernels.items() if find_spec(module) is None]
-
-
-def save(model, processor, folder: Path) -> None:
-    """Write a checkpoint that plain transformers and vLLM load: all but the weights is copied as
-    the original had it, with a chat template that does not think unless it is asked to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Named parameters: tied weights once.
-    weights = {name: weight.to("cpu", copy=True) for name, weight in model.named_parameters()}
-    source = processor.source
-    if source is None:  # the tiny model has no original
-        processor.image_processor.save_pretrained(folder)
-        processor.tokenizer.save_pretrained(folder)
-    else:
-        weights |= prediction_weights(source)
-    model.save_pretrained(folder, state_dict=weights)
-    for file in source.iterdir() if source else []:
-        # transformers would write config.json anew, in words that older servers misread.
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and "index" not in file.name:
-            shutil.copyfile(file, folder / file.name)
-    template = processor.chat_template.removeprefix(NO_THINKING)
-    (folder / "chat_template.jinja").write_text(NO_THINKING + template, encoding="utf-8")
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in folder.glob("*.safetensors"):  # written for this user alone
-        file.chmod(0o666 & ~umask)
-
-
-def prediction_weights(folder: Path) -> dict[str, Tensor]:
-    """What a checkpoint holds to predict several tokens at once (MTP): no model here has these,
-    servers use them."""
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith("mtp.")]  # noqa: SIM118
-            found |= {name: file.get_tensor(name) for name in names}
-    return found
-
-
-def fingerprint(model) -> str:
-    """Of a model's weights: 16 hex digits, from the first 64 numbers of each."""
-    some = [weight.detach().flatten()[:64].float().cpu() for weight in model.parameters()]
-    return hashlib.sha256(b"".join(each.numpy().tobytes() for each in some)).hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------- prompts

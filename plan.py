@@ -12,7 +12,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from methods import METHODS, View
-from model import ImageTextProcessor, chat, find, image_tokens, text_tokens
+from model import ImageTextProcessor, chat, image_tokens, text_tokens
+from storage.checkpoint import find
 from storage.images import image_size
 from triplets.format import Triplet
 

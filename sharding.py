@@ -32,7 +32,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from model import save, shared_layer
+from model import shared_layer
+from storage.checkpoint import save
 from storage.files import flush
 
 # ------------------------------------------------------------------------------------------ ranks

@@ -48,7 +48,7 @@ from launch.flags import (
 from launch.run_folder import RunLog, claim, rows_digest, show
 from loss import DIVERGENCES
 from methods import METHODS, EncodedMicros, Micro, micros_on_device, refuse_unanswered, views
-from model import fingerprint, load, missing_kernels, response_hidden
+from model import load, missing_kernels, response_hidden
 from sharding import (
     Shards,
     join_ranks,
@@ -58,6 +58,7 @@ from sharding import (
     resume,
     save_checkpoint,
 )
+from storage.checkpoint import fingerprint
 from storage.files import hold
 from storage.images import image_size
 from triplets.fetch import fetch_triplets

@@ -21,6 +21,7 @@ import model as vision_model
 import train
 from launch.run_folder import RunLog
 from sharding import Shards, join_ranks, resume, save_checkpoint
+from storage.checkpoint import save
 from toy.tiny import tiny
 
 SHORT = "--steps 1 --prompts 6 --micro-prompts 6"  # a pass a rank, where not told otherwise
@@ -50,7 +51,7 @@ def make_models(world: Path) -> None:
     untied.config.tie_word_embeddings = untied.config.text_config.tie_word_embeddings = False
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.flip(0))
     for name, (model, processor) in models.items():
-        vision_model.save(conftest.livelier(model, 3.0), processor, world / name)
+        save(conftest.livelier(model, 3.0), processor, world / name)
 
 
 def run(world: Path, out: Path, flags: str) -> None:

@@ -9,8 +9,8 @@ from conftest import tiny_qwen3_vl
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-import model as vision_model
-from model import NO_THINKING, load, save
+from model import load
+from storage.checkpoint import NO_THINKING, fingerprint, save
 from toy.tiny import tiny
 
 ENDS = "{% if enable_thinking is defined and enable_thinking is CASE %}YES{% else %}NO{% endif %}"
@@ -133,6 +133,6 @@ def test_a_checkpoint_that_would_mislead_is_refused(damage, told, checkpoint):
 def test_the_same_weights_have_one_fingerprint_wherever_they_lie(checkpoint, tmp_path):
     model, processor = load(str(checkpoint))
     save(model, processor, tmp_path / "copy")
-    same = vision_model.fingerprint(load(str(tmp_path / "copy"))[0])
-    assert same == vision_model.fingerprint(model)
-    assert same != vision_model.fingerprint(tiny(1)[0])
+    same = fingerprint(load(str(tmp_path / "copy"))[0])
+    assert same == fingerprint(model)
+    assert same != fingerprint(tiny(1)[0])

@@ -34,6 +34,7 @@ import rollout
 from benchmarks import figures, page, scoring, sources, zoom
 from benchmarks import judge as judging
 from benchmarks.rows import Answer, Scored
+from storage.checkpoint import save
 from storage.images import load_image
 from toy.scenes import draw
 from toy.tiny import tiny
@@ -153,7 +154,7 @@ def run(flags: str, **paths) -> str:
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "base"
     network, processor = tiny(0)
-    vision_model.save(livelier(network), processor, folder)
+    save(livelier(network), processor, folder)
     return folder
 
 
@@ -387,7 +388,7 @@ def test_broken_weights_are_never_scored(checkpoint, tmp_path):
     network, processor = vision_model.load(str(checkpoint))
     with torch.no_grad():
         network.model.language_model.norm.weight.fill_(torch.nan)
-    vision_model.save(network, processor, tmp_path / "broken")
+    save(network, processor, tmp_path / "broken")
     flags = "--bench {path} --model {broken} --out {out} --max-new-tokens 4"
     with pytest.raises(FloatingPointError, match="no numbers"):
         run(flags, path=own(tmp_path), broken=tmp_path / "broken", out=tmp_path / "out")
@@ -705,7 +706,7 @@ def test_answers_of_another_model_or_other_settings_are_not_mixed(straight, chec
     out, moved, other = (tmp_path / name for name in ("out", "moved", "other"))
     shutil.copytree(done, out)
     shutil.copytree(checkpoint, moved)
-    vision_model.save(*tiny(1), other)
+    save(*tiny(1), other)
     for more, changed in (
         ("--max-new-tokens 25", "max_new_tokens: 24 -> 25"),
         ("--zoom 2", "zoom: 0 -> 2"),
@@ -797,7 +798,7 @@ def test_errors_reach_the_user_as_one_line(tmp_path):
 def test_the_checkpoints_of_a_run_make_a_trajectory(checkpoint, tmp_path):
     training, out, none = (tmp_path / name for name in ("run", "out", "none"))
     for step in (5, 10):
-        vision_model.save(*tiny(step), training / f"checkpoint-{step:06}")
+        save(*tiny(step), training / f"checkpoint-{step:06}")
     none.mkdir()
     (none / "args.json").write_text(json.dumps({"model": str(checkpoint)}))  # no checkpoints
     flags = f"--bench {own(tmp_path, GOLD[:2])} --view both --max-new-tokens 3 --out {out}"

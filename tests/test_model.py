@@ -16,6 +16,7 @@ import plan
 import toy.tiny as tiny_model
 from loss import topk_divergence
 from rollout import sample
+from storage.checkpoint import save
 
 
 def plain_hidden(model, prompt, row, response):
@@ -246,11 +247,11 @@ def test_the_tiny_tokenizer_reads_any_text():
 @pytest.mark.parametrize("build", [tiny_model.tiny, tiny_qwen3_vl])
 def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output(tmp_path, build):
     model, processor = build()
-    vision_model.save(model, processor, tmp_path / "first")
+    save(model, processor, tmp_path / "first")
     (tmp_path / "first" / "video_preprocessor_config.json").write_text('{"from": "the original"}')
     (tmp_path / "first" / "model.safetensors.index.json").write_text("{}")
     again, its_processor = vision_model.load(str(tmp_path / "first"))
-    vision_model.save(again, its_processor, tmp_path / "second")
+    save(again, its_processor, tmp_path / "second")
     files = {file.name for file in (tmp_path / "first").iterdir()} - {
         "model.safetensors.index.json"
     }
@@ -300,7 +301,7 @@ def test_missing_gpu_kernels_are_named_for_models_that_use_them(monkeypatch):
 
 def test_generation_settings_of_a_checkpoint_do_not_change_the_rollouts(tmp_path):
     model, processor = tiny_model.tiny()
-    vision_model.save(model, processor, tmp_path)
+    save(model, processor, tmp_path)
     eos = model.generation_config.eos_token_id
     (tmp_path / "generation_config.json").write_text(
         json.dumps(
@@ -327,7 +328,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no config.json.*notes.txt"):
         vision_model.load(str(tmp_path))
     model, processor = tiny_model.tiny()
-    vision_model.save(model, processor, tmp_path / "whole")
+    save(model, processor, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_bytes(
         (tmp_path / "whole" / "model.safetensors").read_bytes()[:5000]
@@ -343,7 +344,7 @@ def test_a_missing_weight_is_not_made_up_and_a_strange_one_not_ignored_but_for_t
     tmp_path,
 ):
     model, processor = tiny_model.tiny()
-    vision_model.save(model, processor, tmp_path)
+    save(model, processor, tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
 
     def write(weights):

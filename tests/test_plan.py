@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 import methods
 import plan
 import train
-from model import encode, prepare, save
+from model import encode, prepare
 from sharding import Shards, join_ranks
+from storage.checkpoint import save
 from toy.tiny import tiny
 from triplets.format import Triplet, read_triplets
 

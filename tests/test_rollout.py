@@ -7,6 +7,7 @@ from conftest import alone, noise
 import model as vision_model
 import rollout
 from rollout import sample
+from storage.checkpoint import save
 from toy.tiny import tiny
 
 
@@ -108,7 +109,7 @@ def test_any_of_several_stop_tokens_ends_a_response(lively, mixed_prompt):
 
 def test_a_response_ends_at_the_tokenizers_end_even_when_the_checkpoint_names_none(tmp_path):
     model, processor = tiny()
-    vision_model.save(model, processor, tmp_path)
+    save(model, processor, tmp_path)
     (tmp_path / "generation_config.json").unlink()  # as in released Qwen3.5 checkpoints
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["eos_token_id"] = processor.tokenizer.pad_token_id

@@ -25,6 +25,7 @@ import rollout
 import synth
 from benchmarks import sources
 from launch.flags import settings_parser
+from storage.checkpoint import save
 from storage.images import load_image
 from synthesis import checking, parts, photos, proposers
 from synthesis.photos import Photo
@@ -838,7 +839,7 @@ def test_sam3_is_given_the_models_names_and_may_run_out_of_memory(tmp_path, monk
 
 
 def test_a_group_of_texts_depends_on_its_seed(tmp_path):
-    vision_model.save(*tiny.tiny(), tmp_path)
+    save(*tiny.tiny(), tmp_path)
     requests = [synth.Request(None, key, noise(32, 32), "what") for key in (1, 2, 1)]
 
     def say(batch):

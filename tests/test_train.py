@@ -24,13 +24,13 @@ from conftest import (
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import methods
-import model as vision_model
 import sharding
 import train
 from launch import script
 from loss import divergence
 from model import encode, load
 from rollout import sample
+from storage.checkpoint import fingerprint, save
 from storage.images import load_image
 from toy import demonstration, scenes
 from toy.tiny import tiny
@@ -209,7 +209,7 @@ def test_a_checkpoint_half_written_is_as_if_it_were_not_there(run, tmp_path, mon
     def full_disk(model, processor, folder):
         if (out / "checkpoint-000002").exists():
             raise OSError(28, "No space left on device")
-        vision_model.save(model, processor, folder)
+        save(model, processor, folder)
 
     with monkeypatch.context() as patch:
         patch.setattr(sharding, "save", full_disk)
@@ -270,9 +270,9 @@ def test_a_state_of_another_model_is_refused(run, world, tmp_path):
     base = tmp_path / "base"
     model, processor = tiny(0)
     model.resize_token_embeddings(512)
-    vision_model.save(model, processor, base)
+    save(model, processor, base)
     args = tmp_path / "x" / "args.json"
-    before, after = (vision_model.fingerprint(load(str(it))[0]) for it in (world / "base", base))
+    before, after = (fingerprint(load(str(it))[0]) for it in (world / "base", base))
     args.write_text(args.read_text().replace(before, after))
     with pytest.raises(ValueError, match="another model"):
         run("x", "--steps 2 --model", str(base))
@@ -467,7 +467,7 @@ def test_the_toy_command_leaves_a_table_two_models_and_a_page(tmp_path, monkeypa
         return draw(folder, min(n, 24), *rest, **options)
 
     def untrained(folder, *_):
-        vision_model.save(*tiny(0), folder)
+        save(*tiny(0), folder)
 
     draw = scenes.draw
     monkeypatch.setattr(scenes, "draw", draw_few)
