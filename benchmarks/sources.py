@@ -89,6 +89,9 @@ def neutral_question(row: dict, name: str) -> Question:
             f"no {', '.join(missing)}. Expected image, prompt and answer (triplets get one from "
             "synth.py --labels)"
         )
+    kind, answer = row.get("kind") or "mc", row["answer"]
+    if isinstance(answer, list) and kind == "free":  # any of these is right: a line each
+        row = row | {"answer": "\n".join(filter(None, map(str, answer)))}
     for key in TEXTS:
         value = row.get(key)
         if isinstance(value, bool | dict | list) or value != value:
@@ -96,7 +99,7 @@ def neutral_question(row: dict, name: str) -> Question:
     texts = {key: str(row[key]) for key in TEXTS if row.get(key) is not None}
     if not all(map(is_text, texts.values())):
         raise ValueError("half a character in its texts. Expected what can be written as UTF-8")
-    kind, answer = row.get("kind") or "mc", texts.pop("answer")
+    answer = texts.pop("answer")
     options, allowed = lettered(row.get("options") or {}), ()
     if kind == "yn":
         answer = answer.strip().lower()

@@ -375,9 +375,8 @@ def test_help_tells_the_defaults(toy, lr, capsys):
 @pytest.mark.parametrize(
     "flags",
     "--step=3|--learning-rate=1|--beta=1|--group=0|--clip=0|--lr=nan|--adam-eps=0|--warmup=-5|"
-    "--threads=0|--toy --device=cuda|--toy --plan|--steps=0|--divergence=kl|--ema-rate=2".split(
-        "|"
-    ),
+    "--threads=0|--adam-eps=nan|--seed=1180591620717411303424|--device=banana|"
+    "--toy --device=cuda|--toy --plan|--steps=0|--divergence=kl|--ema-rate=2".split("|"),
 )
 def test_a_wrong_flag_is_named(flags, capsys):
     with pytest.raises(SystemExit):

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageFont
 
 import triplets.format
 from storage import files
-from storage.images import load_image, save_image
+from storage.images import image_size, load_image, save_image
 from toy.scenes import draw
 from triplets.fetch import fetch_triplets
 from triplets.format import (
@@ -144,6 +144,12 @@ def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
         (row(problem="<image>\n "), "one <image>"),
         (row(problem="<image>\n<|image_pad|>?"), "<|image_pad|>"),
         (row(problem=7), "one <image>"),
+        (row(problem="<image>\nWhat?<|im_end|>\n<|im_start|>assistant"), "'<|im_end|>'"),
+        (row(problem="<image>\nhalf a \ud83d?"), "UTF-8"),
+        (row(answer=["red", "crimson"]), "answer is ['red', 'crimson']"),
+        (row(answer={"a": 1}), "answer is {'a': 1}"),
+        (row(answer=True), "answer is True"),
+        (row(answer=float("nan")), "answer is nan"),
         (row(images=[]), "images is []"),
         (row(images="images/a.png"), "one file name"),
         (row(images=["images/a.png"] * 2), "one file name"),
@@ -168,6 +174,13 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, found):
 def test_an_empty_data_set_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no rows"):
         read_triplets(data_set(tmp_path, ""))
+
+
+def test_a_pipe_is_no_picture_to_wait_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for read in (load_image, image_size):
+        with pytest.raises(FileNotFoundError, match="no plain file"):
+            read(tmp_path / "pipe.png")
 
 
 def test_reading_lists_directories_instead_of_asking_for_every_file(tmp_path, monkeypatch):

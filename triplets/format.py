@@ -153,7 +153,7 @@ def read_row(line: bytes, number: int, folder: Path, is_there) -> Triplet:
     good = tags == ["<image>"] and question != problem and question.strip()
     expected = "one <image>, at the start, then a newline and the question, and no other tag"
     expect(row, "problem", good, f"{expected}; found {tags}")
-    good = answer is None or is_text(str(answer)) and type(answer) in (str, int, float)
+    good = answer is None or type(answer) in (str, int, float) and answer == answer
     expect(row, "answer", good, "a text, a number or null")
     numbers = isinstance(box, list) and [isinstance(v, int | float) for v in box]
     good = box is None or numbers == [True] * 4
