@@ -636,7 +636,7 @@ def main(argv: list[str] | None = None) -> None:
 
         if settings.toy:
             demonstration.end(settings, final, device)
-        print(f"model: {final}   page: {write_page(settings.out)}")
+        print(f"model: {final}   page: {write_page(Path(settings.out))}")
     dist.barrier()
     dist.destroy_process_group()  # not after an error: it could block
 
