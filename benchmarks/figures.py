@@ -9,6 +9,7 @@ and a judge's verdicts.jsonl.
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,19 +78,15 @@ def saved_answers(out: Path) -> list[Answer]:
     for path in sorted(out.glob("answers-*.jsonl")):
         answers += map(read_answer, read_jsonl(path, []))
     order = [*BENCHES, *sorted({answer.bench for answer in answers})]
-
-    def place(answer):  # an error comes first: what follows replaces it
-        return order.index(answer.bench), answer.view == "crop", answer.error is None
-
-    answers.sort(key=place)
+    # of the same row and view an error comes first: what follows replaces it
+    answers.sort(key=lambda a: (order.index(a.bench), a.view == "crop", a.error is None))
     return list({answer.place(): answer for answer in answers}.values())
 
 
 def scorer_of(out: Path) -> Scorer:
     """By which the answers in `out` were scored last."""
     result = read_json(out / "result.json", [])
-    judge, name = result.get("judge"), result.get("judge_model")
-    return Scorer(result.get("scorer") or "ours", judge, name)
+    return Scorer(result.get("scorer") or "ours", result.get("judge"), result.get("judge_model"))
 
 
 def scored_answers(out: Path, how: Scorer) -> list[Scored]:
@@ -116,8 +113,8 @@ def ask_for_verdicts(out: Path, how: Scorer) -> int:
         return 0
     replies = ask_judge(how.judge, how.judge_model, list(asked))
     with appending(out / "verdicts.jsonl") as file:
-        questions = tqdm(asked.items(), "judge", unit="answer")
-        for (prompt, answer), reply in zip(questions, replies, strict=True):
+        bar = tqdm(asked.items(), "judge", unit="answer")
+        for (prompt, answer), reply in zip(bar, replies, strict=True):
             said = parse_yes_no(reply) if isinstance(reply, str) else None
             if said is None:
                 failed += 1
@@ -130,8 +127,7 @@ def ask_for_verdicts(out: Path, how: Scorer) -> int:
                 "reply": reply,
                 "same": said == "yes",
             }
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            print(json.dumps(line), file=file, flush=True)
     return failed
 
 
@@ -178,7 +174,7 @@ def headline(bench: str, rows: list[Scored], key: str = "correct") -> tuple:
     if not n or "macro" not in BENCHES.get(bench, {}):
         return right / n if n else None, wilson(right, n)
     groups = [group for _, group in sorted(grouped(rows, "group").items())]
-    sizes = [len(group) for group in groups]
+    sizes = list(map(len, groups))
     shares = [mean(group, key) for group in groups]
     draws = np.random.default_rng(0).binomial(sizes, shares, (10_000, len(sizes))) / sizes
     return np.mean(shares), np.percentile(draws.mean(1), [2.5, 97.5]).tolist()
@@ -251,17 +247,18 @@ class Paired:
 def paired(*sides: list[Scored]) -> Paired:
     """The second side against the first, over the rows that both (and all further sides) hold
     without an error and with the same question and right answer."""
-    correct = [
-        {(row.id, row.prompt, row.answer): row.correct for row in side if row.state != "error"}
-        for side in sides
-    ]
+    correct = []
+    for side in sides:
+        correct.append(
+            {(row.id, row.prompt, row.answer): row.correct for row in side if row.state != "error"}
+        )
     first, second = correct[:2]
     both = [row for row in first if all(row in side for side in correct)]
     flipped = [row for row in both if first[row] != second[row]]
     n, flips = len(both), len(flipped)
+    right = sum(first[row] for row in both)
     gained = sum(second[row] for row in flipped)
     lost = flips - gained
-    right = sum(first[row] for row in both)
     middle = (gained - lost) / (n + 2)
     half = Z * math.sqrt(((flips + 1) / (n + 2) - middle**2) / (n + 2))
     as_far = 2 * sum(math.comb(flips, i) for i in range(min(gained, lost) + 1))
@@ -298,8 +295,9 @@ def table(result: dict) -> str:
     for bench, views in result["benches"].items():
         for view, f in views.items():
             if view == "gap":
-                gap = percent(f["gap"], f["interval"])
-                lines.append(f"{'  gap: crop - full':<24} {gap} {f['n']:>10}")
+                lines.append(
+                    f"  {'gap: crop - full':<22} {percent(f['gap'], f['interval'])} {f['n']:>10}"
+                )
             else:
                 lines += view_lines(bench, view, f)
     for group, average in result["averages"].items():
@@ -312,32 +310,32 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def view_lines(bench: str, view: str, f: dict) -> list:
+def view_lines(bench: str, view: str, f: dict) -> Iterator[str]:
     """A benchmark's figures `f` in one view, beside what is published."""
     known = BENCHES.get(bench, {}) if view == "full" else {}
     rows = f["n"]
     if known.get("rows", rows) != rows:
         rows = f"{rows}/{known['rows']}"
-    lines = [
+    told = (
         f"{f'{bench}, {view}':<24} {percent(f['accuracy'], f['interval'])} {rows:>10}   "
         f"{percent(f['official'])}{f['unparsed']:9}{f['judged']:7}{f['truncated']:8}"
         f"{f['loops']:6}{f['errors']:7}{f['seconds']:6.2f}{f['tokens']:7.0f} {f['tokens_p95']:5.0f}"
-    ]
+    )
     if known.get("published"):
-        lines[0] += "  {:.1f} > {:.1f}  {:.1f} > {:.1f}".format(*known["published"])
+        told += "  {:.1f} > {:.1f}  {:.1f} > {:.1f}".format(*known["published"])
     if "second_hand" in known:
-        lines[0] += "  (second hand)"
+        told += "  (second hand)"
+    yield told
     if len(f["groups"]) > 1:
         for group, g in f["groups"].items():
-            share = percent(g["accuracy"], wilson(g["right"], g["n"]))
-            lines.append(f"  {group[:22]:<22} {share} {g['n']:>10}")
+            interval = wilson(g["right"], g["n"])
+            yield f"  {group[:22]:<22} {percent(g['accuracy'], interval)} {g['n']:>10}"
     further = ("f1", "precision", "recall", "yes_rate", "pair_accuracy", "avg_c")
     further = [f"{key.replace('_', ' ')} {100 * f[key]:.1f}" for key in further if key in f]
     if further:
-        lines.append("  " + ", ".join(further))
+        yield "  " + ", ".join(further)
     if "calls" in f:
-        lines.append(f"  {f['calls']:.2f} zoom-in calls a row, {f['malformed']} malformed")
-    return lines
+        yield f"  {f['calls']:.2f} zoom-in calls a row, {f['malformed']} malformed"
 
 
 def compare(a: Path, b: Path) -> tuple[str, dict]:
@@ -374,15 +372,14 @@ def compare(a: Path, b: Path) -> tuple[str, dict]:
     return "\n".join(lines), found
 
 
-def gap_line(first: dict, second: dict) -> list:
+def gap_line(first: dict, second: dict) -> Iterator[str]:
     """How the gap of a benchmark changed, over the rows that both sides answered in both views, and
     how much of it the full view's own gain closed: a falling crop does not flatter it."""
     before = paired(*first.values(), *second.values())
     after = paired(*second.values(), *first.values())
-    if before.difference <= 0:
-        return []
-    closed = (after.first - before.first) / before.difference
-    return [
-        f"  gap {100 * before.difference:.1f} -> {100 * after.difference:.1f}; the full view's "
-        f"gain closed {closed:.0%} of it"
-    ]
+    if before.difference > 0:
+        closed = (after.first - before.first) / before.difference
+        yield (
+            f"  gap {100 * before.difference:.1f} -> {100 * after.difference:.1f}; the full view's "
+            f"gain closed {closed:.0%} of it"
+        )

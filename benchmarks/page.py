@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def write_page(out: Path) -> Path:
     compared = read_json(out / "compare.json", [])
     folders, tables = {name: out}, {}
     if training:
-        folders = {when: out / f"eval-{when}" for when in ("before", "after")}
+        folders = {"before": out / "eval-before", "after": out / "eval-after"}
     elif compared:
         folders = {path: Path(path) for path in compared["folders"]}
         tables["difference"] = compared.get("text", "")  # not there in older ones
@@ -87,37 +88,33 @@ def filled(data: dict) -> str:
     """
     tables = html.escape("\n\n".join(data["tables"].values()))
     text = json.dumps(data).replace("<", "\\u003c")
-    template = TEMPLATE.read_text(encoding="utf-8")
-    before, between, after = re.split("{{tables}}|{{data}}", template)
+    before, between, after = re.split("{{tables}}|{{data}}", TEMPLATE.read_text(encoding="utf-8"))
     return before + tables + between + text + after
 
 
-def trajectory(folder: Path) -> list[dict]:
+def trajectory(folder: Path) -> Iterator[dict]:
     """What one checkpoint's folder step-N adds to the gap over a run (paper, Figure 5): a row a
     benchmark."""
-    rows = []
+    step = int(folder.name.removeprefix("step-"))
     for bench, views in read_json(folder / "result.json", []).get("benches", {}).items():
         shares = {view: f.get("gap", f.get("accuracy")) for view, f in views.items()}
-        rows.append({"step": int(folder.name.removeprefix("step-")), "bench": bench} | shares)
-    return rows
+        yield {"step": step, "bench": bench} | shares
 
 
 # ----------------------------------------------------------------------------------------- gallery
 
 
-def answers_shown(folder: Path, out: Path) -> list[dict]:
+def answers_shown(folder: Path, out: Path) -> Iterator[dict]:
     """The scored answers in a results folder, as the page's script reads them: image and crop
     relative to the page, the error as the output where there is one."""
-    rows = []
     for answer in scored_answers(folder, scorer_of(folder)):
-        row = dict(vars(answer))
+        row = vars(answer)
         for view in ("image", "crop"):
             row[view] = row[view] and os.path.relpath(folder / row[view], out)
-        text = answer.output if answer.error is None else answer.error
+        text = answer.error or answer.output
         if len(text) > ANSWER_LENGTH:
             text = f"{text[:ANSWER_LENGTH]} … {len(text) - ANSWER_LENGTH} more characters"
-        rows.append(row | {"output": text})
-    return rows
+        yield row | {"output": text}
 
 
 def dull(sample) -> tuple:
@@ -133,8 +130,8 @@ def pictures(out: Path, rows: list[dict], notes: list[str]) -> dict[str, str]:
     side = min(640, math.isqrt(IMAGE_PIXELS // max(1, len(paths))))
     uris, left, budget = {}, 0, IMAGE_BYTES
     with ThreadPoolExecutor(4) as pool:
-        made = [pool.submit(data_uri, os.path.normpath(out / path), side) for path in paths]
-        for path, future in zip(paths, tqdm(made, "report", unit="image", delay=2), strict=True):
+        made = {path: pool.submit(data_uri, out / path, side) for path in paths}
+        for path, future in tqdm(made.items(), "report", unit="image", delay=2):
             try:
                 uri = future.result()
             except (OSError, ValueError) as error:
@@ -150,10 +147,10 @@ def pictures(out: Path, rows: list[dict], notes: list[str]) -> dict[str, str]:
     return uris
 
 
-def data_uri(path: str, side: int) -> str:
+def data_uri(path: Path, side: int) -> str:
     """A picture of at most `side` px: a PNG below 8 kB, which keeps drawn pixels sharp, else a
     JPEG."""
-    image = load_image(path)
+    image = load_image(os.path.normpath(path))
     image.thumbnail((side, side))
     for kind in ("png", "jpeg"):
         file = io.BytesIO()
