@@ -113,13 +113,13 @@ def copies(prompt, group):
     return {key: torch.cat([value] * group) for key, value in prompt.items() if key != "shrunk"}
 
 
-def plain_generate(model, prompt, group, tokens):
+def plain_generate(model, prompt, group, tokens, sampled=True):
     """`generate` on G copies of the prompts, as num_return_sequences = G does: (N, T) ids."""
     model.model.rope_deltas = None
     output = model.generate(
         **copies(prompt, group),
         max_new_tokens=tokens,
-        do_sample=True,
+        do_sample=sampled,
         top_k=0,
         pad_token_id=0,
         suppress_tokens=[getattr(model.config, key) for key in VISION_IDS],
