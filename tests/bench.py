@@ -214,12 +214,14 @@ def measure(run, args):
     """(median seconds of a run, peak GB above what was there before it), after one that does not
     count. GB is NaN on a CPU; both are NaN where a GPU's memory runs out."""
     device, seconds = torch.get_device_module(args.device), []
-    gc.collect()
-    torch.cuda.empty_cache()  # of a row before that ran out of memory
+    cuda = args.device == "cuda"
+    if cuda:
+        gc.collect()  # of a row before that ran out of memory
+        torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()  # 0 on a CPU; the first run may leave a cache
     try:
         run()
-        if args.device == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(args.repeats):
             device.synchronize()
@@ -229,7 +231,7 @@ def measure(run, args):
             seconds.append(time.perf_counter() - start)
     except torch.OutOfMemoryError:
         return nan, nan
-    peak = torch.cuda.max_memory_allocated() - before if args.device == "cuda" else nan
+    peak = torch.cuda.max_memory_allocated() - before if cuda else nan
     return statistics.median(seconds), peak / 2**30
 
 
@@ -282,7 +284,6 @@ def bench_step(model, processor, args, rate, bandwidth):
     full, crop = photo(processor, args), photo(processor, args, 0.4)
     ids = torch.randint(256, (group, tokens), device=args.device)
     plain = Plain(model, full, crop, args)
-    batch = [(run.rows, full, crop)]
 
     def generate():
         return sample(model, processor, full, group, max_new_tokens=tokens, seeds=[0])
@@ -303,10 +304,8 @@ def bench_step(model, processor, args, rate, bandwidth):
         run.shards.publish("student")
         run.shards.publish("teacher")
 
-    head = model.lm_head.weight.detach()
-    hidden, target = torch.randn(2, n, head.shape[1], dtype=head.dtype, device=args.device)
-    matmuls, _ = measure(bench_loss.matmuls(args, hidden, head, target, head), args)
-    sides = (hidden.requires_grad_(), head.clone().requires_grad_(), target, head)
+    sides = bench_loss.draw(args, n, *model.lm_head.weight.shape)
+    matmuls, _ = measure(bench_loss.matmuls(args, *sides), args)
     length, crop_length = full["input_ids"].shape[1], crop["input_ids"].shape[1]
     forward = sum(forward_flops(model, full, group, tokens)) / rate  # seconds
     teacher_forward = sum(forward_flops(model, crop, group, tokens)) / rate
@@ -322,7 +321,7 @@ def bench_step(model, processor, args, rate, bandwidth):
         f"tokens, G = {group}\n{HEADER}"
     )
     floor = sum(floor for *_, floor in phases.values())
-    step = partial(train.learn, run, 1, batch)
+    step = partial(train.learn, run, 1, [(run.rows, full, crop)])
     ours, slow = compare("whole step, train.learn", step, plain.step, n, floor, args)
     for name, (fast, plain_way, floor) in phases.items():
         compare(name, fast, plain_way, n, floor, args, ours)

@@ -27,6 +27,7 @@ def matmuls(args, hidden, head, teacher, teacher_head):
     d_head = torch.zeros(head.shape, dtype=dtype, device=head.device)
     student_logits, teacher_logits = hidden.new_empty(2, len(hidden), len(head))
 
+    @torch.no_grad()
     def run():
         torch.mm(hidden, head.t(), out=student_logits)
         torch.mm(teacher, teacher_head.t(), out=teacher_logits)
@@ -46,6 +47,7 @@ def ours(args, hidden, head, teacher, teacher_head):
     )[0].backward()
 
 
+@torch.no_grad()
 def topk(args, hidden, head, teacher, teacher_head):
     logits = hidden[: args.chunk] @ head.t()  # (c, V): one chunk's stand for all
     return lambda: [logits[: len(part)].topk(100) for part in hidden.split(args.chunk)]
@@ -114,7 +116,6 @@ def measure(args):
 
     prepare, _, _ = CONTENDERS[args.only]
     torch.manual_seed(0)
-    torch.set_grad_enabled(args.only not in ("matmuls", "topk"))
     try:  # imports and thread pools: not what is measured
         prepare(args, *draw(args, 8, 256, 16))()
     except ImportError as error:

@@ -54,8 +54,10 @@ def float64_inside(monkeypatch):
 def test_hidden_states_and_gradients_are_those_of_a_plain_forward_of_each_sequence(
     lively, mixed_prompt, checkpoint, padded, float64_inside
 ):
-    model, _ = lively
+    model, processor = lively
     model.double()
+    with torch.no_grad():  # not 0, as in a fresh model
+        model.get_input_embeddings().weight[processor.tokenizer.pad_token_id] = 1.0
     torch.manual_seed(0)
     prompt = mixed_prompt if padded else alone(mixed_prompt, 1)
     assert prompt["attention_mask"].all() != padded
