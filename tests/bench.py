@@ -20,61 +20,39 @@ fastest). tokens/s: response tokens; GB, of 2^30 bytes: a GPU's peak above what 
 import argparse
 import copy
 import gc
-import math
 import os
+import random
 import statistics
 import sys
 import tempfile
 import time
+import tomllib
+from functools import partial
+from math import isnan, isqrt, nan
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-os.environ.setdefault("TQDM_DISABLE", "1")  # no bars between the rows
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if not any("cuda" in word for word in sys.argv):
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        ""  # else a GPU's kernels are taken where they are installed
-    )
-import bench_loss  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else a GPU's kernels are taken where there are any
+import bench_loss
+import torch
+import transformers
+from PIL import Image, ImageChops
 
-import model as vision_model  # noqa: E402
-import storage.images as images  # noqa: E402
-import toy.tiny as tiny_model  # noqa: E402
-import train  # noqa: E402
-from loss import divergence  # noqa: E402
-from methods import METHODS  # noqa: E402
-from rollout import CACHES, sample  # noqa: E402
-from sharding import Shards, join_ranks  # noqa: E402
-from synthesis.photos import load_photo  # noqa: E402
-from synthesis.regions import Region, cut  # noqa: E402
-from triplets.format import Triplet  # noqa: E402
+import model as vision_model
+import toy.tiny as tiny_model
+import train
+from loss import divergence
+from methods import METHODS
+from rollout import CACHES, sample
+from sharding import Shards, join_ranks
+from storage.images import save_image
+from synthesis.photos import load_photo
+from synthesis.regions import Region, cut
+from triplets.format import Triplet
 
-# name: text hidden, MLP, layers, heads, KV heads, head dim, linear key / value heads, vision
-# depth, hidden, MLP
-SIZES = {
-    "small": (192, 576, 4, 4, 2, 48, 4, 4, 2, 64, 128),
-    "0.8b": (1024, 3584, 24, 8, 2, 256, 16, 16, 12, 768, 3072),
-    "2b": (2048, 6144, 24, 8, 2, 256, 16, 16, 24, 1024, 4096),
-    "4b": (2560, 9216, 32, 16, 4, 256, 16, 32, 24, 1024, 4096),
-}
-# What --device cuda changes: the shapes of the goals.
-GPU = {
-    "dtype": "bfloat16",
-    "size": "2b",
-    "model_vocab": 248320,
-    "prompt_tokens": 4000,
-    "response_tokens": 200,
-    "group": 8,
-    "gen_prompts": 12,
-    "tokens": 8192,
-    "vocab": 248320,
-    "hidden": 2560,
-    "warmup": 1,
-}
+# What --device cuda changes, and the configurations of --size.
+SHAPES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 GOALS = {  # benchmark: (goal, whether the numbers found reach it)
     "loss": (
         "loss, 8,192 tokens: at most 1.6x its floor, under 2 GB beyond the gradients",
@@ -101,124 +79,66 @@ HEADER = " " * 50 + "".join(f"{name:>10}" for name in COLUMNS)
 VISION_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def build(size: str, vocab: int, device, dtype):
+def build(size, vocab, device, dtype):
     """A Qwen3.5 of real shape with random weights, and the tiny model's processor at patch 16."""
-    hidden, mlp, layers, heads, kv, dim, key_heads, value_heads, depth, vision, vision_mlp = SIZES[
-        size
-    ]
-    _, processor = tiny_model.tiny()
+    donor, processor = tiny_model.tiny()
     processor.image_processor.patch_size = 16
     processor.image_processor.size = {"shortest_edge": 1024, "longest_edge": 16_777_216}
-    donor = tiny_model.tiny()[0].config
-    config = transformers.Qwen3_5Config(
-        text_config={
-            "vocab_size": vocab,
-            "hidden_size": hidden,
-            "intermediate_size": mlp,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv,
-            "head_dim": dim,
-            "linear_num_key_heads": key_heads,
-            "linear_num_value_heads": value_heads,
-            "tie_word_embeddings": True,
-            "eos_token_id": processor.tokenizer.eos_token_id,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e7,
-                "partial_rotary_factor": 0.25,
-                "mrope_section": [dim // 8 - 2 * (dim // 24), dim // 24, dim // 24],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            "depth": depth,
-            "hidden_size": vision,
-            "intermediate_size": vision_mlp,
-            "num_heads": vision // 64,
-            "patch_size": 16,
-            "out_hidden_size": hidden,
-            "num_position_embeddings": 2304,
-        },
-        tie_word_embeddings=True,
-        **{key: getattr(donor, key) for key in VISION_IDS},
-    )
+    ids = {key: getattr(donor.config, key) for key in VISION_IDS}
+    config = transformers.Qwen3_5Config(**SHAPES["sizes"][size], **ids, tie_word_embeddings=True)
+    config.text_config.vocab_size = vocab
     torch.manual_seed(0)
     with torch.device(device):
-        torch.set_default_dtype(dtype)
-        model = transformers.Qwen3_5ForConditionalGeneration(config)
-        torch.set_default_dtype(torch.float32)
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
     vision_model.prepare(model.to(device), processor)
-    model.generation_config.eos_token_id = [
-        config.vision_start_token_id
-    ]  # suppressed: no response ends early
+    # A suppressed token: no response ends early.
+    model.generation_config.eos_token_id = [config.vision_start_token_id]
     return model, processor
 
 
-def photo(processor, args, share: float = 1.0) -> vision_model.Prompt:
+def photo(processor, args, share=1.0):
     """One prompt of `share` of --prompt-tokens: an image, then a question that fills the rest."""
-    images = int((args.prompt_tokens - 60) * share)
-    columns = int(math.sqrt(images))
-    image = Image.fromarray(
-        np.random.default_rng(0).integers(
-            0, 256, (images // columns * 32, columns * 32, 3), dtype=np.uint8
-        )
-    )
+    tokens = int((args.prompt_tokens - 60) * share)  # the image's
+    columns = isqrt(tokens)
+    image = Image.effect_noise((columns * 32, tokens // columns * 32), 64).convert("RGB")
     empty = vision_model.encode(processor, [image], ["what"])["input_ids"].shape[1]
-    prompt = vision_model.encode(
-        processor, [image], ["what" + " is" * max(0, int(args.prompt_tokens * share) - empty)]
-    )
-    return vision_model.to_device(
-        prompt | {"pixel_values": prompt["pixel_values"].to(getattr(torch, args.dtype))},
-        args.device,
-    )
+    words = int(args.prompt_tokens * share) - empty
+    prompt = vision_model.encode(processor, [image], ["what" + " is" * words])
+    prompt["pixel_values"] = prompt["pixel_values"].to(getattr(torch, args.dtype))
+    return vision_model.to_device(prompt, args.device)
 
 
-def copies(prompt: vision_model.Prompt, group: int) -> dict:
+def copies(prompt, group):
     """The plain way's input: the prompts, images included, once per response."""
-    return {
-        key: value.repeat(group, *[1] * (value.ndim - 1))
-        for key, value in prompt.items()
-        if key != "shrunk"
-    }
+    return {key: torch.cat([value] * group) for key, value in prompt.items() if key != "shrunk"}
 
 
-def plain_generate(model, prompt: vision_model.Prompt, group: int, tokens: int) -> Tensor:
+def plain_generate(model, prompt, group, tokens, sampled=True):
     """`generate` on G copies of the prompts, as num_return_sequences = G does: (N, T) ids."""
     model.model.rope_deltas = None
-    return model.generate(
+    output = model.generate(
         **copies(prompt, group),
-        generation_config=transformers.GenerationConfig(
-            max_new_tokens=tokens,
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
-            pad_token_id=0,
-            eos_token_id=model.generation_config.eos_token_id,
-            suppress_tokens=[getattr(model.config, key) for key in VISION_IDS],
-        ),
-    )[:, prompt["input_ids"].shape[1] :]
+        max_new_tokens=tokens,
+        do_sample=sampled,
+        top_k=0,
+        pad_token_id=0,
+        suppress_tokens=[getattr(model.config, key) for key in VISION_IDS],
+    )
+    return output[:, prompt["input_ids"].shape[1] :]
 
 
-def plain_hidden(model, prompt: vision_model.Prompt, ids: Tensor) -> Tensor:
+def plain_hidden(model, prompt, ids):
     """One full sequence per response: hidden states (N, T, D) that predict the ids (N, T) after N
     copies of one prompt."""
-    inputs, extra = copies(prompt, len(ids)), torch.zeros_like(ids)
-    inputs |= {
-        key: torch.cat([inputs[key], more], 1)
-        for key, more in (
-            ("input_ids", ids),
-            ("attention_mask", extra + 1),
-            ("mm_token_type_ids", extra),
-        )
-    }
+    inputs, zeros = copies(prompt, len(ids)), torch.zeros_like(ids)
+    more = {"input_ids": ids, "attention_mask": zeros + 1, "mm_token_type_ids": zeros}
+    for key, value in more.items():
+        inputs[key] = torch.cat([inputs[key], value], 1)
     model.model.rope_deltas = None
     return model.model(**inputs, use_cache=False).last_hidden_state[:, -ids.shape[1] - 1 : -1]
 
 
-def forward_flops(
-    model, prompt: vision_model.Prompt, N: int = 0, T: int = 0
-) -> tuple[float, float]:
+def forward_flops(model, prompt, N=0, T=0):
     """Flops of one forward of B prompts, each computed once, and of N responses to them: (with
     weights, between tokens).
 
@@ -231,64 +151,58 @@ def forward_flops(
     """
 
     def size(module):
-        return sum(
-            m.weight.numel()
-            for m in module.modules()
-            if isinstance(m, (torch.nn.Linear, torch.nn.Conv3d))
-        )
+        matrices = (torch.nn.Linear, torch.nn.Conv3d)
+        return sum(m.weight.numel() for m in module.modules() if isinstance(m, matrices))
 
     (B, L), text, tower = prompt["input_ids"].shape, model.model.language_model, model.model.visual
-    patches = (
-        prompt["image_grid_thw"].prod(1).tolist()
-    )  # of each image; its merger sees them merged
-    weights = size(text) * (B * (L - 1) + N * T)
-    weights += (size(tower) - size(tower.merger) * (1 - 1 / tower.spatial_merge_size**2)) * sum(
-        patches
-    )
-    between = sum(
-        layer.self_attn.o_proj.in_features for layer in text.layers if hasattr(layer, "self_attn")
-    )
-    between *= B * (L - 1) * L / 2 + N * T * (L - 1 + (T + 1) / 2)
-    between += sum(block.attn.proj.in_features for block in tower.blocks) * sum(
-        n * n for n in patches
-    )
+    patches = prompt["image_grid_thw"].prod(1)  # of each image
+    # The merger sees them merged.
+    each_patch = size(tower) - size(tower.merger) * (1 - 1 / tower.spatial_merge_size**2)
+    weights = size(text) * (B * (L - 1) + N * T) + each_patch * int(patches.sum())
+    pairs = B * (L - 1) * L / 2 + N * T * (L - 1 + (T + 1) / 2)
+    full, _ = attention(model)
+    between = sum(each.o_proj.in_features for each in full) * pairs
+    between += sum(b.attn.proj.in_features for b in tower.blocks) * int(patches.square().sum())
     return 2 * weights, 4 * between
 
 
-def read_bytes(model, N: int, length: float) -> float:
+def attention(model):
+    """The language model's modules of full and of linear attention."""
+    layers = [layer._modules for layer in model.model.language_model.layers]
+    return tuple(
+        [layer[kind] for layer in layers if kind in layer] for kind in ("self_attn", "linear_attn")
+    )
+
+
+def read_bytes(model, N, length):
     """Bytes that one decoding step of N sequences reads and writes at least, `length` tokens being
     before it: the language model's weights, its head included and its embeddings not; keys and
     values; states of linear attention (convolution; recurrence, fp32, read and written)."""
     text, head = model.model.language_model, model.lm_head.weight
-    weights = (
-        sum(p.numel() for p in text.parameters()) - text.embed_tokens.weight.numel() + head.numel()
-    )
-    full = [layer.self_attn for layer in text.layers if hasattr(layer, "self_attn")]
-    linear = [layer.linear_attn for layer in text.layers if hasattr(layer, "linear_attn")]
-    cached = sum(a.k_proj.out_features + a.v_proj.out_features for a in full) * length + sum(
-        a.conv1d.weight.numel() for a in linear
-    )
-    return (weights + N * cached) * head.element_size() + N * sum(
-        2 * 4 * a.num_v_heads * a.head_k_dim * a.head_v_dim for a in linear
-    )
+    weights = sum(p.numel() for p in text.parameters()) - text.embed_tokens.weight.numel()
+    full, linear = attention(model)
+    cached = sum(a.k_proj.out_features + a.v_proj.out_features for a in full) * length
+    cached += sum(a.conv1d.weight.numel() for a in linear)
+    recurrent = 2 * 4 * sum(a.num_v_heads * a.head_k_dim * a.head_v_dim for a in linear)
+    return (weights + head.numel() + N * cached) * head.element_size() + N * recurrent
 
 
-def speeds(model, args) -> tuple[float, float]:
+def speeds(model, args):
     """(flops a second of the MLP's matmuls, the faster one, on the tokens of a pass; bytes a
     second that a copy reads and writes)."""
+
+    def once(work, *inputs):
+        """Seconds of one of ten."""
+        seconds, _ = measure(lambda: [work(*inputs) for _ in range(10)], args)
+        return seconds / 10
+
     mlp, flops = model.model.language_model.layers[0].mlp, []
     tokens = args.prompt_tokens + args.group * args.response_tokens
     for weight in (mlp.up_proj.weight.detach(), mlp.down_proj.weight.detach()):
         x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=args.device)
-
-        def ten_matmuls(x=x, weight=weight):
-            return [x @ weight.t() for _ in range(10)]
-
-        flops.append(20 * tokens * weight.numel() / measure(ten_matmuls, args)[0])
+        flops.append(2 * tokens * weight.numel() / once(torch.mm, x, weight.t()))
     source, target = torch.ones(2, 2**28, dtype=torch.uint8, device=args.device)
-    copied = (
-        10 * 2 * len(source) / measure(lambda: [target.copy_(source) for _ in range(10)], args)[0]
-    )
+    copied = 2 * len(source) / once(target.copy_, source)
     print(
         f"floors at {max(flops) / 1e12:,.3g} TFLOP/s (the MLP's matmuls, {tokens:,} tokens) and "
         f"{copied / 1e9:,.3g} GB/s (a copy)"
@@ -296,57 +210,43 @@ def speeds(model, args) -> tuple[float, float]:
     return max(flops), copied
 
 
-def measure(run, args) -> tuple[float, float]:
+def measure(run, args):
     """(median seconds of a run, peak GB above what was there before it), after one that does not
     count. GB is NaN on a CPU; both are NaN where a GPU's memory runs out."""
-    cuda, seconds = args.device == "cuda", []
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    gc.collect()
+    device, seconds = torch.get_device_module(args.device), []
+    cuda = args.device == "cuda"
     if cuda:
-        torch.cuda.empty_cache()  # of a row before that ran out of memory
+        gc.collect()  # of a row before that ran out of memory
+        torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()  # 0 on a CPU; the first run may leave a cache
     try:
         run()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(args.repeats):
-            wait()
+            device.synchronize()
             start = time.perf_counter()
             run()
-            wait()
+            device.synchronize()
             seconds.append(time.perf_counter() - start)
     except torch.OutOfMemoryError:
-        return math.nan, math.nan
-    return statistics.median(seconds), (
-        torch.cuda.max_memory_allocated() - before
-    ) / 2**30 if cuda else math.nan
+        return nan, nan
+    peak = torch.cuda.max_memory_allocated() - before if cuda else nan
+    return statistics.median(seconds), peak / 2**30
 
 
-def row(
-    name: str,
-    found: tuple[float, float],
-    tokens: int,
-    floor: float,
-    plain: float = math.nan,
-    step: float = math.nan,
-) -> None:
+def row(name, found, tokens, floor, plain=nan, step=nan):
     """found: (seconds, GB) measured; floor, plain way and whole step in seconds. NaN prints as a
     dash."""
     seconds, gb = found
-    cells = zip(
-        (seconds * 1e3, tokens / seconds, gb, seconds / step, seconds / floor, plain / seconds),
-        COLUMNS.values(),
-        strict=False,
-    )
-    line = "".join(
-        f"{'-' if math.isnan(value) else format(value, form):>10}" for value, form in cells
-    )
-    print(f"  {name:48}{'  out of memory' if math.isnan(seconds) else line}", flush=True)
+    cells = (seconds * 1e3, tokens / seconds, gb, seconds / step, seconds / floor, plain / seconds)
+    line = ""
+    for value, form in zip(cells, COLUMNS.values(), strict=True):
+        line += f"{'-' if isnan(value) else format(value, form):>10}"
+    print(f"  {name:48}{'  out of memory' if isnan(seconds) else line}", flush=True)
 
 
-def compare(
-    name: str, ours, plain, tokens: int, floor: float, args, step: float = math.nan
-) -> tuple[float, float]:
+def compare(name, ours, plain, tokens, floor, args, step=nan):
     """Measures ours and the plain way and prints a row of each. Returns their seconds."""
     slow, fast = measure(plain, args), measure(ours, args)
     row(name, fast, tokens, floor, slow[0], step)
@@ -354,50 +254,36 @@ def compare(
     return fast[0], slow[0]
 
 
-def step_of(model, processor, args) -> train.Run:
-    """A run of one prompt a step, as train.py makes it."""
-    flags = (
-        f"--prompts 1 --gen-prompts 1 --steps 9 --group {args.group} --chunk {args.chunk} "
-        f"--max-new-tokens {args.response_tokens} --device {args.device}"
-    )
+def run_of(model, processor, flags):
+    """A run as train.py makes it, on nameless triplets."""
     settings = train.parse(flags.split())
-    rank, world, device = join_ranks(args.device)
+    rank, world, device = join_ranks(settings.device)
     shards = Shards(
-        copy.deepcopy(model),
+        copy.deepcopy(model).to(device),
         lr=settings.lr,
         eps=settings.adam_eps,
         weight_decay=settings.weight_decay,
         copy_stays=False,
     )
-    method = METHODS["vision-opd"](settings)
-    row = Triplet("0", "", "", "")
-    return train.Run(settings, method, [row], processor, shards, rank, world, device)
+    rows = [Triplet(str(i), "", "", "") for i in range(settings.prompts)]
+    method = METHODS[settings.method](settings)
+    return train.Run(settings, method, rows, processor, shards, rank, world, device)
 
 
-def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[float]:
+def bench_step(model, processor, args, rate, bandwidth):
     """One optimizer step on one prompt and its phases: train.learn's, and the plain way's. Returns
     (the step's speed-up,)."""
     group, tokens = args.group, args.response_tokens
     n = group * tokens
-    run = step_of(model, processor, args)
+    run = run_of(
+        model,
+        processor,
+        f"--prompts 1 --gen-prompts 1 --steps 9 --group {group} --chunk {args.chunk} "
+        f"--max-new-tokens {tokens} --device {args.device}",
+    )
     full, crop = photo(processor, args), photo(processor, args, 0.4)
     ids = torch.randint(256, (group, tokens), device=args.device)
     plain = Plain(model, full, crop, args)
-
-    def student_pass(checkpoint=True):
-        def squares(student):
-            return (
-                vision_model.response_hidden(student, full, ids, checkpoint=checkpoint)
-                .square()
-                .sum()
-            )
-
-        run.shards.student_pass(squares).backward()
-
-    def update():
-        run.shards.update(1e-6, run.shards.gradient_norm(), 1.0, 0.05)
-        run.shards.publish("student")
-        run.shards.publish("teacher")
 
     def generate():
         return sample(model, processor, full, group, max_new_tokens=tokens, seeds=[0])
@@ -406,10 +292,20 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
     def teacher_pass():
         return vision_model.response_hidden(model, crop, ids)
 
-    head = model.lm_head.weight.detach()
-    hidden, target = torch.randn(2, n, head.shape[1], dtype=head.dtype, device=args.device)
-    sides = (hidden.requires_grad_(), head.clone().requires_grad_(), target, head)
-    matmuls, _ = measure(bench_loss.matmuls(args, *(side.detach() for side in sides)), args)
+    def student_pass(checkpoint=True):
+        def squares(student):
+            hidden = vision_model.response_hidden(student, full, ids, checkpoint=checkpoint)
+            return hidden.square().sum()
+
+        run.shards.student_pass(squares).backward()
+
+    def update():
+        run.shards.update(1e-6, run.shards.gradient_norm(), 1.0, 0.05)
+        run.shards.publish("student")
+        run.shards.publish("teacher")
+
+    sides = bench_loss.draw(args, n, *model.lm_head.weight.shape)
+    matmuls, _ = measure(bench_loss.matmuls(args, *sides), args)
     length, crop_length = full["input_ids"].shape[1], crop["input_ids"].shape[1]
     forward = sum(forward_flops(model, full, group, tokens)) / rate  # seconds
     teacher_forward = sum(forward_flops(model, crop, group, tokens)) / rate
@@ -425,17 +321,15 @@ def bench_step(model, processor, args, rate: float, bandwidth: float) -> tuple[f
         f"tokens, G = {group}\n{HEADER}"
     )
     floor = sum(floor for *_, floor in phases.values())
-    batch = [(run.rows, {"student": full, "teacher": crop})]
-    ours, slow = compare(
-        "whole step, train.learn", lambda: train.learn(run, 1, batch), plain.step, n, floor, args
-    )
+    step = partial(train.learn, run, 1, [(run.rows, {"student": full, "teacher": crop})])
+    ours, slow = compare("whole step, train.learn", step, plain.step, n, floor, args)
     for name, (fast, plain_way, floor) in phases.items():
         compare(name, fast, plain_way, n, floor, args, ours)
-    row("update: AdamW, EMA, new weights", measure(update, args), n, math.nan, step=ours)
+    row("update: AdamW, EMA, new weights", measure(update, args), n, nan, step=ours)
     compare(
         "student pass without checkpointing",
-        lambda: student_pass(False),
-        lambda: plain.student_pass(ids, checkpoint=False),
+        partial(student_pass, checkpoint=False),
+        partial(plain.student_pass, ids, checkpoint=False),
         n,
         3 * forward,
         args,
@@ -447,32 +341,29 @@ class Plain:
     """The plain way of a step: every response a full sequence, all logits at once, AdamW and EMA
     on the weights as they are."""
 
-    def __init__(self, model, full: vision_model.Prompt, crop: vision_model.Prompt, args):
+    def __init__(self, model, full, crop, args):
         self.full, self.crop, self.args = full, crop, args
         self.student = copy.deepcopy(model).requires_grad_(True)
         self.teacher = copy.deepcopy(model).requires_grad_(False)
+        # In training mode; the vision tower's is on.
+        self.student.model.language_model.activation_checkpointing_enable()
         self.adam = torch.optim.AdamW(self.student.parameters(), lr=1e-6, fused=True)
 
-    def generate(self) -> Tensor:
+    def generate(self):
+        self.student.eval()
         return plain_generate(self.student, self.full, self.args.group, self.args.response_tokens)
 
     @torch.no_grad()
-    def teacher_pass(self, ids: Tensor) -> Tensor:
+    def teacher_pass(self, ids):
         return plain_hidden(self.teacher, self.crop, ids)
 
-    def student_pass(self, ids: Tensor, loss=None, checkpoint: bool = True) -> None:
-        text = self.student.model.language_model
-        text.activation_checkpointing_enable()  # in training mode; the vision tower's is on
+    def student_pass(self, ids, loss=None, checkpoint=True):
         self.student.train(checkpoint)
-        try:
-            for rows in torch.arange(len(ids)).split(self.args.plain_rows):
-                hidden = plain_hidden(self.student, self.full, ids[rows])
-                (loss(hidden, rows) if loss else hidden.square().sum()).backward()
-        finally:
-            self.student.eval()
-            text.activation_checkpointing_disable()
+        for rows in torch.arange(len(ids)).split(self.args.plain_rows):
+            hidden = plain_hidden(self.student, self.full, ids[rows])
+            (loss(hidden, rows) if loss else hidden.square().sum()).backward()
 
-    def step(self) -> None:
+    def step(self):
         ids = self.generate()
         target = self.teacher_pass(ids)
 
@@ -488,175 +379,139 @@ class Plain:
         torch._foreach_lerp_(list(self.teacher.parameters()), weights, 0.05)
 
 
-def bench_generate(model, processor, args, rate: float, bandwidth: float) -> tuple[float]:
+def bench_generate(model, processor, args, rate, bandwidth):
     """G sampled responses to each of --gen-prompts prompts. Returns (multiple of the floor,)."""
     B, group, T = args.gen_prompts, args.group, args.response_tokens
+    n = B * group
     prompt = vision_model.join([photo(processor, args)] * B, 0)
     L = prompt["input_ids"].shape[1]
-
-    def generate(T, static=0):
-        return sample(
-            model, processor, prompt, group, max_new_tokens=T, seeds=[0] * B, static=static
-        )
-
-    floor = T * read_bytes(model, B * group, L + T / 2) / bandwidth
+    generate = partial(sample, model, processor, prompt, group, seeds=[0] * B)
+    plainly = partial(plain_generate, model, prompt, group, T)
+    floor = T * read_bytes(model, n, L + T / 2) / bandwidth
     print(
-        f"\ngeneration of {B * group} sequences: {B} prompts of {L:,} tokens, {T} response tokens, "
+        f"\ngeneration of {n} sequences: {B} prompts of {L:,} tokens, {T} response tokens, "
         f"G = {group}\n{HEADER}"
     )
-    _, plain = compare(
-        "generation",
-        lambda: generate(T),
-        lambda: plain_generate(model, prompt, group, T),
-        B * group * T,
-        floor,
-        args,
-    )
-    fixed = measure(lambda: generate(T, L + T), args)  # its first run compiles
-    row("static cache (on a GPU: train.py --compile)", fixed, B * group * T, floor, plain)
+    growing = partial(generate, max_new_tokens=T)
+    _, plain = compare("generation", growing, plainly, n * T, floor, args)
+    fixed = measure(partial(growing, static=L + T), args)  # its first run compiles
+    row("static cache (on a GPU: train.py --compile)", fixed, n * T, floor, plain)
     CACHES.clear()
-    row(
-        "of which prompts and one token",
-        measure(lambda: generate(1), args),
-        B * group,
-        sum(forward_flops(model, prompt)) / rate,
-    )
+    first = measure(partial(generate, max_new_tokens=1), args)
+    row("of which prompts and one token", first, n, sum(forward_flops(model, prompt)) / rate)
     return (fixed[0] / floor,)
 
 
-def bench_synth(args) -> None:
+def bench_synth(args):
     """What synth.py does with a photograph besides asking models: one image of the released set's
     median size, one triplet."""
-    spent, rng, box = {}, np.random.default_rng(0), [1000, 700, 1200, 860]
-    smooth = Image.fromarray(rng.integers(0, 256, (94, 141, 3), dtype=np.uint8)).resize(
-        (2250, 1500), Image.Resampling.BICUBIC
-    )
-    grain = np.asarray(smooth, int) + rng.normal(
-        0, 6, (1500, 2250, 1)
-    )  # a JPEG of about 2 MB, as a camera's
+    colours = Image.frombytes("RGB", (141, 94), random.Random(0).randbytes(141 * 94 * 3))
+    smooth = colours.resize((2250, 1500), Image.Resampling.BICUBIC)
+    grain = Image.effect_noise(smooth.size, 6).convert("RGB")  # 128 is none
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        images.save_image(
-            Image.fromarray(grain.clip(0, 255).astype(np.uint8)), folder / "photo.jpg"
-        )
-        size = (folder / "photo.jpg").stat().st_size / 1e6
-        region = Region(load_photo(folder, "photo.jpg"), box)
+        source = folder / "photo.jpg"  # of about 2 MB, as a camera's
+        save_image(ImageChops.add(smooth, grain, offset=-128), source)
+        size = source.stat().st_size / 1e6
+        region = Region(load_photo(folder, source.name), [1000, 700, 1200, 860])
         framed = region.framed()
         crop = cut(framed, region.window)
-        for name, job in (
-            ("decode", lambda: load_photo(folder, "photo.jpg")),
-            ("draw the frame", region.framed),
-            ("crop and enlarge", lambda: cut(framed, region.window)),
-            ("write the image, JPEG", lambda: images.save_image(framed, folder / "a.jpg")),
-            ("write the crop, PNG", lambda: images.save_image(crop, folder / "a.png")),
-        ):
-            spent[name] = measure(job, args)[0]
+        jobs = {
+            "decode": partial(load_photo, folder, source.name),
+            "draw the frame": region.framed,
+            "crop and enlarge": partial(cut, framed, region.window),
+            "write the image, JPEG": partial(save_image, framed, folder / "a.jpg"),
+            "write the crop, PNG": partial(save_image, crop, folder / "a.png"),
+        }
+        spent = {name: measure(job, args)[0] for name, job in jobs.items()}
+    total = sum(spent.values())
     print(
         f"photographs of 2250 x 1500 px, {size:.1f} MB, one box each, one core: "
-        f"{1 / sum(spent.values()):.1f} a second"
+        f"{1 / total:.1f} a second"
     )
     for name, seconds in spent.items():
-        print(f"  {name:56} {seconds * 1e3:9,.1f} ms {seconds / sum(spent.values()):7.0%}")
+        print(f"  {name:56} {seconds * 1e3:9,.1f} ms {seconds / total:7.0%}")
 
 
-def main() -> None:
+COUNTS = {  # flag: (default, meaning)
+    "--model-vocab": (4096, "its vocabulary (the loss alone has its own, --vocab)"),
+    "--prompt-tokens": (612, "of the student; the teacher's prompt has 40%% of them"),
+    "--response-tokens": (50, "of each response"),
+    "--group": (8, "responses to a prompt"),
+    "--gen-prompts": (3, "generate: prompts decoded at once"),
+    "--plain-rows": (8, "step: sequences at once in the plain way's forward and backward"),
+    "--repeats": (3, "runs that are timed"),
+    "--tokens": (1024, "loss: response tokens"),
+    "--vocab": (248320, "loss: Qwen3.5's"),
+    "--hidden": (2560, "loss: Qwen3.5-4B's"),
+    "--chunk": (512, "loss: tokens at once, for ours and Liger-Kernel"),
+    "--warmup": (0, "loss: runs that are not timed; 1 or more on a GPU"),
+}
+CHOICES = {  # flag: (choices, the first is the default; meaning)
+    "--device": (["cpu", "cuda"], "cuda changes the other defaults"),
+    "--dtype": (["float32", "bfloat16"], "of the weights"),
+    "--size": (list(SHAPES["sizes"]), "shape of the model for generate and step"),
+    "--clock": (["wall", "cpu"], "loss: cpu counts processor seconds; set OMP_NUM_THREADS=1"),
+}
+
+
+def parse():
     p = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument(
-        "what",
-        nargs="*",
-        default=["loss", "generate", "step"],
-        help="loss, generate, step (default: these), synth",
-    )
-    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    p.add_argument(
-        "--size",
-        default="small",
-        choices=list(SIZES),
-        help="shape of the model for generate and step",
-    )
-    p.add_argument(
-        "--model-vocab",
-        type=int,
-        default=4096,
-        help="its vocabulary (the loss alone has its own, --vocab)",
-    )
-    p.add_argument(
-        "--prompt-tokens",
-        type=int,
-        default=612,
-        help="of the student; the teacher's prompt has 40%% of them",
-    )
-    p.add_argument("--response-tokens", type=int, default=50)
-    p.add_argument("--group", type=int, default=8)
-    p.add_argument("--gen-prompts", type=int, default=3, help="generate: prompts decoded at once")
-    p.add_argument(
-        "--plain-rows",
-        type=int,
-        default=8,
-        help="step: sequences at once in the plain way's forward and backward",
-    )
-    p.add_argument("--repeats", type=int, default=3)
-    bench_loss.add_arguments(p)
+    p.add_argument("what", nargs="*", choices=[*GOALS, "synth"], help="default: all but synth")
+    for flag, (default, meaning) in COUNTS.items():
+        p.add_argument(flag, type=int, default=default, help=meaning)
+    for flag, (choices, meaning) in CHOICES.items():
+        p.add_argument(flag, choices=choices, default=choices[0], help=meaning)
+    names = list(bench_loss.CONTENDERS)
+    p.add_argument("--contenders", nargs="+", default=names, choices=names, help="loss: these")
+    p.add_argument("--only", choices=names, help="used by the script itself: measure this one here")
     if p.parse_known_args()[0].device == "cuda":
-        p.set_defaults(**GPU)
-    args = p.parse_args()
+        p.set_defaults(**SHAPES["cuda"])
+    return p.parse_args()
+
+
+def verdict(args, numbers, reached):
+    """Whether the numbers found for a goal, if any, reach it."""
+    if args.device == "cpu":
+        return "not run on a GPU"
+    if not numbers or {**vars(args), **SHAPES["cuda"]} != vars(args):
+        return "not run in full"
+    if isnan(sum(numbers)):
+        return "out of memory"
+    return "reached" if reached(*numbers) else "missed"
+
+
+def main():
+    args = parse()
     if args.only:
         return bench_loss.measure(args)
-    if unknown := set(args.what) - {*GOALS, "synth"}:
-        p.error(f"unknown benchmark {sorted(unknown)}: choose from {', '.join(GOALS)}, synth")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        p.error(
-            "--device cuda, but torch sees no GPU here. Leave it out, or install a CUDA build of "
-            "torch."
-        )
     transformers.utils.logging.set_verbosity_error()
-    machine = (
-        f"{torch.get_num_threads()} threads"
-        if args.device == "cpu"
-        else torch.cuda.get_device_name()
-    )
     print(
-        f"{args.size} Qwen3.5, {args.dtype}, {machine}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
+        f"{args.size} Qwen3.5, {args.dtype}, {bench_loss.machine(args)}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}"
     )
-    found = {}  # the numbers that the goals are about
-    if "synth" in args.what:
+    asked, found = args.what or GOALS, {}  # found: the numbers that the goals are about
+    if "synth" in asked:
         bench_synth(args)
-    if "loss" in args.what:  # first: its processes need the GPU's memory
+    if "loss" in asked:  # first: its processes need the GPU's memory
         found["loss"] = bench_loss.run(args)
-    if {"generate", "step"} & set(args.what):
-        model, processor = build(
-            args.size, args.model_vocab, args.device, getattr(torch, args.dtype)
-        )
+    if {"generate", "step"} & set(asked):
+        dtype = getattr(torch, args.dtype)
+        model, processor = build(args.size, args.model_vocab, args.device, dtype)
         measured = speeds(model, args)
         for name, bench in (("generate", bench_generate), ("step", bench_step)):
-            if name in args.what:
+            if name in asked:
                 found[name] = bench(model, processor, args, *measured)
-    if not found:
-        return None
-    print("\ngoals, in the shapes of --device cuda")
-    elsewhere = any(getattr(args, key) != value for key, value in GPU.items())
-    for name, (goal, reached) in GOALS.items():
-        verdict = (
-            "not run on a GPU"
-            if args.device == "cpu"
-            else "not run in full"
-            if elsewhere or not found.get(name)
-            else "out of memory"
-            if math.isnan(sum(found[name]))
-            else "reached"
-            if reached(*found[name])
-            else "missed"
-        )
-        print(
-            f"  {goal:90} {verdict:18} "
-            + ", ".join(f"{number:.2f}" for number in found.get(name) or ())
-        )
+    if found:
+        print("\ngoals, in the shapes of --device cuda")
+        for name, (goal, reached) in GOALS.items():
+            numbers = found.get(name) or ()
+            shown = ", ".join(f"{number:.2f}" for number in numbers)
+            print(f"  {goal:90} {verdict(args, numbers, reached):18} {shown}")
     return None
 
 

@@ -6,21 +6,19 @@ peaks can be compared.
     python tests/bench.py loss --device cuda                              # 8,192 tokens in bfloat16
 
 The yardstick is the four matmuls nobody can avoid, unchunked, into memory that is already there:
-student logits, teacher
-logits, dhidden, dW. `peak` is what comes on top of the inputs (hidden states and heads), gradients
-included.
+student logits, teacher logits, dhidden, dW. `peak` is what comes on top of the inputs (hidden
+states and heads), gradients included.
 """
 
 import json
+import math
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from loss import divergence, topk_divergence
 
 
@@ -29,6 +27,7 @@ def matmuls(args, hidden, head, teacher, teacher_head):
     d_head = torch.zeros(head.shape, dtype=dtype, device=head.device)
     student_logits, teacher_logits = hidden.new_empty(2, len(hidden), len(head))
 
+    @torch.no_grad()
     def run():
         torch.mm(hidden, head.t(), out=student_logits)
         torch.mm(teacher, teacher_head.t(), out=teacher_logits)
@@ -48,6 +47,7 @@ def ours(args, hidden, head, teacher, teacher_head):
     )[0].backward()
 
 
+@torch.no_grad()
 def topk(args, hidden, head, teacher, teacher_head):
     logits = hidden[: args.chunk] @ head.t()  # (c, V): one chunk's stand for all
     return lambda: [logits[: len(part)].topk(100) for part in hidden.split(args.chunk)]
@@ -84,109 +84,78 @@ CONTENDERS = {  # name: (function, its line in the table, what to install)
     "trl": (trl, "TRL, generalized_jsd_loss + autograd (3)", "trl accelerate"),
 }
 
-NOTES = """(1) JSD over the student's top 100 and a tail, logsumexp in fp32
+NOTES = """
+(1) JSD over the student's top 100 and a tail, logsumexp in fp32
 (2) JSD over the whole vocabulary, no top-k, softmax in the heads' dtype;
     chunked, same chunk as ours; compiled on a GPU only
 (3) JSD over the whole vocabulary, no top-k, softmax in the heads' dtype; full logits"""
 
 
+def draw(args, tokens, vocab, width):
+    """What a contender is given: hidden states (tokens, width) and a head (vocab, width) of the
+    student, which get gradients, and of the teacher."""
+    dtype, shapes = getattr(torch, args.dtype), [(tokens, width), (vocab, width)] * 2
+    sides = [torch.randn(shape, dtype=dtype, device=args.device) for shape in shapes]
+    for head in sides[1::2]:
+        head.mul_(0.02)
+    for student in sides[:2]:
+        student.requires_grad_()
+    return sides
+
+
 def measure(args):
     """Runs one contender in this process and prints {"seconds", "bytes"} as JSON, or {"missing"}
     if it is not installed."""
-    cuda = args.device == "cuda"
+    device = torch.get_device_module(args.device)
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
 
     def peak():
-        return (
-            torch.cuda.max_memory_allocated()
-            if cuda
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        if args.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def draw(*shape):
-        return torch.empty(*shape, dtype=getattr(torch, args.dtype), device=args.device).normal_()
-
-    prepare = CONTENDERS[args.only][0]
+    prepare, _, _ = CONTENDERS[args.only]
     torch.manual_seed(0)
-    torch.set_grad_enabled(args.only not in ("matmuls", "topk"))
     try:  # imports and thread pools: not what is measured
-        prepare(
-            args,
-            *(
-                draw(*shape).requires_grad_(i < 2)
-                for i, shape in enumerate([(8, 16), (256, 16)] * 2)
-            ),
-        )()
+        prepare(args, *draw(args, 8, 256, 16))()
     except ImportError as error:
-        return print(json.dumps({"missing": str(error)}))
-    hidden, teacher = draw(args.tokens, args.hidden), draw(args.tokens, args.hidden)
-    head, teacher_head = (
-        draw(args.vocab, args.hidden).mul_(0.02),
-        draw(args.vocab, args.hidden).mul_(0.02),
-    )
-    hidden.requires_grad_(), head.requires_grad_()
-    before, seconds = peak(), []
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
-    run = prepare(args, hidden, head, teacher, teacher_head)
-    for _ in range(args.repeats + args.warmup):
-        hidden.grad = head.grad = None
-        if cuda:
-            torch.cuda.synchronize()
+        print(json.dumps({"missing": str(error)}))
+        return
+    sides, seconds = draw(args, args.tokens, args.vocab, args.hidden), []
+    before = peak()
+    run = prepare(args, *sides)
+    for _ in range(args.warmup + args.repeats):
+        for student in sides[:2]:
+            student.grad = None
+        device.synchronize()
         start = clock()
         run()
-        if cuda:
-            torch.cuda.synchronize()
+        device.synchronize()
         seconds.append(clock() - start)
     print(json.dumps({"seconds": min(seconds[args.warmup :]), "bytes": peak() - before}))
-    return None
 
 
-def add_arguments(p):
-    p.add_argument("--tokens", type=int, default=1024, help="loss: response tokens")
-    p.add_argument("--vocab", type=int, default=248320, help="loss: Qwen3.5's")
-    p.add_argument("--hidden", type=int, default=2560, help="loss: Qwen3.5-4B's")
-    p.add_argument(
-        "--chunk", type=int, default=512, help="loss: tokens at once, for ours and Liger-Kernel"
-    )
-    p.add_argument(
-        "--warmup", type=int, default=0, help="loss: runs that are not timed; 1 or more on a GPU"
-    )
-    p.add_argument(
-        "--clock",
-        default="wall",
-        choices=["wall", "cpu"],
-        help="loss: cpu counts processor seconds; set OMP_NUM_THREADS=1",
-    )
-    p.add_argument(
-        "--contenders",
-        nargs="+",
-        default=list(CONTENDERS),
-        choices=list(CONTENDERS),
-        help="loss: compare these",
-    )
-    p.add_argument(
-        "--only", choices=list(CONTENDERS), help="used by the script itself: measure this one here"
-    )
+def machine(args):
+    if args.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads"
 
 
-def run(args) -> tuple[float, float] | None:
+def run(args):
     """Prints the table. Returns the time of ours as a multiple of the matmuls', and the GB of ours
     beyond dhidden and the fp32 dhead, if both were measured."""
-    threads = (
-        f"{torch.get_num_threads()} threads"
-        if args.device == "cpu"
-        else torch.cuda.get_device_name()
-    )
     print(
-        f"\nloss and its gradient, {args.tokens:,} tokens, V = {args.vocab:,}, "
-        f"D = {args.hidden:,}, {args.dtype}, {threads}, chunk {args.chunk}, {args.clock} time\n"
+        f"\nloss and its gradient, {args.tokens:,} tokens, V = {args.vocab:,}, D = "
+        f"{args.hidden:,}, {args.dtype}, {machine(args)}, chunk {args.chunk}, {args.clock} time\n"
     )
     print(f"{'':44} {'time':>10} {'ratio':>7} {'peak':>10}")
-    seconds, peak = {}, {}
-    for name in ["matmuls"] + [c for c in args.contenders if c != "matmuls"]:
-        _, line, package = CONTENDERS[name]
-        done = subprocess.run(
-            [sys.executable, *sys.argv, "--only", name], capture_output=True, text=True
-        )
+    ratio, peak = {}, {}
+    floor = math.nan
+    for name, (_, line, package) in CONTENDERS.items():
+        if name not in ("matmuls", *args.contenders):
+            continue
+        command = [sys.executable, *sys.argv, "--only", name]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             error = "failed: " + (done.stderr.strip().splitlines() or ["killed"])[-1]
             print(f"{line:44} {'out of memory' if 'OutOfMemoryError' in done.stderr else error}")
@@ -195,19 +164,17 @@ def run(args) -> tuple[float, float] | None:
         if "missing" in found:
             print(f"{line:44} not installed: pip install {package}   ({found['missing']})")
             continue
-        seconds[name], peak[name] = found["seconds"], found["bytes"] / 2**30
-        floor = seconds.get("matmuls", float("nan"))
+        seconds, peak[name] = found["seconds"], found["bytes"] / 2**30
+        if name == "matmuls":
+            floor = seconds
+        ratio[name] = seconds / floor
         print(
-            f"{line:44} {seconds[name] * 1e3:7,.0f} ms {seconds[name] / floor:6.2f}x "
-            f"{peak[name]:7.2f} GB",
+            f"{line:44} {seconds * 1e3:7,.0f} ms {ratio[name]:6.2f}x {peak[name]:7.2f} GB",
             flush=True,
         )
-    print(f"\n{NOTES}")
-    if {"matmuls", "ours"} <= seconds.keys():
-        gradients = (
-            args.hidden
-            * (args.tokens * getattr(torch, args.dtype).itemsize + args.vocab * 4)
-            / 2**30
-        )
-        return seconds["ours"] / seconds["matmuls"], peak["ours"] - gradients
-    return None
+    print(NOTES)
+    if not {"matmuls", "ours"} <= ratio.keys():
+        return None
+    hidden_bytes = args.tokens * getattr(torch, args.dtype).itemsize
+    gradients = args.hidden * (hidden_bytes + args.vocab * 4) / 2**30
+    return ratio["ours"], peak["ours"] - gradients
