@@ -24,44 +24,54 @@ VAGUE = (
     r"or|about|around|approx\w*|roughly|nearly|almost|maybe|perhaps|possibly|than|over|under|above|"
     r"below|up to|least|most|max\w*|minus|plus|fewer|half|twice|times|pairs?|am|pm|" + LARGE
 )
-# Before an option: it is denied.
 NOT = (
-    r"(?:\b(?:no|not|never|neither|nor|none|cannot|without|rather than|instead of)\b|n't\b|"
-    r"不[会能可应该要认为同意答案是选择项]*|没有?|否|并非|而非|排除)"
+    r"(?:\b(?:no|not|never|neither|nor|none|cannot|nothing)"
+    r"\b|n't\b|不|没|无|否|并非|而非)"
 )
-REJECT = (
-    r"\b(?:unlike|except|anything but|other than|rul(?:e|ed|ing) out|eliminat\w+|exclud\w+|"
-    r"reject\w*|disagree with|lacks?|(?<!no )(?<!without )(?<!without a )doubt)\b|"
-    r"除了?|禁止|错误的?(?:选项|答案)是?"
+# A clause with one of these asserts none of its options: it denies, doubts or only looks at them.
+DENIES = (
+    rf"{NOT}|\b(?:unlike|except|anything but|other than|rather than|instead of|wrong|incorrect|"
+    r"false|unlikely|inaccurate|distractor|rul(?:e|ed|ing) out|lacks?|doubt|let's|let me|whether|"
+    r"(?:eliminat|exclud|reject|disagree|contradict|mismatch|verify|check|compar|consider)\w*)\b|"
+    r"错|排除|除了|禁止|来看|首先看|再看"
 )
-# After an option: it is denied.
-DENIED = (
-    r"(?:is|are|was|were|does|do|seems?|looks?|can be|should be)(?: both| all)?\s*(?:\w+ly )?"
-    rf"(?:{NOT}|wrong|incorrect|false|unlikely|ruled out|eliminated|excluded|a distractor)|"
-    r"cannot\b|contradicts\b|不|错误?"
-)
-# Before an option: it is announced.
-SAY = (
-    r"answers?|options?|choice|choose|choosing|pick|select|say|so|hence|thus|therefore|actually|"
-    r"think|believe|wait|sorry|correction|meant|second thought|in fact"
-)
-CUE = (
-    rf"(?:\b(?:{SAY}|ans|go with|correct|(?:must|should|would) be)\b|"
-    r"\bit(?:'s| is)(?= ?[«‹·])|答案?|选项?|而是|所以|因此|故)"
-)
-# Between which a capital stands as an option's letter, and not as a word ("A dog", "B12").
-BEFORE = (
-    r"(?:^[^\w«‹]*|[,;:(\[=]\s*|[.!-]\s+|(?<=[^\x00-\x7f«‹])\s*|"
-    rf"\b(?i:{SAY}|is|are|be|it's|with|and|or|not|nor|but|than|"
-    r"likely|probably|clearly|definitely|maybe|perhaps|both|either|neither|between)\s+)"
-)
-AFTER = r"(?:\s*(?:$|[,:;!.()\n«‹]|- |[^\x00-\x7f]))"
-GOES_ON = (
-    r"\s+(?:because|since|as|and|or|but|rather|not|\d|"
-    r"is (?:the|not|correct|right|wrong|incorrect))\b"
-)
+CONDITION = r"\b(?:if|unless)\b|如果|假如|若"
 MARKED = r"[«‹·]\w[»›·]"
-SEVERAL = rf"{MARKED}(?:(?:[\s,/&+、或者和与及]|还是|\b(?:or|and|nor|maybe|perhaps)\b)*{MARKED})*"
+JOINT = r"(?:[ ,/&+、或者和与及]|还是|\b(?:or|and|nor|maybe|perhaps|possibly)\b)*"
+SENTENCE = r"[.!]+(?=\s|$)|[。\n]"
+CLAUSE = (  # commas part clauses, but not those of "«A», «B» and «C»"
+    rf"(?<![»›·]),|,(?!{JOINT}[«‹·])|;|:(?=\s)|(?<=»)\s*[:-]|(?<=[»›]) as\b|"
+    r"(?<=») (?=(?-i:[A-Z]))|(?<!anything )\bbut\b|\b(?:so|while|although|though|however|because|since|which|hence|"
+    r"thus|therefore)\b|(?=\bnot [«‹·]|\brather than\b|\binstead of\b)|而是|但|所以|因此|因为|故"
+)
+SEVERAL = rf"{MARKED}(?:{JOINT}{MARKED})*"
+CUE = (
+    r"(?:\b(?:answers?|ans|option|choice|choos\w+|chose|pick\w*|select\w*|correct|best|correction|"
+    r"leaves|go(?:ing)? (?:with|for))\b|答|选|正确)[^«‹·\n]*|"
+    r"(?:\b(?:so|hence|thus|therefore|actually|wait|sorry|no|rather|think|say|meant|second thought)\W*|"
+    r"\b(?:it|this|must|should|would)(?:'s| is| be)?(?: option)?\s+|是|所以|因此|故)(?=[«·])"
+)
+AFFIRMED = (
+    r"\s*(?:(?:is|are|seems)\s+(?:\w+ )?(?:correct|right|best|answer|most)|\bbest\b|\bfits\b|"
+    r"\bmatches\b|:?正确|:?对)"
+)
+ANNOUNCED = rf"(?i)(?:{CUE}){SEVERAL}|{SEVERAL}{AFFIRMED}"
+BARE = rf"(?im)^[^\w«‹]*{SEVERAL}[^\w«‹\t\n,]*(?=$|\t(?!,)|\t, *\t)"
+# A letter that stands at the start of a clause, or after one of these words, and before AFTER, is an
+# option's and not a word ("A dog", "B12").
+START = r"(?m:^)[^\w«‹]*|[.!]\s+|;\s*|(?<![A-Z]),\s*"
+WITHIN = (
+    r"[:=»]\s*|-\s+|[\u4e00-\u9fff]\s*|\b(?i:answer|is|are|be|it's|answer's|option|choice|choose|"
+    r"chose|choosing|pick|select|say|so|hence|thus|therefore|think|with|for|likely|probably|"
+    r"clearly|definitely|between|either|neither|both|not|no|or|like|actually|meant|but|wait|"
+    r"rather)\s+"
+)
+AFTER = (
+    r"\s*(?:$|[,:;!.。()/\n]|- |(?<!\bA)(?<!\bA )[«‹]|[\u662f而对正错项不都和与或及、。选也])|"
+    r"\s+(?:because|since|as|and|or|but|rather|not|for|in|here|given|fits|matches|best|\d|"
+    r"is (?:the|not|correct|right|wrong|incorrect|also))\b"
+)
+GAP = r"\W+(?:an? |the )?"
 YES_OR_NO = (
     r"(yes|nope|no|是的?|有|对|否|不是|没有|不存在)"
     r"(?=\s*(?:$|[.,!;:。\n]|(?:and|or|because|since|as)\b))"
@@ -107,7 +117,9 @@ def digits(words: re.Match) -> str:
 def plain(text: str) -> str:
     """Lower case, without articles, outer punctuation and the hyphens of words: "The T-shirt." ->
     "t shirt"."""
-    text = re.sub(r"\b(?:an?|the) +(?=\w)|(?<=[a-z])-(?=[a-z])", " ", text.lower())
+    text = re.sub(
+        r"\b(?:an?|the) +(?!is\b|and\b|or\b)(?=\w)|(?<=[a-z])-(?=[a-z])", " ", text.lower()
+    )
     return " ".join(text.strip(" \n.,;:!?'()[]。").split())
 
 
@@ -116,87 +128,94 @@ def plain(text: str) -> str:
 
 def parse_choice(output: str, options: dict[str, str]) -> str | None:
     """The letter of the option that an output commits to; None when it commits to none, or to
-    several.
+    several."""
+    names = "".join(options)
+    text = re.sub(r":\s+", ": ", final_text(output))
+    text = mark_certain(text, names)
+    text = mark_texts(text, options)
+    text = mark_alone(text, names)
+    text = asserted(text)
+    ranks = (
+        (ANNOUNCED, "[«·]"),
+        (BARE, "«"),
+        (ANNOUNCED, "‹"),
+        (BARE, "‹"),
+        (MARKED, "«"),
+        (MARKED, "‹"),
+    )
+    for pattern, mark in ranks:
+        found = [each[0] for each in re.finditer(pattern, text) if re.search(mark, each[0])]
+        if found:
+            said = found[-1] if pattern == ANNOUNCED else "".join(found)
+            named = set(re.findall(r"[«‹·](\w)", said))
+            return named.pop() if len(named) == 1 else None
+    return None
 
-    1. An output that is an option's text, and no more, means that option.
-    2. Else options are marked where they are named: «C» for "(c)" and "option c", ·C· for a capital
-       that stands alone ("A dog" and "B12" name none), ‹C› for the text of C.
-    3. What is denied ("not A", "B and D are wrong") is dropped, and a letter beside another
-       option's text is no answer.
-    4. The last one announced ("answer", "so", "choose", "选", ..) decides: letters first, then
-       texts, alone in their sentence.
-    5. Else the lines that begin with a letter; else what is named, ·C· aside ("vitamin C"); and
-       that must be a single option.
-    """
-    text = final_text(output)
-    said = {
-        name for name, option in options.items() if len(option) > 1 and plain(option) == plain(text)
-    }
-    if not said:
-        text = mark_texts(mark_letters(text, "".join(options)), options)
-        text = drop_denied(text)
-        if not contradicts_itself(text):
-            said = announced(text) or named(text)
-    return said.pop() if len(said) == 1 else None
+
+def several(names: str) -> str:
+    """A pattern of one letter, or of several that are joined: "A, B and C"."""
+    letter = rf"\b[{names}]\b(?!['-]\w)"
+    return rf"({letter}(?:{JOINT}{letter})*)"
 
 
-def mark_letters(text: str, names: str) -> str:
-    """ "Option c or (d)." -> "«C» or «D»."; "So C, not A" -> "So ·C·, not ·A·"."""
-    text = re.sub(r":\s+", ": ", text)
-    small = rf"(?i)(^|\banswer(?: is|:) )([{names}])(?={AFTER})"
+def mark_certain(text: str, names: str) -> str:
+    """ "Option c, not (a)" -> "«C», not «A»"."""
+    small = rf"(?i)(^|\banswer(?: is|:) |\boption: )([{names}])(?=[.):]|\s*$)"
     text = re.sub(small, lambda found: found[1] + found[2].upper(), text)
-    option = rf"(?:\b(?:option|choice)|选项)\s*[(\[]?([{names}])\b[)\]]?"
-    bracketed = rf"[(\[]\s*([{names}])\s*[)\]]"
-    certain = f"(?i){option}|{bracketed}"
-    text = re.sub(certain, lambda found: f"«{(found[1] or found[2]).upper()}»", text)
-    alone = rf"(?m)({BEFORE})([{names}])(?={AFTER}|{GOES_ON})"
-    return re.sub(alone, r"\1·\2·", text)
+    option = r"(?:\b(?:option|choice)s?|选项)\s*"
+    certain = rf"(?ai){option}{several(names)}|(?:{option})?[(\[]\s*{several(names)}\s*[)\]]"
+    return re.sub(certain, lambda found: wrapped(found[1] or found[2], "«»"), text)
+
+
+def wrapped(letters: str, marks: str) -> str:
+    left, right = marks
+    return re.sub(r"(?ai)\b[a-z]\b", lambda found: left + found[0].upper() + right, letters)
 
 
 def mark_texts(text: str, options: dict[str, str]) -> str:
-    """ "It is dark red" -> "It is ‹B›", where A is "red": the longest text is looked for first."""
+    """ "B. dark red, not red" -> "«B», not ‹A›": texts, the longest first, with their letter «B»."""
+    texts = []
     for name, option in sorted(options.items(), key=lambda item: -len(item[1])):
         words = plain(final_text(option)).split()
-        if words:
-            words = r"[\s-]+(?:(?:an?|the)\s)?".join(map(re.escape, words))
-            there = rf"(?i)(?<![a-z0-9.:‹«·-]){words}(?![a-z0-9›»·-]|[.:]\d|\s*%)"
-            text = re.sub(there, f"‹{name}›", text)
-    return text
+        if words and all(word in text.lower() for word in words):
+            texts.append(rf"(?P<{name}>{GAP.join(map(re.escape, words))})")
+    if not texts:
+        return text
+    letter = r"(?:(?:«(\w)»|\b([a-z])\s*[.:)-])\W*?(?:an? |the )?)?"
+    there = rf"{letter}(?<![\w.:«‹·-])(?:{'|'.join(texts)})(?![\w›»·-]|[.:]\d|\s*%)"
+
+    def marked(found: re.Match) -> str:
+        name, letter = found.lastgroup, found[1] or found[2] or ""
+        if letter.upper() == name:
+            return f"«{name}»"
+        if found[name].upper() in options:
+            return found[0]
+        return found[0].removesuffix(found[name]) + f"‹{name}›"
+
+    return re.sub(rf"(?ai){there}", marked, text)
 
 
-def drop_denied(text: str) -> str:
-    """ "Neither «A» nor «B». «D» is ruled out, so «C»" -> " .  , so «C»"."""
-    text = re.sub(rf"(?i)(?:{NOT}|{REJECT})\s*(?:[\w']+\s+){{0,3}}?{SEVERAL}", " ", text)
-    return re.sub(rf"(?i){SEVERAL}[)\]]?:?\s*(?:{DENIED})", " ", text)
+def mark_alone(text: str, names: str) -> str:
+    """ "C, as A is .." -> "«C», as ..": "So C" ->"""
+    start = rf"(?a)({START}){several(names)}(?={AFTER})"
+    text = re.sub(start, lambda found: found[1] + wrapped(found[2], "«»"), text)
+    within = rf"(?a)({WITHIN}){several(names)}(?=(?<![AI])\s|{AFTER})"
+    return re.sub(within, lambda found: found[1] + wrapped(found[2], "··"), text)
 
 
-def contradicts_itself(text: str) -> bool:
-    """Whether a letter stands beside another option's text: "«C» ‹A›", "‹A› «C»"."""
-    beside = r"(?i)[«·](\w)[»·]\W*(?:(?:an?|the)\s+)?‹(?!\1)|(?<!«\w» )‹(\w)› ?«(?!\2)"
-    return re.search(beside, text) is not None
-
-
-def announced(text: str) -> set[str]:
-    """The options of the last announcement: "I think «A». So «C»." -> {"C"}. Texts count only alone
-    in their sentence: "So the ‹D› van hides it, and it is ‹C›." -> {"C", "D"}."""
-    found = re.findall(rf"(?i){CUE}[^«‹·.\n]*({SEVERAL})(?=([^.\n]*))", text)
-    if not found:
-        return set()
-    letters = [options for options, _ in found if "‹" not in options]
-    return names_in(letters[-1] if letters else "".join(found[-1]))
-
-
-def named(text: str) -> set[str]:
-    """The options of the lines that begin with a letter, else of all: "«C»\nIt is by «A»." ->
-    {"C"}; "It is ‹C›." -> {"C"}. Elsewhere ·C· may be a word."""
-    lines = re.findall(rf"(?m)^\W*(?=[«·])({SEVERAL})(.*)", text)
-    said = "\n".join(start + rest.replace("·", " ") for start, rest in lines)
-    return names_in(said or text.replace("·", " "))
-
-
-def names_in(text: str) -> set[str]:
-    """Of letters, if there are any, else of texts: "«C» ‹A›" -> {"C"}."""
-    return set(re.findall(r"[«·](\w)", text) or re.findall(r"‹(\w)", text))
+def asserted(text: str) -> str:
+    text = re.sub(r"(?m)(^\W*«\w»)[.:)\]-]*[^\S\n]*(?:(?:an?|the) )?(?=‹)", r"\1 ", text)
+    text = re.sub(
+        r"(?im)([»·])[.:)\]-]*\s*(?:(?:an?|the) )?(‹\w›)(?=\s*(?:$|[\n.,;:!()]))", r"\1 \2", text
+    )
+    kept = []
+    for sentence in re.split(SENTENCE, text):
+        clauses = re.sub(rf"(?i){CLAUSE}", r"\n\g<0>", sentence).split("\n")
+        for n, clause in enumerate(clauses):
+            if re.search(rf"(?i){CONDITION}", sentence) or re.search(rf"(?i){DENIES}", clause):
+                clauses[n] = re.sub(MARKED, " ", clause)
+        kept.append("\t".join(clauses))
+    return "\n".join(kept)
 
 
 # ------------------------------------------------------------------------------ yes/no, free form
