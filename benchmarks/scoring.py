@@ -8,10 +8,11 @@ match_free_form("It says 15.", "15")                                            
 import re
 import unicodedata
 from contextlib import suppress
+from functools import partial
 
 from benchmarks.rows import Answer, Question, Scored
 
-# ------------------------------------------------------------------------------------------ words
+# ------------------------------------------------------------------------------ what is said at all
 
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
@@ -19,72 +20,6 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = dict(zip([*ONES, *TEENS, *TENS], [*range(20), *range(20, 100, 10)], strict=True))
 NUMBER = rf"(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES[1:])})|{'|'.join(NUMBERS)}"
 LARGE = r"hundred|thousand|million|billion|dozen"
-# Beside a number: it is not exactly that.
-VAGUE = (
-    r"or|about|around|approx\w*|roughly|nearly|almost|maybe|perhaps|possibly|than|over|under|above|"
-    r"below|up to|least|most|max\w*|minus|plus|fewer|half|twice|times|pairs?|am|pm|" + LARGE
-)
-NOT = (
-    r"(?:\b(?:no|not|never|neither|nor|none|cannot|nothing)"
-    r"\b|n't\b|不|没|无|否|并非|而非)"
-)
-# A clause with one of these asserts none of its options: it denies, doubts or only looks at them.
-DENIES = (
-    rf"{NOT}|\b(?:unlike|except|anything but|other than|rather than|instead of|wrong|incorrect|"
-    r"false|unlikely|inaccurate|distractor|rul(?:e|ed|ing) out|lacks?|doubt|let's|let me|whether|"
-    r"(?:eliminat|exclud|reject|disagree|contradict|mismatch|verify|check|compar|consider)\w*)\b|"
-    r"错|排除|除了|禁止|来看|首先看|再看"
-)
-CONDITION = r"\b(?:if|unless)\b|如果|假如|若"
-MARKED = r"[«‹·]\w[»›·]"
-JOINT = r"(?:[ ,/&+、或者和与及]|还是|\b(?:or|and|nor|maybe|perhaps|possibly)\b)*"
-SENTENCE = r"[.!]+(?=\s|$)|[。\n]"
-CLAUSE = (  # commas part clauses, but not those of "«A», «B» and «C»"
-    rf"(?<![»›·]),|,(?!{JOINT}[«‹·])|;|:(?=\s)|(?<=»)\s*[:-]|(?<=[»›]) as\b|"
-    r"(?<=») (?=(?-i:[A-Z]))|(?<!anything )\bbut\b|\b(?:so|while|although|though|however|because|since|which|hence|"
-    r"thus|therefore)\b|(?=\bnot [«‹·]|\brather than\b|\binstead of\b)|而是|但|所以|因此|因为|故"
-)
-SEVERAL = rf"{MARKED}(?:{JOINT}{MARKED})*"
-CUE = (
-    r"(?:\b(?:answers?|ans|option|choice|choos\w+|chose|pick\w*|select\w*|correct|best|correction|"
-    r"leaves|go(?:ing)? (?:with|for))\b|答|选|正确)[^«‹·\n]*|"
-    r"(?:\b(?:so|hence|thus|therefore|actually|wait|sorry|no|rather|think|say|meant|second thought)\W*|"
-    r"\b(?:it|this|must|should|would)(?:'s| is| be)?(?: option)?\s+|是|所以|因此|故)(?=[«·])"
-)
-AFFIRMED = (
-    r"\s*(?:(?:is|are|seems)\s+(?:\w+ )?(?:correct|right|best|answer|most)|\bbest\b|\bfits\b|"
-    r"\bmatches\b|:?正确|:?对)"
-)
-ANNOUNCED = rf"(?i)(?:{CUE}){SEVERAL}|{SEVERAL}{AFFIRMED}"
-BARE = rf"(?im)^[^\w«‹]*{SEVERAL}[^\w«‹\t\n,]*(?=$|\t(?!,)|\t, *\t)"
-# A letter that stands at the start of a clause, or after one of these words, and before AFTER, is an
-# option's and not a word ("A dog", "B12").
-START = r"(?m:^)[^\w«‹]*|[.!]\s+|;\s*|(?<![A-Z]),\s*"
-WITHIN = (
-    r"[:=»]\s*|-\s+|[\u4e00-\u9fff]\s*|\b(?i:answer|is|are|be|it's|answer's|option|choice|choose|"
-    r"chose|choosing|pick|select|say|so|hence|thus|therefore|think|with|for|likely|probably|"
-    r"clearly|definitely|between|either|neither|both|not|no|or|like|actually|meant|but|wait|"
-    r"rather)\s+"
-)
-AFTER = (
-    r"\s*(?:$|[,:;!.。()/\n]|- |(?<!\bA)(?<!\bA )[«‹]|[\u662f而对正错项不都和与或及、。选也])|"
-    r"\s+(?:because|since|as|and|or|but|rather|not|for|in|here|given|fits|matches|best|\d|"
-    r"is (?:the|not|correct|right|wrong|incorrect|also))\b"
-)
-GAP = r"\W+(?:an? |the )?"
-YES_OR_NO = (
-    r"(yes|nope|no|是的?|有|对|否|不是|没有|不存在)"
-    r"(?=\s*(?:$|[.,!;:。\n]|(?:and|or|because|since|as)\b))"
-)
-UNSURE = (
-    r"(?:\bnot|n't|\bun|\bim)\s?(?:\w+ )?"
-    r"(?:sure|certain|clear|able|possible|tell|determine|know)|"
-    r"\b(?:cannot (?:tell|determine|know)|to tell|sorry|maybe|perhaps|possibly|idea)\b|"
-    r"无法|不确定|不清"
-)
-
-
-# ------------------------------------------------------------------------------ what is said at all
 
 
 def final_text(output: str) -> str:
@@ -116,60 +51,95 @@ def digits(words: re.Match) -> str:
 
 def plain(text: str) -> str:
     """Lower case, without articles, outer punctuation and the hyphens of words: "The T-shirt." ->
-    "t shirt"."""
-    text = re.sub(
-        r"\b(?:an?|the) +(?!is\b|and\b|or\b)(?=\w)|(?<=[a-z])-(?=[a-z])", " ", text.lower()
-    )
+    "t shirt"; but "A is darker" keeps its letter."""
+    article = r"\b(?:an?|the) +(?!is\b|and\b|or\b)(?=\w)"
+    text = re.sub(rf"{article}|(?<=[a-z])-(?=[a-z])", " ", text.lower())
     return " ".join(text.strip(" \n.,;:!?'()[]。").split())
 
 
 # ---------------------------------------------------------------------------------------- choices
 
+# Marks: «C» a letter that names an option wherever it stands; ·C· one that may be a word or a name
+# ("the sign is C"), and counts only when announced; ‹C› the text of C.
+MARK = r"[«‹·]\w[»›·]"
+JOINT = r"(?:[ ,/&+、或者和与及]|还是|\b(?:or|and|nor|maybe|perhaps|possibly)\b)*"
+SEVERAL = rf"{MARK}(?:{JOINT}{MARK})*"  # "«A», «B» and «C»"
+
+# A capital is a letter's mark, and no word ("A dog", "B12"), after START or WITHIN and before AFTER.
+OPTION = r"\b(?i:option|choice)s?\s*|选项\s*"
+START = r"(?m:^)[^\w«‹]*|[.!]\s+|;\s*|(?<![A-Z]),\s*"
+WITHIN = (
+    r"[:=»]\s*|-\s+|[\u4e00-\u9fff]\s*|\b(?i:answer|is|are|be|it's|answer's|choose|chose|"
+    r"choosing|pick|select|say|so|hence|thus|therefore|think|with|for|likely|probably|clearly|"
+    r"definitely|between|either|neither|both|not|no|or|like|actually|meant|but|wait|rather)\s+"
+)
+AFTER = (
+    r"\s*(?:$|[,:;!.。()/\n]|- |(?<!\bA)(?<!\bA )[«‹]|[是而对正错项不都和与或及、选也])|"
+    r"\s+(?:because|since|as|and|or|but|rather|not|for|in|here|given|fits|matches|best|\d|"
+    r"is (?:the|not|correct|right|wrong|incorrect|also))\b"
+)
+
+SENTENCE = r"[.!]+(?=\s|$)|[。\n]"
+CLAUSE = (  # commas part clauses, but not those of SEVERAL
+    rf"(?<![»›·]),|,(?!{JOINT}[«‹·])|;|:(?=\s)|(?<=»)\s*[:-]|(?<=[»›]) as\b|"
+    r"(?<=») (?=(?-i:[A-Z]))|(?<!anything )\bbut\b|(?=\bnot [«‹·]|\brather than\b|\binstead of\b)|"
+    r"\b(?:so|while|although|though|however|because|since|which|hence|thus|therefore)\b|"
+    r"而是|但|所以|因此|因为|故"
+)
+NOT = r"(?:\b(?:no|not|never|neither|nor|none|cannot)\b|n't\b|不|没|无|否|并非|而非)"
+DENIAL = (  # a clause that denies, doubts or only looks at what it names
+    rf"{NOT}|\b(?:unlike|except|anything but|other than|rather than|instead of|wrong|incorrect|"
+    r"false|unlikely|inaccurate|distractor|rul(?:e|ed|ing) out|lacks?|doubt|let's|let me|whether|"
+    r"(?:eliminat|exclud|reject|disagree|contradict|mismatch|verify|check|compar|consider)\w*)\b|"
+    r"错|排除|除了|禁止|来看|首先看|再看"
+)
+CONDITION = (  # a sentence that says what would be
+    r"^\W*(?:if|unless)\b(?! i (?:had|were) to)|\b(?:would|could)\b.*\bif\b|如果|假如|若"
+)
+
+CUE = (
+    r"(?:\b(?:answers?|ans|(?:option|choice)(?!\W*«)|choos\w+|chose|pick\w*|select\w*|correct|best|"
+    r"correction|leaves|go(?:ing)? (?:with|for))\b|答|选(?!项)|正确)[^«‹·\n]*|"
+    r"(?:\b(?:so|hence|thus|therefore|actually|wait|sorry|no|rather|think|say|meant|"
+    r"second thought)\W*|\b(?:it|this|must|should|would)(?:'s| is| be)?(?: option)?\s+|"
+    r"[是为故]|所以|因此)(?=[«·])"
+)
+AFFIRMED = (
+    r"\s*(?:(?:is|are|seems)\s+(?:\w+ )?(?:correct|right|best|answer|most)|\bbest\b|\bfits\b|"
+    r"\bmatches\b|:?正确|:?对)"
+)
+ANNOUNCED = rf"(?i)(?:{CUE}){SEVERAL}|{SEVERAL}{AFFIRMED}"
+ALONE = rf"(?im)(?:^[^\w«‹]*|: ){SEVERAL}[^\w«‹\t\n,]*(?=$|\t(?!,)|\t, *\t)"
+
 
 def parse_choice(output: str, options: dict[str, str]) -> str | None:
     """The letter of the option that an output commits to; None when it commits to none, or to
-    several."""
-    names = "".join(options)
+    several.
+
+    1. Options are marked where they are named, by letter or text.
+    2. What a clause denies or doubts, or a sentence with "if" says, is dropped.
+    3. The letter that is announced last decides ("answer", "so", "choose", "选", ..); else one that
+       is a sentence of its own; else an announced text; else a text that is a sentence of its own;
+       else the letters, else the texts, that are named at all.
+    4. That must be a single one: "A or B", or a letter beside another option's text, is none.
+    """
     text = re.sub(r":\s+", ": ", final_text(output))
-    text = mark_certain(text, names)
-    text = mark_texts(text, options)
-    text = mark_alone(text, names)
+    text = mark_letters(mark_texts(text, options), "".join(options))
     text = asserted(text)
-    ranks = (
+    for pattern, mark in (
         (ANNOUNCED, "[«·]"),
-        (BARE, "«"),
+        (ALONE, "«"),
         (ANNOUNCED, "‹"),
-        (BARE, "‹"),
-        (MARKED, "«"),
-        (MARKED, "‹"),
-    )
-    for pattern, mark in ranks:
+        (ALONE, "‹"),
+        (MARK, "«"),
+        (MARK, "‹"),
+    ):
         found = [each[0] for each in re.finditer(pattern, text) if re.search(mark, each[0])]
         if found:
             said = found[-1] if pattern == ANNOUNCED else "".join(found)
-            named = set(re.findall(r"[«‹·](\w)", said))
-            return named.pop() if len(named) == 1 else None
+            names = set(re.findall(r"[«‹·](\w)", said.upper()))
+            return names.pop() if len(names) == 1 else None
     return None
-
-
-def several(names: str) -> str:
-    """A pattern of one letter, or of several that are joined: "A, B and C"."""
-    letter = rf"\b[{names}]\b(?!['-]\w)"
-    return rf"({letter}(?:{JOINT}{letter})*)"
-
-
-def mark_certain(text: str, names: str) -> str:
-    """ "Option c, not (a)" -> "«C», not «A»"."""
-    small = rf"(?i)(^|\banswer(?: is|:) |\boption: )([{names}])(?=[.):]|\s*$)"
-    text = re.sub(small, lambda found: found[1] + found[2].upper(), text)
-    option = r"(?:\b(?:option|choice)s?|选项)\s*"
-    certain = rf"(?ai){option}{several(names)}|(?:{option})?[(\[]\s*{several(names)}\s*[)\]]"
-    return re.sub(certain, lambda found: wrapped(found[1] or found[2], "«»"), text)
-
-
-def wrapped(letters: str, marks: str) -> str:
-    left, right = marks
-    return re.sub(r"(?ai)\b[a-z]\b", lambda found: left + found[0].upper() + right, letters)
 
 
 def mark_texts(text: str, options: dict[str, str]) -> str:
@@ -178,47 +148,75 @@ def mark_texts(text: str, options: dict[str, str]) -> str:
     for name, option in sorted(options.items(), key=lambda item: -len(item[1])):
         words = plain(final_text(option)).split()
         if words and all(word in text.lower() for word in words):
-            texts.append(rf"(?P<{name}>{GAP.join(map(re.escape, words))})")
+            words = r"\W+(?:an? |the )?".join(map(re.escape, words))
+            texts.append(rf"(?P<{name}>{words})")
     if not texts:
         return text
-    letter = r"(?:(?:«(\w)»|\b([a-z])\s*[.:)-])\W*?(?:an? |the )?)?"
-    there = rf"{letter}(?<![\w.:«‹·-])(?:{'|'.join(texts)})(?![\w›»·-]|[.:]\d|\s*%)"
+    letter = r"(?:[(\[]?\b([a-z])\s*[.:)\]-]+[\s.:-]*(?:an? |the )?)?"
+    pattern = rf"(?ai){letter}(?<![\w.:-])(?:{'|'.join(texts)})(?![\w-]|[.:]\d|\s*%)"
 
     def marked(found: re.Match) -> str:
-        name, letter = found.lastgroup, found[1] or found[2] or ""
-        if letter.upper() == name:
+        name = found.lastgroup
+        if found[1] and found[1].upper() == name:
             return f"«{name}»"
-        if found[name].upper() in options:
+        if found[name].upper() in options:  # an option's text is another's letter
             return found[0]
         return found[0].removesuffix(found[name]) + f"‹{name}›"
 
-    return re.sub(rf"(?ai){there}", marked, text)
+    return re.sub(pattern, marked, text)
 
 
-def mark_alone(text: str, names: str) -> str:
-    """ "C, as A is .." -> "«C», as ..": "So C" ->"""
-    start = rf"(?a)({START}){several(names)}(?={AFTER})"
-    text = re.sub(start, lambda found: found[1] + wrapped(found[2], "«»"), text)
-    within = rf"(?a)({WITHIN}){several(names)}(?=(?<![AI])\s|{AFTER})"
-    return re.sub(within, lambda found: found[1] + wrapped(found[2], "··"), text)
+def mark_letters(text: str, names: str) -> str:
+    """ "Option c, not (a)" -> "Option «C», not («A»)"; "So C" -> "So ·C·"."""
+    any_case = names + names.lower()
+    for before, letters, after, marks in (
+        (OPTION, any_case, r"\b", "«»"),
+        (r"[(\[]\s*", any_case, r"\s*[)\]]", "«»"),
+        (r"^|\banswer(?: is|:) |\boption: ", names.lower(), r"[.):]|\s*$", "«»"),
+        (START, names, AFTER, "«»"),
+        (WITHIN, names, rf"(?<![AI])\s|{AFTER}", "··"),
+    ):
+        letter = rf"\b[{letters}]\b(?!['-]\w)"
+        several = rf"(?a)({before})({letter}(?:{JOINT}{letter})*)(?={after})"
+        text = re.sub(several, partial(wrapped, *marks), text)
+    return re.sub(r"[()\[\]]", "", text)
+
+
+def wrapped(left: str, right: str, found: re.Match) -> str:
+    return found[1] + re.sub(r"(?a)\b(\w)\b", rf"{left}\1{right}", found[2])
 
 
 def asserted(text: str) -> str:
-    text = re.sub(r"(?m)(^\W*«\w»)[.:)\]-]*[^\S\n]*(?:(?:an?|the) )?(?=‹)", r"\1 ", text)
-    text = re.sub(
-        r"(?im)([»·])[.:)\]-]*\s*(?:(?:an?|the) )?(‹\w›)(?=\s*(?:$|[\n.,;:!()]))", r"\1 \2", text
-    )
-    kept = []
+    """The text without the marks of what it denies: a line a sentence, a tab before each further
+    clause."""
+    beside = r"(?im)([»·])[.:-]*\s*(?:an? |the )?(‹\w›)(?=\W*$|[.,;!])"
+    text = re.sub(beside, r"\1 \2", text)  # a letter and its text, or another's, are one mention
+    lines = []
     for sentence in re.split(SENTENCE, text):
-        clauses = re.sub(rf"(?i){CLAUSE}", r"\n\g<0>", sentence).split("\n")
+        clauses = re.sub(rf"(?i){CLAUSE}", r"\t\g<0>", sentence).split("\t")
+        conditional = re.search(rf"(?i){CONDITION}", sentence)
         for n, clause in enumerate(clauses):
-            if re.search(rf"(?i){CONDITION}", sentence) or re.search(rf"(?i){DENIES}", clause):
-                clauses[n] = re.sub(MARKED, " ", clause)
-        kept.append("\t".join(clauses))
-    return "\n".join(kept)
+            if conditional or re.search(rf"(?i){DENIAL}", clause):
+                clauses[n] = re.sub(MARK, " ", clause)
+        lines.append("\t".join(clauses))
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------ yes/no, free form
+
+YES_OR_NO = (
+    r"(?:[(\[]?[a-h][.:)\]]+ ?)?(yes|nope|no|是的?|有的?|对|否|不是|不|没有|不存在)"
+    r"(?=\s*(?:$|[.,!;:。\n]|(?:and|or|because|since|as)\b))"
+)
+UNSURE = (
+    r"(?:\bnot|n't|\bun|\bim)\s?(?:\w+ )?"
+    r"(?:sure|certain|clear|able|possible|tell|determine|know)|"
+    r"\b(?:cannot (?:tell|determine|know)|to tell|sorry|maybe|perhaps|possibly|idea|without|"
+    r"(?:i|we) (?:do not|don't|cannot|can't)(?! see| find| spot| notice| detect)|"
+    r"see (?:the|an|any|this) (?:image|picture|photo)|enough|information|whether)\b|"
+    r"无法|不确定|不清"
+)
+THERE = r"\bthere(?: is|'s| are) (?!no)|\b(?:is|are|can be) (?:clearly )?(?:visible|present|seen)\b"
 
 
 def parse_yes_no(output: str) -> str | None:
@@ -226,26 +224,34 @@ def parse_yes_no(output: str) -> str | None:
     stands as a clause of its own; else "no" for a sentence that denies, "yes" for "there is ..".
     Doubt and contradiction are None."""
     text = final_text(output).lower()
-    if re.search(UNSURE, text):
-        return None
-    cue = r"(?:\b(?:answer|so|hence|thus|therefore)\b|答案|所以|因此)(?:\s*(?:is|是|为))?[\s:]*"
-    announcements = re.findall(cue + YES_OR_NO, text)
-    clauses = re.findall(rf"(?:^|[.,:;!。\n]|\b(?:is|so|and|or)\b)\s*{YES_OR_NO}", text)
-    said = set()
-    for word in announcements[-1:] or clauses:
-        said.add("no" if re.match("no|否|不|没", word) else "yes")
-    if not announcements and said != {"no"}:
-        denial = r"\bthere(?: is|'s| are) no|\bno\W*$" if said else NOT
-        if re.search(denial, text):
-            said.add("no")
-        if re.search(r"\bthere(?: is|'s| are) (?!no)|\byes\b", text):
-            said.add("yes")
+    cue = r"(?:\b(?:answer|so|hence|thus|therefore)\b|答案|所以|因此)(?:\s*(?:is|是|为))?[\s:-]*"
+    clause = r"(?:^|[.,:;!。\n]|\b(?:is|so|and|or|but)\b)\s*"
+    words = re.findall(cue + YES_OR_NO, text)[-1:] or re.findall(clause + YES_OR_NO, text)
+    said = {"no" if re.match("no|否|不|没", word) else "yes" for word in words}
+    contradiction = r"\byes\W+there(?: is|'s| are) no (?!doubt)"
+    if not words:
+        for sentence in re.split(SENTENCE, text):
+            if re.search(UNSURE, sentence):
+                continue
+            if re.search(rf"{NOT}|\b(?:absent|missing)\b", sentence):
+                said.add("no")
+            if re.search(THERE, sentence):
+                said.add("yes")
+    elif re.search(contradiction, text):
+        said.add("no")
     return said.pop() if len(said) == 1 else None
 
 
+# Beside a number: it is not exactly that.
+VAGUE = (
+    r"or|about|around|approx\w*|roughly|nearly|almost|maybe|perhaps|possibly|than|over|under|above|"
+    r"below|up to|least|most|max\w*|minus|plus|fewer|half|twice|times|pairs?|am|pm|" + LARGE
+)
+
+
 def match_free_form(output: str, answer: str) -> bool | None:
-    """True: the output's value is the answer; False: it is another number, or no for yes; None:
-    undecided, a judge's matter.
+    """True: the output's value is the answer, or a line of it (each is a right answer); False: it
+    is another number, or no for yes; None: undecided, a judge's matter.
 
     The value is what follows the last "answer is" / "answer:", else the whole text, its first or
     last line, or what follows a single sentence's last verb. A number also stands among words
@@ -253,7 +259,13 @@ def match_free_form(output: str, answer: str) -> bool | None:
     """
     cue = r"(?i)\banswer\b\s*(?:is\b|[:=])|答案[是为:]*"
     text = re.split(cue, final_text(output))[-1].strip()
-    gold = plain(final_text(answer))
+    found = {same_value(text, plain(final_text(right))) for right in answer.split("\n")}
+    if True in found:
+        return True
+    return None if None in found else False
+
+
+def same_value(text: str, gold: str) -> bool | None:
     if not gold:
         return None
     if gold in map(plain, values_of(text)):
@@ -267,7 +279,7 @@ def values_of(text: str) -> list[str]:
     """What a text may mean as a whole: itself, its first or last line; "blue" of "The car is blue",
     but not of "I doubt it is blue"."""
     lines = text.split("\n")
-    *before, value = re.split(r"(?i)\b(?:is|are|was|were|it's|says|reads|shows)\b", text)
+    *before, value = re.split(r"(?i)\b(?:is|are|was|were|it's|says|reads:?|shows)\b", text)
     doubt = rf"(?i){NOT}|\b(?:if|whether|doubt|nobody|false|unsure|unclear|uncertain)\b"
     if re.search(r"[.!。]\s|\n", text) or re.search(doubt, " ".join(before)):
         value = text  # of several sentences, or of one that does not say so
@@ -277,8 +289,9 @@ def values_of(text: str) -> list[str]:
 def same_number(text: str, gold: str) -> bool | None:
     """Whether the only number in `text` is that of `gold`: "3.0 dogs" and "3" are, "3" and "4" are
     not. None where there is no such number, it is qualified ("about 3", "3%"), stands for something
-    else ("3 dogs" and "3 cats"), or the two are written in different ways (1/2 and 0.5)."""
-    number = r"(?<![\w.:/])-?\d+(?:[.:/]\d+)*(?![\w%+°])"
+    else ("3 dogs" and "3 cats"), or the two are written in different ways (1/2 and 0.5) or may be
+    rounded (12.5 and 12.46)."""
+    number = r"(?<![\w.:/])-?\d+(?:[.:/]\d+)*(?![\w%+°]|[.:/]\d)"
     found = re.findall(number, text)
     wanted = re.fullmatch(rf"({number})(?: [a-z]+)*", gold)
     if len(found) != 1 or not wanted or re.search(rf"(?i){NOT}|\b(?:{VAGUE})\b", f"{text} {gold}"):
@@ -287,7 +300,9 @@ def same_number(text: str, gold: str) -> bool | None:
     if gold != b and plain(text) != a:
         return None
     with suppress(ValueError):  # 10:11 is no float
-        return float(a) == float(b)
+        difference = abs(float(a) - float(b))
+        decimals = min(len(each.partition(".")[2]) for each in (a, b))
+        return None if 0 < difference < 0.5 * 10**-decimals else difference == 0
     alike = re.sub(r"\d", "", a) == re.sub(r"\d", "", b)
     return a == b if alike else None
 
@@ -300,26 +315,53 @@ def official_right(output: str, kind: str, answer: str, bench: str = "") -> bool
     to the judge)."""
     if kind == "exact":  # ours
         return output.split() == answer.split()
-    gold = answer.strip().lower()
-    text = output[max(output.find("Answer:"), 0) :]
     inside = re.search(r"(?s)<answer>(.*?)</answer>", output)
-    text = (inside[1] if inside else text).strip()
+    text = inside[1] if inside else output[max(output.find("Answer:"), 0) :]
+    text = text.strip()
+    said = text
     if kind == "yn":
-        text = text.lstrip("*")
-        if text.lower().startswith("answer"):
-            text = text.partition("answer")[2]  # the original crashes at "Answer": wrong here
-        text = text.strip(":* \n").lower()
-        first = re.match("yes|no", text)
-        return gold == (first[0] if first else text.split(" ")[-1].strip(". *"))
-    if kind == "free" or text.lower() == gold:
-        return text.lower() == gold
+        said = official_yes_no(text)
+    elif kind == "mc":
+        said = official_letter(text, bench)
+    rights = answer.split("\n")
+    return any(said.lower() == right.strip().lower() or graded(text, right) for right in rights)
+
+
+def official_yes_no(text: str) -> str:
+    text = text.lstrip("*")
+    if text.lower().startswith("answer"):
+        text = text.partition("answer")[2]  # the original crashes at "Answer": wrong here
+    text = text.strip(":* \n").lower()
+    first = re.match("yes|no", text)
+    return first[0] if first else text.split(" ")[-1].strip(". *")
+
+
+def official_letter(text: str, bench: str) -> str:
     rules = (r"\(([A-Z])\)", r"([A-Z])[.)\s]", r"([A-Z])")
     if bench == "mmvp":
         rules = (r"\(([ABab])\)", r"\b([ABab])\b")
-    for rule in rules:
-        if letter := re.search(rule, text):
-            return letter[1].lower() == gold
-    return False
+    found = [letter[1] for rule in rules if (letter := re.search(rule, text))]
+    return found[0] if found else ""
+
+
+def graded(output: str, answer: str) -> bool:
+    """As mathruler's grade_answer, which the official code asks first, but for its algebra:
+    "\\boxed{C}", "(C)" and "c" are C, "1,000", "1000.0" and "1000 cm" are 1000."""
+    a, b = official_form(output), official_form(answer)
+    with suppress(ValueError):
+        return float(a) == float(b)
+    return a == b
+
+
+def official_form(text: str) -> str:
+    text = re.sub(r"\\(?:boxed|text)|[{}$%]", "", text)
+    units = (
+        "degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard"
+    )
+    text = re.sub(rf"(?:{units})(?:es)?s?|\s", "", text).lower()
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    bracketed = re.fullmatch(r"[(\[]([a-z]{1,2}|[\d./-]+)[)\]]", text)
+    return bracketed[1] if bracketed else text
 
 
 def parse_and_judge(question: Question, output: str) -> tuple[str | None, bool | None]:
@@ -335,6 +377,15 @@ def parse_and_judge(question: Question, output: str) -> tuple[str | None, bool |
     return said, None if said is None else said == question.answer
 
 
+def opening(output: str) -> str:
+    """What counts of an output that was cut off, maybe in a thought that the template opened: what
+    follows that thought, or a first line of a few words ("B. red")."""
+    first = output.strip().partition("\n")[0]
+    if "</think>" in output:
+        return output
+    return first if len(first.split()) <= 5 else ""
+
+
 def is_right(question: Question, output: str) -> bool:
     """Whether our rules call an output right; what only a judge could decide is not."""
     return bool(parse_and_judge(question, output)[1])
@@ -345,7 +396,10 @@ def score(answer: Answer, verdict: bool | None = None, scorer: str = "ours") -> 
     scored = Scored(**vars(answer))
     if answer.error is not None:
         return scored
-    scored.said, right = parse_and_judge(answer, answer.output)
+    output = answer.output
+    if answer.truncated and answer.kind != "exact":
+        output = opening(output)
+    scored.said, right = parse_and_judge(answer, output)
     scored.official = official_right(answer.output, answer.kind, answer.answer, answer.bench)
     decided = right if scorer == "ours" else scored.official or None
     scored.undecided = decided is None
