@@ -26,7 +26,8 @@ def final_text(output: str) -> str:
     """What an output finally says: after the last </think>, in the last <answer>, start and end of
     what is long, in the last \\boxed{}; without questions, special tokens and markup, full-width
     forms as ASCII, number words below 100 as digits."""
-    text = unicodedata.normalize("NFKC", output).replace("’", "'").rpartition("</think>")[2]
+    text = unicodedata.normalize("NFKC", output).replace("’", "'")
+    text = re.sub("[【】]", "\n", re.sub(r"\s*[–—]\s*", " - ", text)).rpartition("</think>")[2]
     if "<think>" in text:  # cut off while thinking
         return ""
     text = text.rpartition("<answer>")[2].partition("</answer>")[0]
@@ -71,11 +72,11 @@ START = r"(?m:^)[^\w«‹]*|[.!]\s+|;\s*|(?<![A-Z]),\s*"
 WITHIN = (
     r"[:=»]\s*|-\s+|[\u4e00-\u9fff]\s*|\b(?i:answer|is|are|be|it's|answer's|choose|chose|"
     r"choosing|pick|select|say|so|hence|thus|therefore|think|with|for|likely|probably|clearly|"
-    r"definitely|between|either|neither|both|not|no|or|like|actually|meant|but|wait|rather)\s+"
+    r"definitely|between|either|neither|both|among|not|no|like|actually|meant|but|wait|rather)\s+"
 )
 AFTER = (
     r"\s*(?:$|[,:;!.。()/\n]|- |(?<!\bA)(?<!\bA )[«‹]|[是而对正错项不都和与或及、选也])|"
-    r"\s+(?:because|since|as|and|or|but|rather|not|for|in|here|given|fits|matches|best|\d|"
+    r"\s+(?:because|since|as|and|or|but|rather|not|for|in|here|given|fits|matches|remains|best|\d|"
     r"is (?:the|not|correct|right|wrong|incorrect|also))\b"
 )
 
@@ -106,7 +107,7 @@ CUE = (
 )
 AFFIRMED = (
     r"\s*(?:(?:is|are|seems)\s+(?:\w+ )?(?:correct|right|best|answer|most)|\bbest\b|\bfits\b|"
-    r"\bmatches\b|:?正确|:?对)"
+    r"\bmatches\b|\bremains\b|:?正确|:?对)"
 )
 ANNOUNCED = rf"(?i)(?:{CUE}){SEVERAL}|{SEVERAL}{AFFIRMED}"
 ALONE = rf"(?im)(?:^[^\w«‹]*|: ){SEVERAL}[^\w«‹\t\n,]*(?=$|\t(?!,)|\t, *\t)"
@@ -163,7 +164,8 @@ def mark_texts(text: str, options: dict[str, str]) -> str:
             return found[0]
         return found[0].removesuffix(found[name]) + f"‹{name}›"
 
-    return re.sub(pattern, marked, text)
+    text = re.sub(pattern, marked, text)
+    return re.sub(r"(?m)(?<=»)\n+(?=«\w»$)", " ", text)  # a list, restated
 
 
 def mark_letters(text: str, names: str) -> str:
@@ -206,17 +208,17 @@ def asserted(text: str) -> str:
 
 YES_OR_NO = (
     r"(?:[(\[]?[a-h][.:)\]]+ ?)?(yes|nope|no|是的?|有的?|对|否|不是|不|没有|不存在)"
-    r"(?=\s*(?:$|[.,!;:。\n]|(?:and|or|because|since|as)\b))"
+    r"(?=\s*(?:$|[.,!;:。\n-]|(?:and|or|because|since|as|it|there)\b))"
 )
 UNSURE = (
     r"(?:\bnot|n't|\bun|\bim)\s?(?:\w+ )?"
     r"(?:sure|certain|clear|able|possible|tell|determine|know)|"
     r"\b(?:cannot (?:tell|determine|know)|to tell|sorry|maybe|perhaps|possibly|idea|without|"
     r"(?:i|we) (?:do not|don't|cannot|can't)(?! see| find| spot| notice| detect)|"
-    r"see (?:the|an|any|this) (?:image|picture|photo)|enough|information|whether)\b|"
-    r"无法|不确定|不清"
+    r"see (?:the|an|any|this) (?:image|picture|photo)|enough|information|access|whether)\b|"
+    r"无法|不确定|不清|不知道"
 )
-THERE = r"\bthere(?: is|'s| are) (?!no)|\b(?:is|are|can be) (?:clearly )?(?:visible|present|seen)\b"
+THERE = r"\bthere(?: is|'s| are) (?!no)"
 
 
 def parse_yes_no(output: str) -> str | None:
@@ -228,7 +230,7 @@ def parse_yes_no(output: str) -> str | None:
     clause = r"(?:^|[.,:;!。\n]|\b(?:is|so|and|or|but)\b)\s*"
     words = re.findall(cue + YES_OR_NO, text)[-1:] or re.findall(clause + YES_OR_NO, text)
     said = {"no" if re.match("no|否|不|没", word) else "yes" for word in words}
-    contradiction = r"\byes\W+there(?: is|'s| are) no (?!doubt)"
+    contradiction = r"\byes\W+there(?: is|'s| are) no (?!doubt|other)"
     if not words:
         for sentence in re.split(SENTENCE, text):
             if re.search(UNSURE, sentence):
