@@ -19,6 +19,7 @@ TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen 
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = dict(zip([*ONES, *TEENS, *TENS], [*range(20), *range(20, 100, 10)], strict=True))
 NUMBER = rf"(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES[1:])})|{'|'.join(NUMBERS)}"
+ALIKE = str.maketrans({"’": "'", "–": " - ", "—": " - ", "【": "\n", "】": "\n"})
 LARGE = r"hundred|thousand|million|billion|dozen"
 
 
@@ -26,13 +27,13 @@ def final_text(output: str) -> str:
     """What an output finally says: after the last </think>, in the last <answer>, start and end of
     what is long, in the last \\boxed{}; without questions, special tokens and markup, full-width
     forms as ASCII, number words below 100 as digits."""
-    text = unicodedata.normalize("NFKC", output).replace("’", "'")
-    text = re.sub("[【】]", "\n", re.sub(r"\s*[–—]\s*", " - ", text)).rpartition("</think>")[2]
+    text = output.rpartition("</think>")[2]
     if "<think>" in text:  # cut off while thinking
         return ""
     text = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    if len(text) >= 4000:
-        text = text[:1000] + "\n" + text[-3000:]
+    if len(text) > 3000:
+        text = text[:500] + "\n" + text[-2000:]
+    text = unicodedata.normalize("NFKC", text).translate(ALIKE)
     boxed = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)
     if boxed:
         text = boxed[-1]
@@ -63,14 +64,17 @@ def plain(text: str) -> str:
 # Marks: «C» a letter that names an option wherever it stands; ·C· one that may be a word or a name
 # ("the sign is C"), and counts only when announced; ‹C› the text of C.
 MARK = r"[«‹·]\w[»›·]"
-JOINT = r"(?:[ ,/&+、或者和与及]|还是|\b(?:or|and|nor|maybe|perhaps|possibly)\b)*"
-SEVERAL = rf"{MARK}(?:{JOINT}{MARK})*"  # "«A», «B» and «C»"
+JOINT = r"(?:[ ,/&+、或者和与及]|还是|\b(?:or|and|nor|maybe|perhaps|possibly)\b){0,7}"
+SEVERAL = rf"{MARK}(?:{JOINT}{MARK}){{0,9}}"  # "«A», «B» and «C»"
 
-# A capital is a letter's mark, and no word ("A dog", "B12"), after START or WITHIN and before AFTER.
+# A letter and its text, or another's, are named as one: "«C». ‹C›" -> "«C» ‹C›".
+BESIDE = r"(?im)([»·])[.:-]*\s*(?:an? |the )?(‹\w›)(?=\W*$|[.,;!]|\s*[«·])"
+
+# A capital names an option, and is no word ("A dog", "B12"), between START or WITHIN and AFTER.
 OPTION = r"\b(?i:option|choice)s?\s*|选项\s*"
-START = r"(?m:^)[^\w«‹]*|[.!]\s+|;\s*|(?<![A-Z]),\s*"
+START = r"(?m:^)[^\w«‹\n\u4e00-\u9fff]*|[.!]\s+|;\s*|(?<![A-Z]),\s*"
 WITHIN = (
-    r"[:=»]\s*|-\s+|[\u4e00-\u9fff]\s*|\b(?i:answer|is|are|be|it's|answer's|choose|chose|"
+    r"[:=»›]\s*|-\s+|[\u4e00-\u9fff]\s*|\b(?i:answer|is|are|be|it's|answer's|choose|chose|"
     r"choosing|pick|select|say|so|hence|thus|therefore|think|with|for|likely|probably|clearly|"
     r"definitely|between|either|neither|both|among|not|no|like|actually|meant|but|wait|rather)\s+"
 )
@@ -82,25 +86,25 @@ AFTER = (
 
 SENTENCE = r"[.!]+(?=\s|$)|[。\n]"
 CLAUSE = (  # commas part clauses, but not those of SEVERAL
-    rf"(?<![»›·]),|,(?!{JOINT}[«‹·])|;|:(?=\s)|(?<=»)\s*[:-]|(?<=[»›]) as\b|"
+    rf"(?i)(?<![»›·]),|,(?!{JOINT}[«‹·])|;|:(?=\s)|(?<=»)\s*[:-]|(?<=[»›]) as\b|"
     r"(?<=») (?=(?-i:[A-Z]))|(?<!anything )\bbut\b|(?=\bnot [«‹·]|\brather than\b|\binstead of\b)|"
     r"\b(?:so|while|although|though|however|because|since|which|hence|thus|therefore)\b|"
     r"而是|但|所以|因此|因为|故"
 )
 NOT = r"(?:\b(?:no|not|never|neither|nor|none|cannot)\b|n't\b|不|没|无|否|并非|而非)"
 DENIAL = (  # a clause that denies, doubts or only looks at what it names
-    rf"{NOT}|\b(?:unlike|except|anything but|other than|rather than|instead of|wrong|incorrect|"
+    rf"(?i){NOT}|\b(?:unlike|except|anything but|other than|rather than|instead of|wrong|incorrect|"
     r"false|unlikely|inaccurate|distractor|rul(?:e|ed|ing) out|lacks?|doubt|let's|let me|whether|"
     r"(?:eliminat|exclud|reject|disagree|contradict|mismatch|verify|check|compar|consider)\w*)\b|"
     r"错|排除|除了|禁止|来看|首先看|再看"
 )
 CONDITION = (  # a sentence that says what would be
-    r"^\W*(?:if|unless)\b(?! i (?:had|were) to)|\b(?:would|could)\b.*\bif\b|如果|假如|若"
+    r"(?i)^\W*(?:if|unless)\b(?! i (?:had|were) to)|\b(?:would|could)\b.*\bif\b|如果|假如|若"
 )
 
 CUE = (
     r"(?:\b(?:answers?|ans|(?:option|choice)(?!\W*«)|choos\w+|chose|pick\w*|select\w*|correct|best|"
-    r"correction|leaves|go(?:ing)? (?:with|for))\b|答|选(?!项)|正确)[^«‹·\n]*|"
+    r"correction|leaves|go(?:ing)? (?:with|for))\b|答|选(?!项)|正确)[^«‹·\n]{0,150}|"
     r"(?:\b(?:so|hence|thus|therefore|actually|wait|sorry|no|rather|think|say|meant|"
     r"second thought)\W*|\b(?:it|this|must|should|would)(?:'s| is| be)?(?: option)?\s+|"
     r"[是为故]|所以|因此)(?=[«·])"
@@ -110,7 +114,7 @@ AFFIRMED = (
     r"\bmatches\b|\bremains\b|:?正确|:?对)"
 )
 ANNOUNCED = rf"(?i)(?:{CUE}){SEVERAL}|{SEVERAL}{AFFIRMED}"
-ALONE = rf"(?im)(?:^[^\w«‹]*|: ){SEVERAL}[^\w«‹\t\n,]*(?=$|\t(?!,)|\t, *\t)"
+ALONE = rf"(?im)(?:^[^\w«‹\n]*|: ){SEVERAL}[^\w«‹\t\n,]*(?=$|\t(?!,)|\t, *\t)"
 
 
 def parse_choice(output: str, options: dict[str, str]) -> str | None:
@@ -144,28 +148,19 @@ def parse_choice(output: str, options: dict[str, str]) -> str | None:
 
 
 def mark_texts(text: str, options: dict[str, str]) -> str:
-    """ "B. dark red, not red" -> "«B», not ‹A›": texts, the longest first, with their letter «B»."""
+    """ "It is dark red" -> "It is ‹B›", where A is "red": the longest text that fits."""
     texts = []
     for name, option in sorted(options.items(), key=lambda item: -len(item[1])):
         words = plain(final_text(option)).split()
         if words and all(word in text.lower() for word in words):
-            words = r"\W+(?:an? |the )?".join(map(re.escape, words))
-            texts.append(rf"(?P<{name}>{words})")
+            there = r"\W+(?:an? |the )?".join(map(re.escape, words))
+            if there.upper() in options:  # one's text is another's letter: only in "A. B"
+                there = rf"(?<=\b{name}[.:)] ){there}"
+            texts.append(rf"(?P<{name}>{there})")
     if not texts:
         return text
-    letter = r"(?:[(\[]?\b([a-z])\s*[.:)\]-]+[\s.:-]*(?:an? |the )?)?"
-    pattern = rf"(?ai){letter}(?<![\w.:-])(?:{'|'.join(texts)})(?![\w-]|[.:]\d|\s*%)"
-
-    def marked(found: re.Match) -> str:
-        name = found.lastgroup
-        if found[1] and found[1].upper() == name:
-            return f"«{name}»"
-        if found[name].upper() in options:  # an option's text is another's letter
-            return found[0]
-        return found[0].removesuffix(found[name]) + f"‹{name}›"
-
-    text = re.sub(pattern, marked, text)
-    return re.sub(r"(?m)(?<=»)\n+(?=«\w»$)", " ", text)  # a list, restated
+    pattern = rf"(?ai)(?<![\w.:-])(?:{'|'.join(texts)})(?![\w-]|[.:]\d|\s*%)"
+    return re.sub(pattern, lambda found: f"‹{found.lastgroup}›", text)
 
 
 def mark_letters(text: str, names: str) -> str:
@@ -179,9 +174,11 @@ def mark_letters(text: str, names: str) -> str:
         (WITHIN, names, rf"(?<![AI])\s|{AFTER}", "··"),
     ):
         letter = rf"\b[{letters}]\b(?!['-]\w)"
-        several = rf"(?a)({before})({letter}(?:{JOINT}{letter})*)(?={after})"
+        several = rf"(?a)({before})({letter}(?:{JOINT}{letter}){{0,9}})(?={after})"
         text = re.sub(several, partial(wrapped, *marks), text)
-    return re.sub(r"[()\[\]]", "", text)
+    text = re.sub(r"[()\[\]]", "", text)
+    text = re.sub(BESIDE, r"\1 \2", text)
+    return re.sub(r"(?m)(?<=[»›])\n+(?=«\w» ‹\w›$)", " ", text)  # a list, restated
 
 
 def wrapped(left: str, right: str, found: re.Match) -> str:
@@ -189,18 +186,16 @@ def wrapped(left: str, right: str, found: re.Match) -> str:
 
 
 def asserted(text: str) -> str:
-    """The text without the marks of what it denies: a line a sentence, a tab before each further
-    clause."""
-    beside = r"(?im)([»·])[.:-]*\s*(?:an? |the )?(‹\w›)(?=\W*$|[.,;!])"
-    text = re.sub(beside, r"\1 \2", text)  # a letter and its text, or another's, are one mention
+    """What is left, a line a sentence and a tab before each further clause, without sentences that
+    say what would be, and without the marks of clauses that deny."""
     lines = []
     for sentence in re.split(SENTENCE, text):
-        clauses = re.sub(rf"(?i){CLAUSE}", r"\t\g<0>", sentence).split("\t")
-        conditional = re.search(rf"(?i){CONDITION}", sentence)
-        for n, clause in enumerate(clauses):
-            if conditional or re.search(rf"(?i){DENIAL}", clause):
-                clauses[n] = re.sub(MARK, " ", clause)
-        lines.append("\t".join(clauses))
+        if not re.search(CONDITION, sentence):
+            clauses = re.sub(CLAUSE, r"\t\g<0>", sentence).split("\t")
+            for n, clause in enumerate(clauses):
+                if re.search(DENIAL, clause):
+                    clauses[n] = re.sub(MARK, " ", clause)
+            lines.append("\t".join(clauses))
     return "\n".join(lines)
 
 
@@ -261,10 +256,8 @@ def match_free_form(output: str, answer: str) -> bool | None:
     """
     cue = r"(?i)\banswer\b\s*(?:is\b|[:=])|答案[是为:]*"
     text = re.split(cue, final_text(output))[-1].strip()
-    found = {same_value(text, plain(final_text(right))) for right in answer.split("\n")}
-    if True in found:
-        return True
-    return None if None in found else False
+    verdicts = [same_value(text, plain(final_text(right))) for right in answer.split("\n")]
+    return max(verdicts, key=[False, None, True].index)
 
 
 def same_value(text: str, gold: str) -> bool | None:
@@ -312,58 +305,42 @@ def same_number(text: str, gold: str) -> bool | None:
 # ------------------------------------------------------------------------------------------ score
 
 
+UNITS = "degree|centimeter|cm|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard"
+# What the official rule reads: the first of these that is there. It crashes at "Answer: Yes".
+READ = {
+    "yn": (
+        r"(?i)^\**\s*(?-i:answer[:*\s]*)?(yes|no)",
+        r"(?i)^(?!\**answer)(?s:.*\s)?(yes|no)[.*]*$",
+    ),
+    "mmvp": (r"\(([ABab])\)", r"\b([ABab])\b"),
+    "mc": (r"\(([A-Z])\)", r"([A-Z])[.)\s]", r"([A-Z])"),
+}
+
+
 def official_right(output: str, kind: str, answer: str, bench: str = "") -> bool:
     """The official rule, mistakes included ("Answer: C" counts as A; only what it calls wrong goes
-    to the judge)."""
+    to the judge): equal in `official_form`, or what READ finds."""
     if kind == "exact":  # ours
         return output.split() == answer.split()
-    inside = re.search(r"(?s)<answer>(.*?)</answer>", output)
-    text = inside[1] if inside else output[max(output.find("Answer:"), 0) :]
+    text = output[max(output.find("Answer:"), 0) :]
+    if "<answer>" in output and "</answer>" in output:
+        text = output.partition("<answer>")[2].partition("</answer>")[0]
     text = text.strip()
-    said = text
-    if kind == "yn":
-        said = official_yes_no(text)
-    elif kind == "mc":
-        said = official_letter(text, bench)
-    rights = answer.split("\n")
-    return any(said.lower() == right.strip().lower() or graded(text, right) for right in rights)
-
-
-def official_yes_no(text: str) -> str:
-    text = text.lstrip("*")
-    if text.lower().startswith("answer"):
-        text = text.partition("answer")[2]  # the original crashes at "Answer": wrong here
-    text = text.strip(":* \n").lower()
-    first = re.match("yes|no", text)
-    return first[0] if first else text.split(" ")[-1].strip(". *")
-
-
-def official_letter(text: str, bench: str) -> str:
-    rules = (r"\(([A-Z])\)", r"([A-Z])[.)\s]", r"([A-Z])")
-    if bench == "mmvp":
-        rules = (r"\(([ABab])\)", r"\b([ABab])\b")
-    found = [letter[1] for rule in rules if (letter := re.search(rule, text))]
-    return found[0] if found else ""
-
-
-def graded(output: str, answer: str) -> bool:
-    """As mathruler's grade_answer, which the official code asks first, but for its algebra:
-    "\\boxed{C}", "(C)" and "c" are C, "1,000", "1000.0" and "1000 cm" are 1000."""
-    a, b = official_form(output), official_form(answer)
-    with suppress(ValueError):
-        return float(a) == float(b)
-    return a == b
+    said = [official_form(text)]
+    for rule in READ.get(bench) or READ.get(kind, ()):
+        found = re.search(rule, text)
+        if found:
+            said.append(found[1].lower())
+            break
+    return any(official_form(right) in said for right in answer.split("\n"))
 
 
 def official_form(text: str) -> str:
-    text = re.sub(r"\\(?:boxed|text)|[{}$%]", "", text)
-    units = (
-        "degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard"
-    )
-    text = re.sub(rf"(?:{units})(?:es)?s?|\s", "", text).lower()
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    bracketed = re.fullmatch(r"[(\[]([a-z]{1,2}|[\d./-]+)[)\]]", text)
-    return bracketed[1] if bracketed else text
+    """As mathruler's grade_answer compares, but for its algebra: "\\boxed{C}", "(C)" and "c" are C;
+    "1,000", "1000.0" and "1000 cm" are 1000."""
+    text = re.sub(r"\\(?:boxed|text)|[{}$%]|(?<=\d),(?=\d{3}(?!\d))", "", text.lower())
+    text = re.sub(rf"(?:{UNITS})(?:es)?s?|\s|(?<=\d)\.0*$|(?<=\.\d)0+$|^0+(?=\d)", "", text)
+    return re.sub(r"^[(\[]([a-z]{1,2}|[\d./-]+)[)\]]$", r"\1", text)
 
 
 def parse_and_judge(question: Question, output: str) -> tuple[str | None, bool | None]:
