@@ -8,7 +8,6 @@ match_free_form("It says 15.", "15")                                            
 import re
 import unicodedata
 from contextlib import suppress
-from functools import partial
 
 from benchmarks.rows import Answer, Question, Scored
 
@@ -18,9 +17,17 @@ ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = dict(zip([*ONES, *TEENS, *TENS], [*range(20), *range(20, 100, 10)], strict=True))
-NUMBER = rf"(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES[1:])})|{'|'.join(NUMBERS)}"
-ALIKE = str.maketrans({"’": "'", "–": " - ", "—": " - ", "【": "\n", "】": "\n"})
 LARGE = r"hundred|thousand|million|billion|dozen"
+NUMBER = (
+    r"(?i)(?<!the )(?<!hundred )(?<!hundred and )\b(?:"
+    rf"(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES[1:])})|{'|'.join(NUMBERS)})\b(?![ -](?:{LARGE}))"
+)
+ALIKE = str.maketrans({"’": "'", "–": " - ", "—": " - ", "【": "\n", "】": "\n"})
+MARKUP = (
+    r"<\|.*?\|>|</?\w+>|\\[a-z]*|"  # special tokens, tags, LaTeX
+    r"[*_`#$\"“”{}«»‹›·]|(?<!\w)'|'(?!\w)|"
+    r"[^.!?。\n]*\?"  # questions
+)
 
 
 def final_text(output: str) -> str:
@@ -35,15 +42,9 @@ def final_text(output: str) -> str:
         text = text[:500] + "\n" + text[-2000:]
     text = unicodedata.normalize("NFKC", text).translate(ALIKE)
     boxed = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)
-    if boxed:
-        text = boxed[-1]
-    tags = r"<\|.*?\|>|</?\w+>|\\[a-z]*"
-    marks = r"[*_`#$\"“”{}«»‹›·]|(?<!\w)'|'(?!\w)"
-    question = r"[^.!?。\n]*\?"
-    text = re.sub(f"{tags}|{marks}|{question}", " ", text)
+    text = re.sub(MARKUP, " ", boxed[-1] if boxed else text)
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text).strip()
-    number = rf"(?i)(?<!the )(?<!hundred )(?<!hundred and )\b(?:{NUMBER})\b(?![ -](?:{LARGE}))"
-    return re.sub(number, digits, text)
+    return re.sub(NUMBER, digits, text)
 
 
 def digits(words: re.Match) -> str:
@@ -149,7 +150,7 @@ def parse_choice(output: str, options: dict[str, str]) -> str | None:
 
 def mark_texts(text: str, options: dict[str, str]) -> str:
     """ "It is dark red" -> "It is ‹B›", where A is "red": the longest text that fits."""
-    texts = []
+    texts = ["(?!)"]  # matches nothing
     for name, option in sorted(options.items(), key=lambda item: -len(item[1])):
         words = plain(final_text(option)).split()
         if words and all(word in text.lower() for word in words):
@@ -157,32 +158,30 @@ def mark_texts(text: str, options: dict[str, str]) -> str:
             if there.upper() in options:  # one's text is another's letter: only in "A. B"
                 there = rf"(?<=\b{name}[.:)] ){there}"
             texts.append(rf"(?P<{name}>{there})")
-    if not texts:
-        return text
     pattern = rf"(?ai)(?<![\w.:-])(?:{'|'.join(texts)})(?![\w-]|[.:]\d|\s*%)"
     return re.sub(pattern, lambda found: f"‹{found.lastgroup}›", text)
 
 
 def mark_letters(text: str, names: str) -> str:
-    """ "Option c, not (a)" -> "Option «C», not («A»)"; "So C" -> "So ·C·"."""
+    """ "Option c, not (a)" -> "Option «C», not «A»"; "So C" -> "So ·C·"."""
     any_case = names + names.lower()
-    for before, letters, after, marks in (
-        (OPTION, any_case, r"\b", "«»"),
-        (r"[(\[]\s*", any_case, r"\s*[)\]]", "«»"),
-        (r"^|\banswer(?: is|:) |\boption: ", names.lower(), r"[.):]|\s*$", "«»"),
-        (START, names, AFTER, "«»"),
-        (WITHIN, names, rf"(?<![AI])\s|{AFTER}", "··"),
+    for before, letters, after, mark in (
+        (OPTION, any_case, r"\b", r"«\1»"),
+        (r"[(\[]\s*", any_case, r"\s*[)\]]", r"«\1»"),
+        (r"^|\banswer(?: is|:) |\boption: ", names.lower(), r"[.):]|\s*$", r"«\1»"),
+        (START, names, AFTER, r"«\1»"),
+        (WITHIN, names, rf"(?<![AI])\s|{AFTER}", r"·\1·"),
     ):
         letter = rf"\b[{letters}]\b(?!['-]\w)"
         several = rf"(?a)({before})({letter}(?:{JOINT}{letter}){{0,9}})(?={after})"
-        text = re.sub(several, partial(wrapped, *marks), text)
+        text = re.sub(
+            several,
+            lambda found, mark=mark: found[1] + re.sub(r"(?a)\b(\w)\b", mark, found[2]),
+            text,
+        )
     text = re.sub(r"[()\[\]]", "", text)
     text = re.sub(BESIDE, r"\1 \2", text)
     return re.sub(r"(?m)(?<=[»›])\n+(?=«\w» ‹\w›$)", " ", text)  # a list, restated
-
-
-def wrapped(left: str, right: str, found: re.Match) -> str:
-    return found[1] + re.sub(r"(?a)\b(\w)\b", rf"{left}\1{right}", found[2])
 
 
 def asserted(text: str) -> str:
@@ -192,17 +191,16 @@ def asserted(text: str) -> str:
     for sentence in re.split(SENTENCE, text):
         if not re.search(CONDITION, sentence):
             clauses = re.sub(CLAUSE, r"\t\g<0>", sentence).split("\t")
-            for n, clause in enumerate(clauses):
-                if re.search(DENIAL, clause):
-                    clauses[n] = re.sub(MARK, " ", clause)
-            lines.append("\t".join(clauses))
+            kept = [re.sub(MARK, " ", c) if re.search(DENIAL, c) else c for c in clauses]
+            lines.append("\t".join(kept))
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------ yes/no, free form
 
 YES_OR_NO = (
-    r"(?:[(\[]?[a-h][.:)\]]+ ?)?(yes|nope|no|是的?|有的?|对|否|不是|不|没有|不存在)"
+    r"(?:[(\[]?[a-h][.:)\]]+ ?)?(yes(?!\W+there(?: is|'s| are) no (?!doubt|other))|nope|no|"
+    r"是的?|有的?|对|否|不是|不|没有|不存在)"
     r"(?=\s*(?:$|[.,!;:。\n-]|(?:and|or|because|since|as|it|there)\b))"
 )
 UNSURE = (
@@ -213,7 +211,6 @@ UNSURE = (
     r"see (?:the|an|any|this) (?:image|picture|photo)|enough|information|access|whether)\b|"
     r"无法|不确定|不清|不知道"
 )
-THERE = r"\bthere(?: is|'s| are) (?!no)"
 
 
 def parse_yes_no(output: str) -> str | None:
@@ -225,25 +222,27 @@ def parse_yes_no(output: str) -> str | None:
     clause = r"(?:^|[.,:;!。\n]|\b(?:is|so|and|or|but)\b)\s*"
     words = re.findall(cue + YES_OR_NO, text)[-1:] or re.findall(clause + YES_OR_NO, text)
     said = {"no" if re.match("no|否|不|没", word) else "yes" for word in words}
-    contradiction = r"\byes\W+there(?: is|'s| are) no (?!doubt|other)"
     if not words:
         for sentence in re.split(SENTENCE, text):
             if re.search(UNSURE, sentence):
                 continue
             if re.search(rf"{NOT}|\b(?:absent|missing)\b", sentence):
                 said.add("no")
-            if re.search(THERE, sentence):
+            if re.search(r"\bthere(?: is|'s| are) (?!no)|\byes\b", sentence):
                 said.add("yes")
-    elif re.search(contradiction, text):
-        said.add("no")
     return said.pop() if len(said) == 1 else None
 
 
-# Beside a number: it is not exactly that.
-VAGUE = (
-    r"or|about|around|approx\w*|roughly|nearly|almost|maybe|perhaps|possibly|than|over|under|above|"
-    r"below|up to|least|most|max\w*|minus|plus|fewer|half|twice|times|pairs?|am|pm|" + LARGE
+# What a number may be: 12.5, 10:30, 1/2; not that of "12.5%", "B12" or "3rd".
+VALUE = r"(?<![\w.:/])-?\d+(?:[.:/]\d+)*(?![\w%+°]|[.:/]\d)"
+VAGUE = (  # it is not exactly that
+    rf"(?i){NOT}|\b(?:or|about|around|approx\w*|roughly|nearly|almost|maybe|perhaps|possibly|than|"
+    r"over|under|above|below|up to|least|most|max\w*|minus|plus|fewer|half|twice|times|pairs?|am|pm|"
+    rf"{LARGE})\b"
 )
+# "blue" of "The car is blue", but not of "I doubt it is blue".
+VERB = r"(?i)\b(?:is|are|was|were|it's|says|reads:?|shows)\b"
+DOUBT = rf"(?i){NOT}|\b(?:if|whether|doubt|nobody|false|unsure|unclear|uncertain)\b"
 
 
 def match_free_form(output: str, answer: str) -> bool | None:
@@ -256,64 +255,52 @@ def match_free_form(output: str, answer: str) -> bool | None:
     """
     cue = r"(?i)\banswer\b\s*(?:is\b|[:=])|答案[是为:]*"
     text = re.split(cue, final_text(output))[-1].strip()
-    verdicts = [same_value(text, plain(final_text(right))) for right in answer.split("\n")]
+    lines = text.split("\n")
+    *before, value = re.split(VERB, text)
+    if re.search(r"[.!。]\s|\n", text) or re.search(DOUBT, " ".join(before)):
+        value = text  # of several sentences, or of one that does not say so
+    values = set(map(plain, [text, lines[0], lines[-1], value])) - {""}
+    golds = [plain(final_text(right)) for right in answer.split("\n")]
+    if values & set(golds):
+        return True
+    verdicts = [same_number(text, gold) for gold in golds]
     return max(verdicts, key=[False, None, True].index)
 
 
-def same_value(text: str, gold: str) -> bool | None:
-    if not gold:
-        return None
-    if gold in map(plain, values_of(text)):
-        return True
+def same_number(text: str, gold: str) -> bool | None:
+    """Whether the only number in `text` is that of `gold`: "3.0 dogs" and "3" are, "3" and "4", or
+    "yes" and "no", are not. None where there is no such number, it is qualified ("about 3", "3%"),
+    stands for something else ("3 dogs" and "3 cats"), or the two are written in different ways (1/2
+    and 0.5) or alike once rounded (12.5 and 12.46)."""
     if {gold, plain(text)} == {"yes", "no"}:
         return False
-    return same_number(text, gold)
-
-
-def values_of(text: str) -> list[str]:
-    """What a text may mean as a whole: itself, its first or last line; "blue" of "The car is blue",
-    but not of "I doubt it is blue"."""
-    lines = text.split("\n")
-    *before, value = re.split(r"(?i)\b(?:is|are|was|were|it's|says|reads:?|shows)\b", text)
-    doubt = rf"(?i){NOT}|\b(?:if|whether|doubt|nobody|false|unsure|unclear|uncertain)\b"
-    if re.search(r"[.!。]\s|\n", text) or re.search(doubt, " ".join(before)):
-        value = text  # of several sentences, or of one that does not say so
-    return [text, lines[0], lines[-1], value]
-
-
-def same_number(text: str, gold: str) -> bool | None:
-    """Whether the only number in `text` is that of `gold`: "3.0 dogs" and "3" are, "3" and "4" are
-    not. None where there is no such number, it is qualified ("about 3", "3%"), stands for something
-    else ("3 dogs" and "3 cats"), or the two are written in different ways (1/2 and 0.5) or may be
-    rounded (12.5 and 12.46)."""
-    number = r"(?<![\w.:/])-?\d+(?:[.:/]\d+)*(?![\w%+°]|[.:/]\d)"
-    found = re.findall(number, text)
-    wanted = re.fullmatch(rf"({number})(?: [a-z]+)*", gold)
-    if len(found) != 1 or not wanted or re.search(rf"(?i){NOT}|\b(?:{VAGUE})\b", f"{text} {gold}"):
+    found = re.findall(VALUE, text)
+    wanted = re.fullmatch(rf"({VALUE})(?: [a-z]+)*", gold)
+    if len(found) != 1 or not wanted or re.search(VAGUE, f"{text} {gold}"):
         return None
     a, b = found[0], wanted[1]
     if gold != b and plain(text) != a:
         return None
-    with suppress(ValueError):  # 10:11 is no float
-        difference = abs(float(a) - float(b))
+    if ":" in a and ":" in b:
+        return a == b
+    with suppress(ValueError):  # of 1/2, 10:15
         decimals = min(len(each.partition(".")[2]) for each in (a, b))
+        difference = abs(float(a) - float(b))
         return None if 0 < difference < 0.5 * 10**-decimals else difference == 0
-    alike = re.sub(r"\d", "", a) == re.sub(r"\d", "", b)
-    return a == b if alike else None
+    return None
 
 
 # ------------------------------------------------------------------------------------------ score
 
 
+EXTRACT = r"(?s)(?=.*</answer>).*?<answer>(.*?)</answer>|.*?(Answer:.*)|(.*)"
 UNITS = "degree|centimeter|cm|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard"
 # What the official rule reads: the first of these that is there. It crashes at "Answer: Yes".
 READ = {
-    "yn": (
-        r"(?i)^\**\s*(?-i:answer[:*\s]*)?(yes|no)",
-        r"(?i)^(?!\**answer)(?s:.*\s)?(yes|no)[.*]*$",
-    ),
-    "mmvp": (r"\(([ABab])\)", r"\b([ABab])\b"),
-    "mc": (r"\(([A-Z])\)", r"([A-Z])[.)\s]", r"([A-Z])"),
+    "yn": r"(?i)\**\s*(?-i:answer[:*\s]*)?(yes|no)|(?!\**answer)(?s:.*\s)?(yes|no)[.*]*$",
+    "mmvp": r"(?s).*?\(([ABab])\)|.*?\b([ABab])\b",
+    "mc": r"(?s).*?\(([A-Z])\)|.*?([A-Z])[.)\s]|.*?([A-Z])",
+    "free": r"(.*)",
 }
 
 
@@ -322,16 +309,10 @@ def official_right(output: str, kind: str, answer: str, bench: str = "") -> bool
     to the judge): equal in `official_form`, or what READ finds."""
     if kind == "exact":  # ours
         return output.split() == answer.split()
-    text = output[max(output.find("Answer:"), 0) :]
-    if "<answer>" in output and "</answer>" in output:
-        text = output.partition("<answer>")[2].partition("</answer>")[0]
-    text = text.strip()
-    said = [official_form(text)]
-    for rule in READ.get(bench) or READ.get(kind, ()):
-        found = re.search(rule, text)
-        if found:
-            said.append(found[1].lower())
-            break
+    text = re.match(EXTRACT, output)
+    text = text[text.lastindex].strip()
+    found = re.match(READ.get(bench) or READ[kind], text)
+    said = {official_form(text), found and found[found.lastindex].lower()}
     return any(official_form(right) in said for right in answer.split("\n"))
 
 
@@ -345,24 +326,16 @@ def official_form(text: str) -> str:
 
 def parse_and_judge(question: Question, output: str) -> tuple[str | None, bool | None]:
     """(what an output says, whether that is right; None where our rules leave it open)."""
+    answer = question.answer
     if question.kind == "exact":
-        return output, output.split() == question.answer.split()
+        return output, output.split() == answer.split()
     if question.kind == "free":
-        return output, match_free_form(output, question.answer)
-    if question.kind == "mc":
-        said = parse_choice(output, question.options)
-    else:
+        return output, match_free_form(output, answer)
+    if question.kind == "yn":
         said = parse_yes_no(output)
-    return said, None if said is None else said == question.answer
-
-
-def opening(output: str) -> str:
-    """What counts of an output that was cut off, maybe in a thought that the template opened: what
-    follows that thought, or a first line of a few words ("B. red")."""
-    first = output.strip().partition("\n")[0]
-    if "</think>" in output:
-        return output
-    return first if len(first.split()) <= 5 else ""
+    else:
+        said = parse_choice(output, question.options)
+    return said, None if said is None else said == answer
 
 
 def is_right(question: Question, output: str) -> bool:
@@ -376,8 +349,9 @@ def score(answer: Answer, verdict: bool | None = None, scorer: str = "ours") -> 
     if answer.error is not None:
         return scored
     output = answer.output
-    if answer.truncated and answer.kind != "exact":
-        output = opening(output)
+    if answer.truncated and answer.kind != "exact" and "</think>" not in output:
+        opening = re.match(r"(?m)\s*.{1,30}$", output)
+        output = opening[0] if opening else ""  # maybe of a thought that the template opened
     scored.said, right = parse_and_judge(answer, output)
     scored.official = official_right(answer.output, answer.kind, answer.answer, answer.bench)
     decided = right if scorer == "ours" else scored.official or None
