@@ -7,7 +7,7 @@ match_free_form("It says 15.", "15")                                            
 
 import re
 import unicodedata
-from contextlib import suppress
+from itertools import product
 
 from benchmarks.rows import Answer, Question, Scored
 
@@ -23,10 +23,8 @@ NUMBER = (
     rf"(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES[1:])})|{'|'.join(NUMBERS)})\b(?![ -](?:{LARGE}))"
 )
 ALIKE = str.maketrans({"’": "'", "–": " - ", "—": " - ", "【": "\n", "】": "\n"})
-MARKUP = (
-    r"<\|.*?\|>|</?\w+>|\\[a-z]*|"  # special tokens, tags, LaTeX
-    r"[*_`#$\"“”{}«»‹›·]|(?<!\w)'|'(?!\w)|"
-    r"[^.!?。\n]*\?"  # questions
+MARKUP = (  # special tokens, tags, LaTeX; questions
+    r"<\|.*?\|>|</?\w+>|\\[a-z]*|[*_`#$\"“”{}«»‹›·]|(?<!\w)'|'(?!\w)|[^.!?。\n]*\?"
 )
 
 
@@ -47,12 +45,12 @@ def final_text(output: str) -> str:
     return re.sub(NUMBER, digits, text)
 
 
-def digits(words: re.Match) -> str:
+def digits(words):
     """ "twenty-one" -> "21"."""
     return str(sum(NUMBERS[word] for word in re.split("[ -]", words[0].lower())))
 
 
-def plain(text: str) -> str:
+def plain(text):
     """Lower case, without articles, outer punctuation and the hyphens of words: "The T-shirt." ->
     "t shirt"; but "A is darker" keeps its letter."""
     article = r"\b(?:an?|the) +(?!is\b|and\b|or\b)(?=\w)"
@@ -99,23 +97,22 @@ DENIAL = (  # a clause that denies, doubts or only looks at what it names
     r"(?:eliminat|exclud|reject|disagree|contradict|mismatch|verify|check|compar|consider)\w*)\b|"
     r"错|排除|除了|禁止|来看|首先看|再看"
 )
-CONDITION = (  # a sentence that says what would be
-    r"(?i)^\W*(?:if|unless)\b(?! i (?:had|were) to)|\b(?:would|could)\b.*\bif\b|如果|假如|若"
-)
+# A sentence that says what would be.
+CONDITION = r"(?i)^\W*(?:if|unless)\b(?! i (?:had|were) to)|\bwould\b.*\bif\b|如果|假如|若"
 
 CUE = (
     r"(?:\b(?:answers?|ans|(?:option|choice)(?!\W*«)|choos\w+|chose|pick\w*|select\w*|correct|best|"
-    r"correction|leaves|go(?:ing)? (?:with|for))\b|答|选(?!项)|正确)[^«‹·\n]{0,150}|"
-    r"(?:\b(?:so|hence|thus|therefore|actually|wait|sorry|no|rather|think|say|meant|"
-    r"second thought)\W*|\b(?:it|this|must|should|would)(?:'s| is| be)?(?: option)?\s+|"
-    r"[是为故]|所以|因此)(?=[«·])"
+    r"correction|leaves|go(?:ing)? (?:with|for))\b|答|选(?!项)|正确)[^«‹·\n]{0,150}|(?:\b(?:so|hence|"
+    r"thus|therefore|actually|wait|sorry|no|rather|think|say|meant|second thought)\W*|[是为故]|所以|"
+    r"因此|\b(?:it|this|must|should|would)(?:'s| is| be)?(?: option)?\s+)(?=[«·])"
 )
 AFFIRMED = (
-    r"\s*(?:(?:is|are|seems)\s+(?:\w+ )?(?:correct|right|best|answer|most)|\bbest\b|\bfits\b|"
-    r"\bmatches\b|\bremains\b|:?正确|:?对)"
+    r"\s*(?:(?:is|are|seems) (?:\w+ )?(?:correct|right|best|answer|most)\b|"
+    r"(?:best|fits|matches|remains)\b|:?正确|:?对)"
 )
+NAMED = r"[«‹]\w"
 ANNOUNCED = rf"(?i)(?:{CUE}){SEVERAL}|{SEVERAL}{AFFIRMED}"
-ALONE = rf"(?im)(?:^[^\w«‹\n]*|: ){SEVERAL}[^\w«‹\t\n,]*(?=$|\t(?!,)|\t, *\t)"
+ALONE = rf"(?im)(?:^[^\w«‹·\n]*|: (?!·)){SEVERAL}[^\w«‹\t\n,]*(?=$|\t(?!,)|\t, *\t)"
 
 
 def parse_choice(output: str, options: dict[str, str]) -> str | None:
@@ -132,14 +129,7 @@ def parse_choice(output: str, options: dict[str, str]) -> str | None:
     text = re.sub(r":\s+", ": ", final_text(output))
     text = mark_letters(mark_texts(text, options), "".join(options))
     text = asserted(text)
-    for pattern, mark in (
-        (ANNOUNCED, "[«·]"),
-        (ALONE, "«"),
-        (ANNOUNCED, "‹"),
-        (ALONE, "‹"),
-        (MARK, "«"),
-        (MARK, "‹"),
-    ):
+    for mark, pattern in product(("[«·]", "‹"), (ANNOUNCED, ALONE, NAMED)):
         found = [each[0] for each in re.finditer(pattern, text) if re.search(mark, each[0])]
         if found:
             said = found[-1] if pattern == ANNOUNCED else "".join(found)
@@ -148,7 +138,7 @@ def parse_choice(output: str, options: dict[str, str]) -> str | None:
     return None
 
 
-def mark_texts(text: str, options: dict[str, str]) -> str:
+def mark_texts(text, options):
     """ "It is dark red" -> "It is ‹B›", where A is "red": the longest text that fits."""
     texts = ["(?!)"]  # matches nothing
     for name, option in sorted(options.items(), key=lambda item: -len(item[1])):
@@ -162,7 +152,7 @@ def mark_texts(text: str, options: dict[str, str]) -> str:
     return re.sub(pattern, lambda found: f"‹{found.lastgroup}›", text)
 
 
-def mark_letters(text: str, names: str) -> str:
+def mark_letters(text, names):
     """ "Option c, not (a)" -> "Option «C», not «A»"; "So C" -> "So ·C·"."""
     any_case = names + names.lower()
     for before, letters, after, mark in (
@@ -184,7 +174,7 @@ def mark_letters(text: str, names: str) -> str:
     return re.sub(r"(?m)(?<=[»›])\n+(?=«\w» ‹\w›$)", " ", text)  # a list, restated
 
 
-def asserted(text: str) -> str:
+def asserted(text):
     """What is left, a line a sentence and a tab before each further clause, without sentences that
     say what would be, and without the marks of clauses that deny."""
     lines = []
@@ -233,12 +223,12 @@ def parse_yes_no(output: str) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
-# What a number may be: 12.5, 10:30, 1/2; not that of "12.5%", "B12" or "3rd".
-VALUE = r"(?<![\w.:/])-?\d+(?:[.:/]\d+)*(?![\w%+°]|[.:/]\d)"
+# 12.5 or 10:30, but nothing of "12.5%", "B12", "3rd" or "1/2".
+VALUE = r"(?<![\w.:/])-?\d+(?:[.:]\d+)?(?![\w%+°/]|[.:]\d)"
 VAGUE = (  # it is not exactly that
     rf"(?i){NOT}|\b(?:or|about|around|approx\w*|roughly|nearly|almost|maybe|perhaps|possibly|than|"
-    r"over|under|above|below|up to|least|most|max\w*|minus|plus|fewer|half|twice|times|pairs?|am|pm|"
-    rf"{LARGE})\b"
+    r"over|under|above|below|up to|least|most|max\w*|minus|plus|fewer|half|twice|times|pairs?|am|"
+    rf"pm|{LARGE})\b"
 )
 # "blue" of "The car is blue", but not of "I doubt it is blue".
 VERB = r"(?i)\b(?:is|are|was|were|it's|says|reads:?|shows)\b"
@@ -267,11 +257,11 @@ def match_free_form(output: str, answer: str) -> bool | None:
     return max(verdicts, key=[False, None, True].index)
 
 
-def same_number(text: str, gold: str) -> bool | None:
+def same_number(text, gold):
     """Whether the only number in `text` is that of `gold`: "3.0 dogs" and "3" are, "3" and "4", or
     "yes" and "no", are not. None where there is no such number, it is qualified ("about 3", "3%"),
-    stands for something else ("3 dogs" and "3 cats"), or the two are written in different ways (1/2
-    and 0.5) or alike once rounded (12.5 and 12.46)."""
+    stands for something else ("3 dogs" and "3 cats"), or the two are alike once
+    rounded (12.5 and 12.46)."""
     if {gold, plain(text)} == {"yes", "no"}:
         return False
     found = re.findall(VALUE, text)
@@ -281,13 +271,10 @@ def same_number(text: str, gold: str) -> bool | None:
     a, b = found[0], wanted[1]
     if gold != b and plain(text) != a:
         return None
-    if ":" in a and ":" in b:
-        return a == b
-    with suppress(ValueError):  # of 1/2, 10:15
-        decimals = min(len(each.partition(".")[2]) for each in (a, b))
-        difference = abs(float(a) - float(b))
-        return None if 0 < difference < 0.5 * 10**-decimals else difference == 0
-    return None
+    if ":" in a + b:
+        return a == b if ":" in a and ":" in b else None
+    a, b = float(a), float(b)
+    return None if a != b and round(a) == round(b) else a == b
 
 
 # ------------------------------------------------------------------------------------------ score
@@ -297,10 +284,10 @@ EXTRACT = r"(?s)(?=.*</answer>).*?<answer>(.*?)</answer>|.*?(Answer:.*)|(.*)"
 UNITS = "degree|centimeter|cm|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard"
 # What the official rule reads: the first of these that is there. It crashes at "Answer: Yes".
 READ = {
-    "yn": r"(?i)\**\s*(?-i:answer[:*\s]*)?(yes|no)|(?!\**answer)(?s:.*\s)?(yes|no)[.*]*$",
+    "yn": r"(?i)\**\s*(?-i:answer[:*\s]*)?(yes|no)|(?!\**(?-i:A)nswer)(?s:.*\s)?(yes|no)[.*]*$",
     "mmvp": r"(?s).*?\(([ABab])\)|.*?\b([ABab])\b",
     "mc": r"(?s).*?\(([A-Z])\)|.*?([A-Z])[.)\s]|.*?([A-Z])",
-    "free": r"(.*)",
+    "free": r"(?!)",
 }
 
 
@@ -311,12 +298,12 @@ def official_right(output: str, kind: str, answer: str, bench: str = "") -> bool
         return output.split() == answer.split()
     text = re.match(EXTRACT, output)
     text = text[text.lastindex].strip()
-    found = re.match(READ.get(bench) or READ[kind], text)
+    found = re.match(READ["mmvp" if bench == "mmvp" else kind], text)
     said = {official_form(text), found and found[found.lastindex].lower()}
     return any(official_form(right) in said for right in answer.split("\n"))
 
 
-def official_form(text: str) -> str:
+def official_form(text):
     """As mathruler's grade_answer compares, but for its algebra: "\\boxed{C}", "(C)" and "c" are C;
     "1,000", "1000.0" and "1000 cm" are 1000."""
     text = re.sub(r"\\(?:boxed|text)|[{}$%]|(?<=\d),(?=\d{3}(?!\d))", "", text.lower())
