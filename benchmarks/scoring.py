@@ -7,7 +7,6 @@ match_free_form("It says 15.", "15")                                            
 
 import re
 import unicodedata
-from itertools import product
 
 from benchmarks.rows import Answer, Question, Scored
 
@@ -16,13 +15,14 @@ from benchmarks.rows import Answer, Question, Scored
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMBERS = dict(zip([*ONES, *TEENS, *TENS], [*range(20), *range(20, 100, 10)], strict=True))
+NUMBERS = {word: n for n, word in enumerate(ONES + TEENS)}
+NUMBERS |= {word: 10 * n for n, word in enumerate(TENS, 2)}
 LARGE = r"hundred|thousand|million|billion|dozen"
 NUMBER = (
     r"(?i)(?<!the )(?<!hundred )(?<!hundred and )\b(?:"
     rf"(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES[1:])})|{'|'.join(NUMBERS)})\b(?![ -](?:{LARGE}))"
 )
-ALIKE = str.maketrans({"’": "'", "–": " - ", "—": " - ", "【": "\n", "】": "\n"})
+ALIKE = str.maketrans("’–—【】", "'--\n\n")
 MARKUP = (  # special tokens, tags, LaTeX; questions
     r"<\|.*?\|>|</?\w+>|\\[a-z]*|[*_`#$\"“”{}«»‹›·]|(?<!\w)'|'(?!\w)|[^.!?。\n]*\?"
 )
@@ -53,8 +53,8 @@ def digits(words):
 def plain(text):
     """Lower case, without articles, outer punctuation and the hyphens of words: "The T-shirt." ->
     "t shirt"; but "A is darker" keeps its letter."""
-    article = r"\b(?:an?|the) +(?!is\b|and\b|or\b)(?=\w)"
-    text = re.sub(rf"{article}|(?<=[a-z])-(?=[a-z])", " ", text.lower())
+    between = r"\b(?:an?|the) +(?!is\b|and\b|or\b)(?=\w)|(?<=[a-z])-(?=[a-z])"
+    text = re.sub(between, " ", text.lower())
     return " ".join(text.strip(" \n.,;:!?'()[]。").split())
 
 
@@ -63,7 +63,7 @@ def plain(text):
 # Marks: «C» a letter that names an option wherever it stands; ·C· one that may be a word or a name
 # ("the sign is C"), and counts only when announced; ‹C› the text of C.
 MARK = r"[«‹·]\w[»›·]"
-JOINT = r"(?:[ ,/&+、或者和与及]|还是|\b(?:or|and|nor|maybe|perhaps|possibly)\b){0,7}"
+JOINT = r"(?:[ \n,/&+、或者和与及]|还是|\b(?:or|and|nor|maybe|perhaps|possibly)\b){0,7}"
 SEVERAL = rf"{MARK}(?:{JOINT}{MARK}){{0,9}}"  # "«A», «B» and «C»"
 
 # A letter and its text, or another's, are named as one: "«C». ‹C›" -> "«C» ‹C›".
@@ -83,7 +83,7 @@ AFTER = (
     r"is (?:the|not|correct|right|wrong|incorrect|also))\b"
 )
 
-SENTENCE = r"[.!]+(?=\s|$)|[。\n]"
+SENTENCE = r"(?m)[.!]+(?=\s|$)|。|\n(?!«\w» ‹\w›$)"  # a list, restated, is one
 CLAUSE = (  # commas part clauses, but not those of SEVERAL
     rf"(?i)(?<![»›·]),|,(?!{JOINT}[«‹·])|;|:(?=\s)|(?<=»)\s*[:-]|(?<=[»›]) as\b|"
     r"(?<=») (?=(?-i:[A-Z]))|(?<!anything )\bbut\b|(?=\bnot [«‹·]|\brather than\b|\binstead of\b)|"
@@ -112,7 +112,7 @@ AFFIRMED = (
 )
 NAMED = r"[«‹]\w"
 ANNOUNCED = rf"(?i)(?:{CUE}){SEVERAL}|{SEVERAL}{AFFIRMED}"
-ALONE = rf"(?im)(?:^[^\w«‹·\n]*|: (?!·)){SEVERAL}[^\w«‹\t\n,]*(?=$|\t(?!,)|\t, *\t)"
+ALONE = rf"(?i)(?:^[^\w«‹·\n]*|: (?!·)){SEVERAL}[^\w«‹\t\n,]*(?=$|\t(?!,)|\t, *\t)"
 
 
 def parse_choice(output: str, options: dict[str, str]) -> str | None:
@@ -128,13 +128,15 @@ def parse_choice(output: str, options: dict[str, str]) -> str | None:
     """
     text = re.sub(r":\s+", ": ", final_text(output))
     text = mark_letters(mark_texts(text, options), "".join(options))
-    text = asserted(text)
-    for mark, pattern in product(("[«·]", "‹"), (ANNOUNCED, ALONE, NAMED)):
-        found = [each[0] for each in re.finditer(pattern, text) if re.search(mark, each[0])]
-        if found:
-            said = found[-1] if pattern == ANNOUNCED else "".join(found)
-            names = set(re.findall(r"[«‹·](\w)", said.upper()))
-            return names.pop() if len(names) == 1 else None
+    sentences = asserted(text)
+    for mark in ("[«·]", "‹"):
+        for pattern in (ANNOUNCED, ALONE, NAMED):
+            found = [each[0] for s in sentences for each in re.finditer(pattern, s)]
+            found = [each for each in found if re.search(mark, each)]
+            if found:
+                said = found[-1] if pattern == ANNOUNCED else "".join(found)
+                names = set(re.findall(r"[«‹·](\w)", said.upper()))
+                return names.pop() if len(names) == 1 else None
     return None
 
 
@@ -143,7 +145,7 @@ def mark_texts(text, options):
     texts = ["(?!)"]  # matches nothing
     for name, option in sorted(options.items(), key=lambda item: -len(item[1])):
         words = plain(final_text(option)).split()
-        if words and all(word in text.lower() for word in words):
+        if words:
             there = r"\W+(?:an? |the )?".join(map(re.escape, words))
             if there.upper() in options:  # one's text is another's letter: only in "A. B"
                 there = rf"(?<=\b{name}[.:)] ){there}"
@@ -170,20 +172,19 @@ def mark_letters(text, names):
             text,
         )
     text = re.sub(r"[()\[\]]", "", text)
-    text = re.sub(BESIDE, r"\1 \2", text)
-    return re.sub(r"(?m)(?<=[»›])\n+(?=«\w» ‹\w›$)", " ", text)  # a list, restated
+    return re.sub(BESIDE, r"\1 \2", text)
 
 
 def asserted(text):
-    """What is left, a line a sentence and a tab before each further clause, without sentences that
-    say what would be, and without the marks of clauses that deny."""
-    lines = []
+    """Sentences, with a tab before each further clause, without those that say what would be, and
+    without the marks of clauses that deny."""
+    sentences = []
     for sentence in re.split(SENTENCE, text):
         if not re.search(CONDITION, sentence):
             clauses = re.sub(CLAUSE, r"\t\g<0>", sentence).split("\t")
             kept = [re.sub(MARK, " ", c) if re.search(DENIAL, c) else c for c in clauses]
-            lines.append("\t".join(kept))
-    return "\n".join(lines)
+            sentences.append("\t".join(kept))
+    return sentences
 
 
 # ------------------------------------------------------------------------------ yes/no, free form
