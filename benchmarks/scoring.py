@@ -20,7 +20,7 @@ NUMBERS |= {word: 10 * n for n, word in enumerate(TENS, 2)}
 LARGE = r"hundred|thousand|million|billion|dozen"
 NUMBER = (
     r"(?i)(?<!the )(?<!hundred )(?<!hundred and )\b(?:"
-    rf"(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES[1:])})|{'|'.join(NUMBERS)})\b(?![ -](?:{LARGE}))"
+    rf"(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES)})|{'|'.join(NUMBERS)})\b(?![ -](?:{LARGE}))"
 )
 ALIKE = str.maketrans("’–—【】", "'--\n\n")
 MARKUP = (  # special tokens, tags, LaTeX; questions
@@ -70,7 +70,6 @@ SEVERAL = rf"{MARK}(?:{JOINT}{MARK}){{0,9}}"  # "«A», «B» and «C»"
 BESIDE = r"(?im)([»·])[.:-]*\s*(?:an? |the )?(‹\w›)(?=\W*$|[.,;!]|\s*[«·])"
 
 # A capital names an option, and is no word ("A dog", "B12"), between START or WITHIN and AFTER.
-OPTION = r"\b(?i:option|choice)s?\s*|选项\s*"
 START = r"(?m:^)[^\w«‹\n\u4e00-\u9fff]*|[.!]\s+|;\s*|(?<![A-Z]),\s*"
 WITHIN = (
     r"[:=»›]\s*|-\s+|[\u4e00-\u9fff]\s*|\b(?i:answer|is|are|be|it's|answer's|choose|chose|"
@@ -102,15 +101,15 @@ CONDITION = r"(?i)^\W*(?:if|unless)\b(?! i (?:had|were) to)|\bwould\b.*\bif\b|�
 
 CUE = (
     r"(?:\b(?:answers?|ans|(?:option|choice)(?!\W*«)|choos\w+|chose|pick\w*|select\w*|correct|best|"
-    r"correction|leaves|go(?:ing)? (?:with|for))\b|答|选(?!项)|正确)[^«‹·\n]{0,150}|(?:\b(?:so|hence|"
-    r"thus|therefore|actually|wait|sorry|no|rather|think|say|meant|second thought)\W*|[是为故]|所以|"
-    r"因此|\b(?:it|this|must|should|would)(?:'s| is| be)?(?: option)?\s+)(?=[«·])"
+    r"correction|leaves|go(?:ing)? (?:with|for))\b|答|选(?!项)|正确)[^«‹·\n]{0,150}|"
+    r"(?:\b(?:so|hence|thus|therefore|actually|wait|sorry|no|rather|think|say|meant|on second "
+    r"thought)\W*|[是为故]|所以|因此|\b(?:it|this|must|should|would)(?:'s| is| be)?(?: option)?\s+)"
+    r"(?=[«·])"
 )
 AFFIRMED = (
     r"\s*(?:(?:is|are|seems) (?:\w+ )?(?:correct|right|best|answer|most)\b|"
     r"(?:best|fits|matches|remains)\b|:?正确|:?对)"
 )
-NAMED = r"[«‹]\w"
 ANNOUNCED = rf"(?i)(?:{CUE}){SEVERAL}|{SEVERAL}{AFFIRMED}"
 ALONE = rf"(?i)(?:^[^\w«‹·\n]*|: (?!·)){SEVERAL}[^\w«‹\t\n,]*(?=$|\t(?!,)|\t, *\t)"
 
@@ -130,9 +129,13 @@ def parse_choice(output: str, options: dict[str, str]) -> str | None:
     text = mark_letters(mark_texts(text, options), "".join(options))
     sentences = asserted(text)
     for mark in ("[«·]", "‹"):
-        for pattern in (ANNOUNCED, ALONE, NAMED):
-            found = [each[0] for s in sentences for each in re.finditer(pattern, s)]
-            found = [each for each in found if re.search(mark, each)]
+        for pattern in (ANNOUNCED, ALONE, r"[«‹]\w"):
+            found = [
+                each[0]
+                for sentence in sentences
+                for each in re.finditer(pattern, sentence)
+                if re.search(mark, each[0])
+            ]
             if found:
                 said = found[-1] if pattern == ANNOUNCED else "".join(found)
                 names = set(re.findall(r"[«‹·](\w)", said.upper()))
@@ -156,18 +159,15 @@ def mark_texts(text, options):
 
 def mark_letters(text, names):
     """ "Option c, not (a)" -> "Option «C», not «A»"; "So C" -> "So ·C·"."""
-    any_case = names + names.lower()
-    for before, letters, after, mark in (
-        (OPTION, any_case, r"\b", r"«\1»"),
-        (r"[(\[]\s*", any_case, r"\s*[)\]]", r"«\1»"),
-        (r"^|\banswer(?: is|:) |\boption: ", names.lower(), r"[.):]|\s*$", r"«\1»"),
-        (START, names, AFTER, r"«\1»"),
-        (WITHIN, names, rf"(?<![AI])\s|{AFTER}", r"·\1·"),
+    letter = rf"(?!a\b(?![.):]|\s*$))\b(?i:[{names}])\b(?!['-]\w|\.[a-z])"
+    for before, after, mark in (
+        (r"\b(?i:option|choice)s?\s*|选项\s*", "", r"«\1»"),
+        (r"[(\[]\s*", r"\s*[)\]]", r"«\1»"),
+        (START, AFTER, r"«\1»"),
+        (WITHIN, rf"(?<![AI])\s|{AFTER}", r"·\1·"),
     ):
-        letter = rf"\b[{letters}]\b(?!['-]\w)"
-        several = rf"(?a)({before})({letter}(?:{JOINT}{letter}){{0,9}})(?={after})"
         text = re.sub(
-            several,
+            rf"(?am)({before})({letter}(?:{JOINT}{letter}){{0,9}})(?={after})",
             lambda found, mark=mark: found[1] + re.sub(r"(?a)\b(\w)\b", mark, found[2]),
             text,
         )
@@ -233,7 +233,6 @@ VAGUE = (  # it is not exactly that
 )
 # "blue" of "The car is blue", but not of "I doubt it is blue".
 VERB = r"(?i)\b(?:is|are|was|were|it's|says|reads:?|shows)\b"
-DOUBT = rf"(?i){NOT}|\b(?:if|whether|doubt|nobody|false|unsure|unclear|uncertain)\b"
 
 
 def match_free_form(output: str, answer: str) -> bool | None:
@@ -248,14 +247,14 @@ def match_free_form(output: str, answer: str) -> bool | None:
     text = re.split(cue, final_text(output))[-1].strip()
     lines = text.split("\n")
     *before, value = re.split(VERB, text)
-    if re.search(r"[.!。]\s|\n", text) or re.search(DOUBT, " ".join(before)):
+    doubt = rf"(?i){NOT}|\b(?:if|whether|doubt|nobody|false|unsure|unclear|uncertain)\b"
+    if re.search(r"[.!。]\s|\n", text) or re.search(doubt, " ".join(before)):
         value = text  # of several sentences, or of one that does not say so
-    values = set(map(plain, [text, lines[0], lines[-1], value])) - {""}
+    values = set(map(plain, [lines[0], lines[-1], value])) - {""}
     golds = [plain(final_text(right)) for right in answer.split("\n")]
     if values & set(golds):
         return True
-    verdicts = [same_number(text, gold) for gold in golds]
-    return max(verdicts, key=[False, None, True].index)
+    return max((same_number(text, gold) for gold in golds), key=[False, None, True].index)
 
 
 def same_number(text, gold):
@@ -338,8 +337,8 @@ def score(answer: Answer, verdict: bool | None = None, scorer: str = "ours") -> 
         return scored
     output = answer.output
     if answer.truncated and answer.kind != "exact" and "</think>" not in output:
-        opening = re.match(r"(?m)\s*.{1,30}$", output)
-        output = opening[0] if opening else ""  # maybe of a thought that the template opened
+        # maybe within a thought that the template opened: only a short first line counts
+        output = "".join(re.findall(r"(?m)\A\s*.{1,30}$", output))
     scored.said, right = parse_and_judge(answer, output)
     scored.official = official_right(answer.output, answer.kind, answer.answer, answer.bench)
     decided = right if scorer == "ours" else scored.official or None
