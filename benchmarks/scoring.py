@@ -17,12 +17,11 @@ TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen 
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {word: n for n, word in enumerate(ONES + TEENS)}
 NUMBERS |= {word: 10 * n for n, word in enumerate(TENS, 2)}
-LARGE = r"hundred|thousand|million|billion|dozen"
 NUMBER = (
     r"(?i)(?<!the )(?<!hundred )(?<!hundred and )\b(?:"
-    rf"(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES)})|{'|'.join(NUMBERS)})\b(?![ -](?:{LARGE}))"
+    rf"(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES)})|{'|'.join(NUMBERS)})\b"
+    r"(?![ -](?:hundred|thousand|million|billion|dozen))"
 )
-ALIKE = str.maketrans("’–—【】", "'--\n\n")
 MARKUP = (  # special tokens, tags, LaTeX; questions
     r"<\|.*?\|>|</?\w+>|\\[a-z]*|[*_`#$\"“”{}«»‹›·]|(?<!\w)'|'(?!\w)|[^.!?。\n]*\?"
 )
@@ -38,7 +37,7 @@ def final_text(output: str) -> str:
     text = text.rpartition("<answer>")[2].partition("</answer>")[0]
     if len(text) > 3000:
         text = text[:500] + "\n" + text[-2000:]
-    text = unicodedata.normalize("NFKC", text).translate(ALIKE)
+    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("’–—【】", "'--\n\n"))
     boxed = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)
     text = re.sub(MARKUP, " ", boxed[-1] if boxed else text)
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text).strip()
@@ -86,15 +85,15 @@ SENTENCE = r"(?m)[.!]+(?=\s|$)|。|\n(?!«\w» ‹\w›$)"  # a list, restated, 
 CLAUSE = (  # commas part clauses, but not those of SEVERAL
     rf"(?i)(?<![»›·]),|,(?!{JOINT}[«‹·])|;|:(?=\s)|(?<=»)\s*[:-]|(?<=[»›]) as\b|"
     r"(?<=») (?=(?-i:[A-Z]))|(?<!anything )\bbut\b|(?=\bnot [«‹·]|\brather than\b|\binstead of\b)|"
-    r"\b(?:so|while|although|though|however|because|since|which|hence|thus|therefore)\b|"
+    r"\b(?:so|while|although|though|however|because|since|hence|thus|therefore)\b|"
     r"而是|但|所以|因此|因为|故"
 )
 NOT = r"(?:\b(?:no|not|never|neither|nor|none|cannot)\b|n't\b|不|没|无|否|并非|而非)"
 DENIAL = (  # a clause that denies, doubts or only looks at what it names
     rf"(?i){NOT}|\b(?:unlike|except|anything but|other than|rather than|instead of|wrong|incorrect|"
-    r"false|unlikely|inaccurate|distractor|rul(?:e|ed|ing) out|lacks?|doubt|let's|let me|whether|"
-    r"(?:eliminat|exclud|reject|disagree|contradict|mismatch|verify|check|compar|consider)\w*)\b|"
-    r"错|排除|除了|禁止|来看|首先看|再看"
+    r"false|unlikely|distractor|rul(?:e|ed|ing) out|lacks?|doubt|difficult|unable|whether|"
+    r"let's|let me|(?:impossib|eliminat|exclud|reject|disagree|contradict|mismatch|verify|check|"
+    r"compar|consider)\w*)\b|错|排除|除了|禁止|来看|首先看|再看"
 )
 # A sentence that says what would be.
 CONDITION = r"(?i)^\W*(?:if|unless)\b(?! i (?:had|were) to)|\bwould\b.*\bif\b|如果|假如|若"
@@ -102,9 +101,10 @@ CONDITION = r"(?i)^\W*(?:if|unless)\b(?! i (?:had|were) to)|\bwould\b.*\bif\b|�
 CUE = (
     r"(?:\b(?:answers?|ans|(?:option|choice)(?!\W*«)|choos\w+|chose|pick\w*|select\w*|correct|best|"
     r"correction|leaves|go(?:ing)? (?:with|for))\b|答|选(?!项)|正确)[^«‹·\n]{0,150}|"
-    r"(?:\b(?:so|hence|thus|therefore|actually|wait|sorry|no|rather|think|say|meant|on second "
-    r"thought)\W*|[是为故]|所以|因此|\b(?:it|this|must|should|would)(?:'s| is| be)?(?: option)?\s+)"
-    r"(?=[«·])"
+    r"(?:\b(?:hence|thus|therefore)\b(?:[^«‹·\n]{0,150}\b(?:is|be))?|[是为故]|所以|因此|"
+    r"\b(?:so|actually|wait|sorry|no|rather|think|say|meant|on second thought|"
+    r"(?:it|this|which|must|should|would)(?:'s| is| be)?))"
+    r"\W*(?:(?:option|choice|point|image|picture|letter) )?(?=[«·])"
 )
 AFFIRMED = (
     r"\s*(?:(?:is|are|seems) (?:\w+ )?(?:correct|right|best|answer|most)\b|"
@@ -126,8 +126,7 @@ def parse_choice(output: str, options: dict[str, str]) -> str | None:
     4. That must be a single one: "A or B", or a letter beside another option's text, is none.
     """
     text = re.sub(r":\s+", ": ", final_text(output))
-    text = mark_letters(mark_texts(text, options), "".join(options))
-    sentences = asserted(text)
+    sentences = asserted(mark_letters(mark_texts(text, options), "".join(options)))
     for mark in ("[«·]", "‹"):
         for pattern in (ANNOUNCED, ALONE, r"[«‹]\w"):
             found = [
@@ -176,14 +175,15 @@ def mark_letters(text, names):
 
 
 def asserted(text):
-    """Sentences, with a tab before each further clause, without those that say what would be, and
-    without the marks of clauses that deny."""
+    """Sentences, with a tab before each further clause; without the letters of those that say what
+    would be, and without what clauses deny."""
     sentences = []
     for sentence in re.split(SENTENCE, text):
-        if not re.search(CONDITION, sentence):
-            clauses = re.sub(CLAUSE, r"\t\g<0>", sentence).split("\t")
-            kept = [re.sub(MARK, " ", c) if re.search(DENIAL, c) else c for c in clauses]
-            sentences.append("\t".join(kept))
+        if re.search(CONDITION, sentence):
+            sentence = re.sub(r"[«·]\w[»·]", " ", sentence)
+        clauses = re.sub(CLAUSE, r"\t\g<0>", sentence).split("\t")
+        clauses = [re.sub(MARK, " ", c) if re.search(DENIAL, c) else c for c in clauses]
+        sentences.append("\t".join(clauses))
     return sentences
 
 
@@ -195,12 +195,10 @@ YES_OR_NO = (
     r"(?=\s*(?:$|[.,!;:。\n-]|(?:and|or|because|since|as|it|there)\b))"
 )
 UNSURE = (
-    r"(?:\bnot|n't|\bun|\bim)\s?(?:\w+ )?"
-    r"(?:sure|certain|clear|able|possible|tell|determine|know)|"
-    r"\b(?:cannot (?:tell|determine|know)|to tell|sorry|maybe|perhaps|possibly|idea|without|"
-    r"(?:i|we) (?:do not|don't|cannot|can't)(?! see| find| spot| notice| detect)|"
-    r"see (?:the|an|any|this) (?:image|picture|photo)|enough|information|access|whether)\b|"
-    r"无法|不确定|不清|不知道"
+    r"(?:\bnot|n't|\bun|\bim)\s?(?:\w+ )?(?:sure|certain|clear|able|possible|tell|determine|know)"
+    r"|\b(?:cannot (?:tell|determine|know)|to tell|sorry|maybe|perhaps|possibly|idea|without|enough|"
+    r"(?:i|we) (?:do not|don't|cannot|can't)(?! see| find| spot| notice| detect)|information|access|"
+    r"see (?:the|an|any|this) (?:image|picture|photo)|whether)\b|无法|不确定|不清|不知道"
 )
 
 
@@ -229,7 +227,7 @@ VALUE = r"(?<![\w.:/])-?\d+(?:[.:]\d+)?(?![\w%+°/]|[.:]\d)"
 VAGUE = (  # it is not exactly that
     rf"(?i){NOT}|\b(?:or|about|around|approx\w*|roughly|nearly|almost|maybe|perhaps|possibly|than|"
     r"over|under|above|below|up to|least|most|max\w*|minus|plus|fewer|half|twice|times|pairs?|am|"
-    rf"pm|{LARGE})\b"
+    rf"pm|hundred|thousand|million|billion|dozen)\b"
 )
 # "blue" of "The car is blue", but not of "I doubt it is blue".
 VERB = r"(?i)\b(?:is|are|was|were|it's|says|reads:?|shows)\b"
@@ -243,8 +241,7 @@ def match_free_form(output: str, answer: str) -> bool | None:
     last line, or what follows a single sentence's last verb. A number also stands among words
     ("3 dogs"), where it is the only one and nothing qualifies it.
     """
-    cue = r"(?i)\banswer\b\s*(?:is\b|[:=])|答案[是为:]*"
-    text = re.split(cue, final_text(output))[-1].strip()
+    text = re.split(r"(?i)\banswer\b\s*(?:is\b|[:=])|答案[是为:]*", final_text(output))[-1].strip()
     lines = text.split("\n")
     *before, value = re.split(VERB, text)
     doubt = rf"(?i){NOT}|\b(?:if|whether|doubt|nobody|false|unsure|unclear|uncertain)\b"
