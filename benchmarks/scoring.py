@@ -196,9 +196,9 @@ YES_OR_NO = (
 )
 UNSURE = (
     r"(?:\bnot|n't|\bun|\bim)\s?(?:\w+ )?(?:sure|certain|clear|able|possible|tell|determine|know)"
-    r"|\b(?:cannot (?:tell|determine|know)|to tell|sorry|maybe|perhaps|possibly|idea|without|enough|"
-    r"(?:i|we) (?:do not|don't|cannot|can't)(?! see| find| spot| notice| detect)|information|access|"
-    r"see (?:the|an|any|this) (?:image|picture|photo)|whether)\b|无法|不确定|不清|不知道"
+    r"|无法|不确定|不清|不知道|\b(?:cannot (?:tell|determine|know)|to tell|sorry|maybe|perhaps|"
+    r"possibly|idea|without|enough|information|access|whether|see (?:the|an?|any|this) (?:image|"
+    r"picture|photo)|(?:i|we) (?:do not|don't|cannot|can't)(?! see| find| spot| notice| detect))\b"
 )
 
 
@@ -281,7 +281,8 @@ EXTRACT = r"(?s)(?=.*</answer>).*?<answer>(.*?)</answer>|.*?(Answer:.*)|(.*)"
 UNITS = "degree|centimeter|cm|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard"
 # What the official rule reads: the first of these that is there. It crashes at "Answer: Yes".
 READ = {
-    "yn": r"(?i)\**\s*(?-i:answer[:*\s]*)?(yes|no)|(?!\**(?-i:A)nswer)(?s:.*\s)?(yes|no)[.*]*$",
+    "yn": r"(?i)\**\s*(?-i:answer[:*\s]*)?(yes|no)|(?!\**(?-i:A)nswer)"
+    r"(?s:.*\s)?\**(yes|no)[.*\s]*$",
     "mmvp": r"(?s).*?\(([ABab])\)|.*?\b([ABab])\b",
     "mc": r"(?s).*?\(([A-Z])\)|.*?([A-Z])[.)\s]|.*?([A-Z])",
     "free": r"(?!)",
@@ -303,8 +304,8 @@ def official_right(output: str, kind: str, answer: str, bench: str = "") -> bool
 def official_form(text):
     """As mathruler's grade_answer compares, but for its algebra: "\\boxed{C}", "(C)" and "c" are C;
     "1,000", "1000.0" and "1000 cm" are 1000."""
-    text = re.sub(r"\\(?:boxed|text)|[{}$%]|(?<=\d),(?=\d{3}(?!\d))", "", text.lower())
-    text = re.sub(rf"(?:{UNITS})(?:es)?s?|\s|(?<=\d)\.0*$|(?<=\.\d)0+$|^0+(?=\d)", "", text)
+    text = re.sub(r"\\(?:boxed|text|%)|[{}$%]|(?<=\d),(?=\d{3}(?!\d))", "", text.lower())
+    text = re.sub(rf"(?:{UNITS})(?:es)?s?|\s|(?<=\d)\.0*$|(?<=\.\d)0+$|^0+(?=\d[\d.]*$)", "", text)
     return re.sub(r"^[(\[]([a-z]{1,2}|[\d./-]+)[)\]]$", r"\1", text)
 
 
