@@ -62,7 +62,7 @@ def plain(text):
 # Marks: «C» a letter that names an option wherever it stands; ·C· one that may be a word or a name
 # ("the sign is C"), and counts only when announced; ‹C› the text of C.
 MARK = r"[«‹·]\w[»›·]"
-JOINT = r"(?:[ \n,/&+、或者和与及]|还是|\b(?:or|and|nor|maybe|perhaps|possibly)\b){0,7}"
+JOINT = r"(?:[ \n,/&+、或者和与及]|还是|\b(?:or|and|nor|to|maybe|perhaps|possibly)\b){0,7}"
 SEVERAL = rf"{MARK}(?:{JOINT}{MARK}){{0,9}}"  # "«A», «B» and «C»"
 
 # A letter and its text, or another's, are named as one: "«C». ‹C›" -> "«C» ‹C›".
@@ -78,7 +78,7 @@ WITHIN = (
 AFTER = (
     r"\s*(?:$|[,:;!.。()/\n]|- |(?<!\bA)(?<!\bA )[«‹]|[是而对正错项不都和与或及、选也])|"
     r"\s+(?:because|since|as|and|or|but|rather|not|for|in|here|given|fits|matches|remains|best|\d|"
-    r"is (?:the|not|correct|right|wrong|incorrect|also))\b"
+    r"is (?:the|a better|not|correct|right|wrong|incorrect|also))\b"
 )
 
 SENTENCE = r"(?m)[.!]+(?=\s|$)|。|\n(?!«\w» ‹\w›$)"  # a list, restated, is one
@@ -93,21 +93,21 @@ DENIAL = (  # a clause that denies, doubts or only looks at what it names
     rf"(?i){NOT}|\b(?:unlike|except|anything but|other than|rather than|instead of|wrong|incorrect|"
     r"false|unlikely|distractor|rul(?:e|ed|ing) out|lacks?|doubt|difficult|unable|whether|"
     r"let's|let me|(?:impossib|eliminat|exclud|reject|disagree|contradict|mismatch|verify|check|"
-    r"compar|consider)\w*)\b|错|排除|除了|禁止|来看|首先看|再看"
+    r"compar|consider)\w*)\b|错|排除|除了|禁止|来看|首先看|再看|(?<!最)可能"
 )
 # A sentence that says what would be.
 CONDITION = r"(?i)^\W*(?:if|unless)\b(?! i (?:had|were) to)|\bwould\b.*\bif\b|如果|假如|若"
 
 CUE = (
-    r"(?:\b(?:answers?|ans|(?:option|choice)(?!\W*«)|choos\w+|chose|pick\w*|select\w*|correct|best|"
-    r"correction|leaves|go(?:ing)? (?:with|for))\b|答|选(?!项)|正确)[^«‹·\n]{0,150}|"
+    r"(?:\b(?:(?<!wrong )answers?|ans|(?:option|choice)(?!\W*«)|choos\w+|chose|pick\w*|select\w*|"
+    r"correct|best|correction|leaves|go(?:ing)? (?:with|for))\b|答|选(?!项)|正确)[^«‹·\n]{0,150}|"
     r"(?:\b(?:hence|thus|therefore)\b(?:[^«‹·\n]{0,150}\b(?:is|be))?|[是为故]|所以|因此|"
     r"\b(?:so|actually|wait|sorry|no|rather|think|say|meant|on second thought|"
     r"(?:it|this|which|must|should|would)(?:'s| is| be)?))"
     r"\W*(?:(?:option|choice|point|image|picture|letter) )?(?=[«·])"
 )
 AFFIRMED = (
-    r"\s*(?:(?:is|are|seems) (?:\w+ )?(?:correct|right|best|answer|most)\b|"
+    r"\s*(?:(?:is|are|seems) (?:\w+ )?(?:correct|right|best|better|answer|most)\b|"
     r"(?:best|fits|matches|remains)\b|:?正确|:?对)"
 )
 ANNOUNCED = rf"(?i)(?:{CUE}){SEVERAL}|{SEVERAL}{AFFIRMED}"
@@ -196,9 +196,9 @@ YES_OR_NO = (
 )
 UNSURE = (
     r"(?:\bnot|n't|\bun|\bim)\s?(?:\w+ )?(?:sure|certain|clear|able|possible|tell|determine|know)"
-    r"|无法|不确定|不清|不知道|\b(?:cannot (?:tell|determine|know)|to tell|sorry|maybe|perhaps|"
-    r"possibly|idea|without|enough|information|access|whether|see (?:the|an?|any|this) (?:image|"
-    r"picture|photo)|(?:i|we) (?:do not|don't|cannot|can't)(?! see| find| spot| notice| detect))\b"
+    r"|无法|不确定|不清|不知道|\b(?:cannot (?:be )?(?:tell|determine|know)\w*|to tell|sorry|maybe|"
+    r"perhaps|possibly|idea|without|enough|information|access|whether|(?:i|we) (?:do not|don't|"
+    r"cannot|can't)(?! see (?!(?:the|an?|any) (?:image|picture))| find| spot| notice| detect))\b"
 )
 
 
@@ -230,7 +230,7 @@ VAGUE = (  # it is not exactly that
     rf"pm|hundred|thousand|million|billion|dozen)\b"
 )
 # "blue" of "The car is blue", but not of "I doubt it is blue".
-VERB = r"(?i)\b(?:is|are|was|were|it's|says|reads:?|shows)\b"
+VERB = r"(?i)\b(?:is|are|was|were|it's|says|reads:?|shows|weighs|measures)\b"
 
 
 def match_free_form(output: str, answer: str) -> bool | None:
