@@ -71,9 +71,9 @@ BESIDE = r"(?im)([»·])[.:-]*\s*(?:an? |the )?(‹\w›)(?=\W*$|[.,;!]|\s*[«·
 # A capital names an option, and is no word ("A dog", "B12"), between START or WITHIN and AFTER.
 START = r"(?m:^)[^\w«‹\n\u4e00-\u9fff]*|[.!]\s+|;\s*|(?<![A-Z]),\s*"
 WITHIN = (
-    r"[:=»›]\s*|-\s+|[\u4e00-\u9fff]\s*|\b(?i:answer|is|are|be|it's|answer's|choose|chose|"
-    r"choosing|pick|select|say|so|hence|thus|therefore|think|with|for|likely|probably|clearly|"
-    r"definitely|between|either|neither|both|among|not|no|like|actually|meant|but|wait|rather)\s+"
+    r"[:=»›]\s*|-\s+|[\u4e00-\u9fff]\s*|\b(?i:answer(?:'s)?|is|are|be|it's|choos(?:e|ing)|chose|"
+    r"pick|select|leaves|so|hence|thus|therefore|think|say|with|for|likely|probably|clearly|but|"
+    r"definitely|between|either|neither|both|among|not|no|like|actually|meant|wait|rather)\s+"
 )
 AFTER = (
     r"\s*(?:$|[,:;!.。()/\n]|- |(?<!\bA)(?<!\bA )[«‹]|[是而对正错项不都和与或及、选也])|"
@@ -225,9 +225,9 @@ def parse_yes_no(output: str) -> str | None:
 # 12.5 or 10:30, but nothing of "12.5%", "B12", "3rd" or "1/2".
 VALUE = r"(?<![\w.:/])-?\d+(?:[.:]\d+)?(?![\w%+°/]|[.:]\d)"
 VAGUE = (  # it is not exactly that
-    rf"(?i){NOT}|\b(?:or|about|around|approx\w*|roughly|nearly|almost|maybe|perhaps|possibly|than|"
-    r"over|under|above|below|up to|least|most|max\w*|minus|plus|fewer|half|twice|times|pairs?|am|"
-    rf"pm|hundred|thousand|million|billion|dozen)\b"
+    rf"(?i){NOT}|\b(?:or|about|around(?! the)|approx\w*|roughly|nearly|almost|maybe|perhaps|over|"
+    r"under|above|below|possibly|than|up to|least|most|max\w*|minus|plus|fewer|half|twice|times|"
+    r"pairs?|am|pm|hundred|thousand|million|billion|dozen)\b"
 )
 # "blue" of "The car is blue", but not of "I doubt it is blue".
 VERB = r"(?i)\b(?:is|are|was|were|it's|says|reads:?|shows|weighs|measures)\b"
