@@ -118,12 +118,13 @@ def parse_choice(output: str, options: dict[str, str]) -> str | None:
     """The letter of the option that an output commits to; None when it commits to none, or to
     several.
 
-    1. Options are marked where they are named, by letter or text.
-    2. What a clause denies or doubts, or a sentence with "if" says, is dropped.
-    3. The letter that is announced last decides ("answer", "so", "choose", "选", ..); else one that
-       is a sentence of its own; else an announced text; else a text that is a sentence of its own;
-       else the letters, else the texts, that are named at all.
-    4. That must be a single one: "A or B", or a letter beside another option's text, is none.
+    1. Options are marked where they are named, by letter or by text.
+    2. What a clause denies or doubts is dropped, and letters in a sentence that says what would be.
+    3. The letters that are announced last decide ("answer", "so", "choose", "选", ..); else those
+       that are a sentence of their own ("B. blue"); else all of them. Where no letter is named, the
+       texts, in the same order.
+    4. They must be a single one: "A or B", a list that is restated, and a letter beside another
+       option's text are none.
     """
     text = re.sub(r":\s+", ": ", final_text(output))
     sentences = asserted(mark_letters(mark_texts(text, options), "".join(options)))
