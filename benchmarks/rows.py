@@ -14,7 +14,7 @@ class Question:
     id: str  # unique in its benchmark
     image: Path | str
     prompt: str
-    answer: str  # an option's letter (mc), yes or no (yn), or a text
+    answer: str  # an option's letter (mc), yes or no (yn), or a text; of free, each line is right
     kind: str = "mc"  # mc, yn, free, or exact: word for word
     options: dict[str, str] = field(default_factory=dict)  # letter -> text
     crop: Path | str | None = None
