@@ -218,7 +218,8 @@ def bench_figures(bench: str, answers: list[Scored]) -> dict:
 
 
 def yes_no_figures(rows) -> dict:
-    said = sum(row.said == "yes" for row in rows)
+    # A "no" that was not said counts as a "yes", as with POPE's authors; so do unparsed ones.
+    said = sum(row.correct == (row.answer == "yes") for row in rows)
     gold = sum(row.answer == "yes" for row in rows)
     hit = sum(row.correct for row in rows if row.answer == "yes")
     return {
@@ -332,6 +333,8 @@ def view_lines(bench: str, view: str, f: dict) -> Iterator[str]:
             yield f"  {group[:22]:<22} {percent(g['accuracy'], interval)} {g['n']:>10}"
     further = ("f1", "precision", "recall", "yes_rate", "pair_accuracy", "avg_c")
     further = [f"{key.replace('_', ' ')} {100 * f[key]:.1f}" for key in further if key in f]
+    if "f1" in f:
+        further.append(f"{f['unparsed']} unparsed: of these a gold no counts as yes")
     if further:
         yield "  " + ", ".join(further)
     if "calls" in f:

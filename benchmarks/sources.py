@@ -90,8 +90,10 @@ def neutral_question(row: dict, name: str) -> Question:
             "synth.py --labels)"
         )
     kind, answer = row.get("kind") or "mc", row["answer"]
-    if isinstance(answer, list) and kind == "free":  # any of these is right: a line each
-        row = row | {"answer": "\n".join(filter(None, map(str, answer)))}
+    if kind == "free":  # of a list any is right: a line each
+        answers = answer if isinstance(answer, list) else [answer]
+        if all(isinstance(each, str) for each in answers):
+            row = row | {"answer": "\n".join(" ".join(each.split()) for each in answers)}
     for key in TEXTS:
         value = row.get(key)
         if isinstance(value, bool | dict | list) or value != value:

@@ -173,7 +173,7 @@ def test_the_table_has_a_line_for_every_view_group_and_gap(tmp_path):
         == """\
 accuracy [95% interval], %                      rows official unparsed judged cut off loops errors s/row tokens (95%)  published 4B, 9B
 pope, full                50.0 [  9.5,  90.5]     2/9000    50.0        0      0       0     0      0  0.50      4     4  88.3 > 89.1  88.9 > 89.1
-  f1 66.7, precision 50.0, recall 100.0, yes rate 100.0
+  f1 66.7, precision 50.0, recall 100.0, yes rate 100.0, 0 unparsed: of these a gold no counts as yes
 mine, full                33.3 [  6.1,  79.2]          3    33.3        1      0       1     0      1  0.50      7    12
   near                   100.0 [ 20.7, 100.0]          1
   far                      0.0 [  0.0,  65.8]          2
@@ -203,3 +203,18 @@ def test_lengths_and_loops_stand_beside_the_accuracy(tmp_path):
     answers += [reply(100, "round and round it goes, " * 9, tokens=1000)]
     full = results(tmp_path, answers)["benches"]["mine"]["full"]
     assert (full["tokens_p95"], full["loops"]) == (95, 1)
+
+
+@pytest.mark.parametrize(
+    "scorer, said_no, expected",
+    [
+        ("ours", "hm", (2 / 3, 1 / 2, 1.0, 1.0)),  # unparsed on a gold no: a yes
+        ("ours", "There is none.", (1.0, 1.0, 1.0, 1 / 2)),
+        ("official", "There is none.", (2 / 3, 1 / 2, 1.0, 1.0)),  # it reads a last word
+        ("official", "no dog", (1.0, 1.0, 1.0, 1 / 2)),
+    ],
+)
+def test_yes_no_figures_are_of_the_scorers_own_reading(scorer, said_no, expected, tmp_path):
+    answers = [reply(0, "Yes", "yes", "yn"), reply(1, said_no, "no", "yn")]
+    full = results(tmp_path, answers, scorer=scorer)["benches"]["mine"]["full"]
+    assert [full[key] for key in ("f1", "precision", "recall", "yes_rate")] == list(expected)

@@ -763,10 +763,10 @@ def test_deep_json_in_such_a_file_is_a_row_with_an_error(tmp_path):
 
 
 def test_a_list_of_answers_means_any_of_them(tmp_path):
-    row = GOOD | {"kind": "free", "answer": ["red", "crimson", 12]}
+    row = GOOD | {"kind": "free", "answer": ["red", "dark\nred", "12"]}
     put(tmp_path / "signs.jsonl", lines([row]))
     question = sources.read_benchmark(str(tmp_path / "signs.jsonl"), tmp_path)[0]
-    assert question.answer == "red\ncrimson\n12"
+    assert question.answer == "red\ndark red\n12"
 
 
 def test_a_file_without_rows_is_refused(tmp_path):
