@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -387,7 +386,7 @@ def test_two_thousand_photographs_open_at_once_in_less_than_20_mb(tmp_path):
         scene.crop((x, y, x + 160, y + 120)).save(tmp_path / f"{n}.jpg", quality=90)
         answers.append(reply(n, "a", bench="photos", image=f"../{n}.jpg"))
     results(tmp_path / "run", answers)
-    page, start = pages.write_page(tmp_path / "run"), time.time()
+    page = pages.write_page(tmp_path / "run")
     seen, (cards, images, opened) = probed(
         page,
         "[document.querySelectorAll('.sample').length, Object.keys(data.images).length, "
@@ -398,4 +397,3 @@ def test_two_thousand_photographs_open_at_once_in_less_than_20_mb(tmp_path):
     assert "No labels" not in seen
     assert page.stat().st_size < 20_000_000
     assert opened < 5000
-    assert time.time() - start < 15
