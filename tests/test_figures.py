@@ -180,3 +180,11 @@ mine, crop               100.0 [ 34.2, 100.0]          2   100.0        0      0
 def test_a_failed_call_whose_error_has_a_no_in_it_is_no_verdict(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "ask_judge", lambda *_: [OSError("no route to host")])
     assert results(tmp_path, [reply(0, "hm")], judge="http://x")["judge_failures"] == 1
+
+
+def test_an_answer_counts_and_not_the_error_beside_it_and_of_pairs_only_whole_ones(tmp_path):
+    lone = reply(2, "A", pair="y")
+    answers = [*marks("10", pair="x"), lone, reply(2, None, error="no image")]
+    for given in (answers, answers[::-1]):
+        found = results(tmp_path, given)["benches"]["mine"]["full"]
+        assert found == found | {"n": 3, "errors": 0, "pair_accuracy": 0}

@@ -120,6 +120,13 @@ def test_a_run_s_page_holds_its_log_its_results_and_its_settings(run):
     assert set(data["images"]) == {f"images/{name}.png" for name in names}
 
 
+def test_a_checkpoint_has_a_row_a_benchmark_with_its_gap(run):
+    folder = (run / "eval-before").rename(run / "step-000100")
+    small = {"bench": "toy", "full": 0.5, "crop": 1, "gap": 0.5}
+    rows = [small, {"bench": "toy-large", "full": 1}]
+    assert list(pages.trajectory(folder)) == [{"step": 100} | row for row in rows]
+
+
 def test_a_sample_has_its_images_its_question_and_the_answers_of_both_views(run):
     (sample,) = (rows for rows in build(run)["samples"] if rows[0]["id"] == "7")
     about = {"bench": "toy", "group": "small", "prompt": "question 7", "answer": "a red 7"}
@@ -214,7 +221,7 @@ def test_two_evaluations_stand_side_by_side(run):
 def attacked(run: Path, text: str) -> Path:
     """The page of a run whose model, questions and settings say `text`."""
     answer = toy(0, False)
-    vars(answer).update(output=text, prompt=text, group=text, answer=text)
+    vars(answer).update(output=text, prompt=text, group=text, answer=text, bench="<script>")
     results(run / "eval-after", [answer])
     said = rollout(1, 0, question=text, answer=text, tokens=[text] * 3)
     write(run / "rollouts.jsonl", [said, said | {"step": 3}])
