@@ -15,7 +15,6 @@ answers-BENCH-RANK.jsonl, result.json, a judge's verdicts.jsonl, report.html. Ki
 the same command goes on, on any number of ranks. Greedy, non-thinking, images at native resolution.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -35,10 +34,15 @@ from benchmarks.rows import Answer, Question
 from benchmarks.scoring import score
 from benchmarks.sources import BENCHES, GROUPS, read_benchmark
 from benchmarks.zoom import answer_with_zoom
-from launch.flags import natural, positive_int, setting, settings_parser
-from storage.files import appending, read_json, write
+from launch import script
+from launch.flags import device_name, natural, positive_int, setting, settings_parser
+from storage.files import appending, hold, read_json, read_jsonl, write, write_jsonl
 from storage.images import load_image
 from toy.scenes import held_out
+
+# Pixels; Pillow refuses a picture of twice as many. The table's files are trusted, and some are
+# huge; one's own keep Pillow's limit.
+PILLOWS_LIMIT, TABLES_LIMIT = Image.MAX_IMAGE_PIXELS, 250_000_000
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Settings:
         16, "rows at once, halved when memory runs out; changes no result", positive_int
     )
     device: str = setting(
-        None, "such as cpu or cuda:1 (default: cuda where there is one, a GPU a rank)"
+        None, "such as cpu or cuda:1 (default: cuda where there is one, a GPU a rank)", device_name
     )
     # how to score
     scorer: str = setting(
@@ -107,6 +111,7 @@ class Asking:
     max_new_tokens: int = 4096
     batch: int = 16
     zoom: int = 0  # calls of the zoom-in tool; 0: there is none
+    limit: int | None = None  # rows of each benchmark, evenly spread; None: all
     rank: int = 0
     world: int = 1
 
@@ -126,7 +131,12 @@ def evaluate(
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model, processor = load(path, device=device, dtype=dtype)
-    claim_results(out, path, model, how)
+    if how.rank == 0:
+        claim_results(out, path, model, how)
+        for name, questions in benches.items():
+            drop_stale(out, name, questions)
+    if how.world > 1:
+        torch.distributed.barrier()
     for name, questions in benches.items():
         answer_all(model, processor, name, questions, out, how)
     if how.world > 1:
@@ -135,14 +145,20 @@ def evaluate(
 
 def claim_results(out: Path, path: str, model, how: Asking) -> None:
     """Write out/args.json, or say whose answers `out` holds."""
-    some = [weight.detach().flatten()[:64].float().cpu() for weight in model.parameters()]
-    digest = hashlib.sha256(b"".join(each.numpy().tobytes() for each in some))
+    from storage.checkpoint import fingerprint
+
     now = {
-        "weights": digest.hexdigest()[:16],
+        "weights": fingerprint(model),
         "max_new_tokens": how.max_new_tokens,
         "zoom": how.zoom,
     }
-    then = read_json(out / "args.json", []) or now
+    notes = []
+    then = read_json(out / "args.json", notes) or now
+    if notes and any(out.glob("answers-*.jsonl")):
+        raise ValueError(
+            f"{out} holds answers, but {notes[0]}: whose are they? Put the file back, or choose "
+            "another --out."
+        )
     differ = [
         f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in now if then.get(key) != now[key]
     ]
@@ -152,8 +168,41 @@ def claim_results(out: Path, path: str, model, how: Asking) -> None:
             "Choose another --out."
         )
     out.mkdir(parents=True, exist_ok=True)
-    if how.rank == 0:
-        write(out / "args.json", json.dumps({"model": path} | now, indent=1) + "\n")
+    write(out / "args.json", json.dumps({"model": path} | now, indent=1) + "\n")
+
+
+def drop_stale(out: Path, name: str, questions: list[Question]) -> None:
+    """Take the answers to rows of a benchmark that have changed since, or are gone, out of `out`,
+    so that they are asked again. Raises ValueError where that would be all of them."""
+    asked, stale = {question.id: question for question in questions}, Counter()
+    lines_of = {}
+    for path in out.glob(f"answers-{name}-[0-9]*.jsonl"):
+        lines_of[path] = []
+        for line in read_jsonl(path, []):
+            question = asked.get(line["id"])
+            if line["bench"] != name:
+                state = "another's"
+            elif question is None:
+                state = "gone"
+            elif line.get("digest") in (None, question.fingerprint(line["view"])):
+                state = "same"
+            else:
+                state = "changed"
+            stale[state] += 1
+            if state in ("another's", "same"):
+                lines_of[path].append(line)
+    left_out = stale["gone"] + stale["changed"]
+    if left_out and not stale["same"]:
+        raise ValueError(
+            f"{out} holds answers to another benchmark that is called {name}. Choose another --out."
+        )
+    if left_out:
+        print(
+            f"{name}: {stale['changed']} answers are to rows that have changed, asked again now; "
+            f"{stale['gone']} to rows that are gone"
+        )
+        for path, lines in lines_of.items():
+            write_jsonl(path, lines)
 
 
 def answer_all(
@@ -167,12 +216,14 @@ def answer_all(
     """
     from rollout import Batches
 
-    asked = to_ask(name, questions[how.rank :: how.world], out, how.views)
+    n = min(how.limit or len(questions), len(questions))
+    spread = [questions[i * len(questions) // n] for i in range(n)]
+    asked = to_ask(name, spread[how.rank :: how.world], out, how.views)
     done = {a.place(): a for a in saved_answers(out) if a.bench == name and a.error is None}
-    stop_if_changed(out, name, asked, done)
     todo = [answer for answer in asked if answer.place() not in done]
     states, bar = Counter(), tqdm(total=len(asked), desc=name, unit="row", disable=how.rank > 0)
     work = partial(replies_to, model, processor, out, how)
+    Image.MAX_IMAGE_PIXELS = TABLES_LIMIT if name in BENCHES else PILLOWS_LIMIT
     with appending(out / f"answers-{name}-{how.rank}.jsonl") as file, bar:
         bar.update(len(asked) - len(todo))
         start = time.perf_counter()
@@ -202,21 +253,9 @@ def to_ask(name: str, questions: list[Question], out: Path, views: list[str]) ->
                 row[view] = os.path.relpath(row[view], out)
         for view in views:
             if view == "full" or question.crop:
-                asked.append(Answer(**row, bench=name, view=view))
+                digest = question.fingerprint(view)
+                asked.append(Answer(**row, bench=name, view=view, digest=digest))
     return asked
-
-
-def stop_if_changed(out: Path, name: str, asked: list[Answer], done: dict) -> None:
-    other = set()
-    for answer in asked:
-        before = done.get(answer.place(), answer)
-        if (before.prompt, before.answer) != (answer.prompt, answer.answer):
-            other.add(answer.id)
-    if other:
-        raise ValueError(
-            f"{out} holds {name} with other questions or answers under the ids "
-            f"{sorted(other)[:3]}. Choose another --out."
-        )
 
 
 def replies_to(model, processor, out: Path, how: Asking, batch: list[Answer]) -> list[dict]:
@@ -225,7 +264,7 @@ def replies_to(model, processor, out: Path, how: Asking, batch: list[Answer]) ->
 
     paths = [out / (a.image if a.view == "full" else a.crop) for a in batch]
     images = [load_image(os.path.normpath(path)) for path in paths]
-    prompts = [answer.prompt for answer in batch]
+    prompts = [answer.prompt.replace("<|", "< |") for answer in batch]  # no turn can be forged
     ask = partial(answers, model, processor, max_new_tokens=how.max_new_tokens)
     if how.zoom:
         return answer_with_zoom(ask, images, prompts, how.zoom)
@@ -236,7 +275,7 @@ def replies_to(model, processor, out: Path, how: Asking, batch: list[Answer]) ->
 
 
 def read_questions(settings: Settings) -> dict[str, list[Question]]:
-    """{benchmark: its questions}, as many of them as asked for. Raises ValueError."""
+    """{benchmark: its questions}. Raises ValueError."""
     benches = {}
     for name in settings.names():
         own = Path(name).name.removesuffix(".jsonl")
@@ -249,8 +288,7 @@ def read_questions(settings: Settings) -> dict[str, list[Question]]:
             rows = held_out(settings.data_root)[name]
         else:
             rows = read_benchmark(name, settings.data_root)
-        n = min(settings.limit or len(rows), len(rows))
-        benches[own] = [rows[i * len(rows) // n] for i in range(n)]
+        benches[own] = rows
     return benches
 
 
@@ -296,6 +334,8 @@ def answer_and_score(settings: Settings, scorer: Scorer, rank: int, world: int) 
     if torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = settings.device or device
+    if rank == 0:
+        hold(settings.out)
     if device == "cpu":  # on a GPU its warning of slow kernels matters
         transformers.utils.logging.set_verbosity_error()
     if rank > 0:
@@ -310,7 +350,15 @@ def answer_and_score(settings: Settings, scorer: Scorer, rank: int, world: int) 
     if settings.view == "crop":
         benches = {name: rows for name, rows in benches.items() if name not in without}
     views = ["full", "crop"] if settings.view == "both" else [settings.view]
-    how = Asking(views, settings.max_new_tokens, settings.batch, settings.zoom, rank, world)
+    how = Asking(
+        views=views,
+        max_new_tokens=settings.max_new_tokens,
+        batch=settings.batch,
+        zoom=settings.zoom,
+        limit=settings.limit,
+        rank=rank,
+        world=world,
+    )
     models = {settings.out: settings.model}
     if settings.checkpoints:
         models = models_of_run(settings.checkpoints, settings.out)
@@ -333,6 +381,7 @@ def print_trajectory(folders: list[Path]) -> None:
 
 def show_saved(settings: Settings, scorer: Scorer) -> None:
     """--compare, --rescore, --report: of answers that are there."""
+    Image.MAX_IMAGE_PIXELS = TABLES_LIMIT
     page = settings.report or settings.rescore or settings.out
     if settings.compare:
         text, found = compare(*settings.compare)
@@ -342,6 +391,7 @@ def show_saved(settings: Settings, scorer: Scorer) -> None:
             told = {"folders": list(map(os.path.abspath, settings.compare)), "text": text}
             write(settings.out / "compare.json", json.dumps({**told, "benches": found}, indent=1))
     if settings.rescore:
+        hold(settings.rescore)
         # step-N of checkpoints, or eval-WHEN of a training run
         of_run = {path.parent for path in settings.rescore.glob("[es]*-*/answers-*.jsonl")}
         for folder in sorted(of_run) or [settings.rescore]:
@@ -400,7 +450,6 @@ def why_not(settings: Settings) -> str | None:
 def main(argv: list[str] | None = None) -> None:
     settings = parse(argv)
     scorer = Scorer(settings.scorer, settings.judge, settings.judge_model)
-    Image.MAX_IMAGE_PIXELS = None  # benchmark files are trusted, and some are huge
     if settings.report or settings.rescore or settings.compare:
         show_saved(settings, scorer)
         return
@@ -418,7 +467,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"evaluate.py: {error}") from error
+    script.run(main)

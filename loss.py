@@ -117,7 +117,7 @@ class Options:
     beta: float
     kind: str
     chunk: int  # tokens whose logits exist at once
-    with_grad: bool  # whether autograd is on
+    with_grad: bool  # whether there will be a backward pass
 
 
 class TopKDivergence(torch.autograd.Function):
@@ -131,9 +131,8 @@ class TopKDivergence(torch.autograd.Function):
         rows = weights.nonzero().squeeze(-1)  # (tokens that count,): the one synchronisation
         per_token = torch.zeros_like(weights)
         agree = torch.zeros_like(weights, dtype=torch.bool)
-        d_hidden, d_head = None, None
-        if options.with_grad and ctx.needs_input_grad[0]:
-            d_hidden = torch.zeros_like(hidden)  # (n, D)
+        d_hidden = torch.zeros_like(hidden)  # (n, D)
+        d_head = None
         if options.with_grad and ctx.needs_input_grad[1]:
             # The first chunk overwrites it; where there is none, it must not be garbage.
             fresh = torch.empty_like if len(rows) else torch.zeros_like
@@ -154,12 +153,11 @@ class TopKDivergence(torch.autograd.Function):
             log_s = with_tail(log_s, len(head))  # (c, K + 1)
             log_t = with_tail(log_t, len(head))
             per_token[r], slope = DIVERGENCES[options.kind](log_s, log_t, options.beta)
-            if d_hidden is None and d_head is None:
+            if not options.with_grad:
                 continue
             slope *= weights[r, None]
             d_logits = logits_gradient(slope, log_s, exp, total, ids, out=student)
-            if d_hidden is not None:
-                d_hidden[r] = d_logits @ head
+            d_hidden[r] = d_logits @ head
             if d_head is not None:
                 add_head_gradient(d_head, d_logits, x, first=number == 0)
         ctx.save_for_backward(d_hidden, d_head)
@@ -249,7 +247,9 @@ def topk_divergence(
     """
     check_options(kind, beta, k, chunk)
     check_shapes(student_hidden, student_head, teachers, weights)
-    options = Options(min(k, len(student_head)), beta, kind, chunk, torch.is_grad_enabled())
+    trained = student_hidden.requires_grad or student_head.requires_grad
+    with_grad = trained and torch.is_grad_enabled()
+    options = Options(min(k, len(student_head)), beta, kind, chunk, with_grad)
     loss, per_token, agree = TopKDivergence.apply(
         student_hidden, student_head, weights, teachers, options
     )
@@ -260,23 +260,19 @@ def check_shapes(student_hidden: Tensor, student_head: Tensor, teachers, weights
     if not teachers:
         raise ValueError("teachers is empty, expected at least one (hidden, head, share).")
     n, vocab = len(student_hidden), len(student_head)
-    sides = [("student", student_hidden, student_head, student_head.dtype)]
+    sides = {"student": (student_hidden, student_head, student_head.dtype)}
     for i, (hidden, head, _) in enumerate(teachers):
-        sides.append((f"teachers[{i}]", hidden, head, teachers[0][1].dtype))
-    for name, hidden, head, dtype in sides:
+        sides[f"teachers[{i}]"] = (hidden, head, teachers[0][1].dtype)
+    for name, (hidden, head, dtype) in sides.items():
         if hidden.shape != (n, head.shape[-1]) or head.shape != (vocab, hidden.shape[-1]):
             raise ValueError(
                 f"{name}: hidden is {tuple(hidden.shape)} and head {tuple(head.shape)}, expected "
-                f"({n}, D) and ({vocab}, D). Flatten to one row per token, and use heads of one "
-                "vocabulary."
+                f"({n}, D) and ({vocab}, D): one row a token, one vocabulary."
             )
-        if hidden.dtype != dtype or head.dtype != dtype:
+        if {hidden.dtype, head.dtype} != {dtype}:
             raise ValueError(
                 f"{name}: hidden is {hidden.dtype} and head {head.dtype}, expected {dtype} for "
                 "both, and one dtype for all teachers. Cast one of them."
             )
     if weights.shape != (n,):
-        raise ValueError(
-            f"weights is {tuple(weights.shape)}, expected ({n},): one weight per row of the hidden "
-            "states."
-        )
+        raise ValueError(f"weights is {tuple(weights.shape)}, expected ({n},): one a token.")

@@ -16,6 +16,7 @@ A method decides three things, in this order, within train.py's step:
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,11 @@ class View:
     image: str  # of a triplet: "image" (the full one) or "crop"
     hint: str = ""  # added to the question; {answer} is the label
 
+    def text(self, row: Triplet) -> str:
+        """What stands after the image. The newline is the official training prompt's; its
+        evaluation, and ours, have none."""
+        return "\n" + row.question + self.hint.format(answer=row.answer)
+
 
 @dataclass
 class Micro:
@@ -55,13 +61,17 @@ class Micro:
     """
 
     rows: list[Triplet]  # B
-    student_prompt: Prompt  # of the full images
-    teacher_prompt: Prompt | None  # of what the method's teacher_view names
+    prompts: dict[str, Prompt]  # the student's, of the full images; the teacher's, if it has a view
     rollout: Rollout | None = None  # set by respond
     keep: Tensor | None = None  # (N,) bool, which responses are trained on
     right: Tensor | None = None  # (N,) bool, which match the label
     advantages: Tensor | None = None  # (N,) fp32, what a response is worth (grpo, dapo)
     targets: list | None = None  # [(hidden (n, D), head (V, D), share)]: the teacher's logits
+
+    @property
+    def sampled(self) -> Tensor:
+        """(n,) ids of the tokens that are trained on."""
+        return self.rollout.ids[self.rollout.mask]
 
 
 # -------------------------------------------------------------------------------------- Vision-OPD
@@ -75,6 +85,7 @@ class VisionOPD:
     default_teacher = "ema"
     distils = True  # there are targets: the teacher reads the responses
     needs_answers = False
+    writer = "student"  # whose weights answer, to a prompt of its own
 
     def __init__(self, settings):
         self.settings = settings
@@ -86,8 +97,7 @@ class VisionOPD:
         return {"teacher": 1.0}
 
     def respond(self, run, micros: list[Micro], step: int, extra: int = 0) -> None:
-        prompts = [micro.student_prompt for micro in micros]
-        write(run, micros, run.shards.publish("student"), prompts, step, extra)
+        write(run, micros, self.writer, step, extra)
 
     def select(self, run, micros: list[Micro], step: int) -> list[Micro]:
         return micros
@@ -119,12 +129,15 @@ class VisionOPD:
         return {} if agreement is None else {"agreement": agreement}
 
 
-def write(run, micros, model, prompts: list[Prompt], step: int, extra: int = 0) -> None:
-    """`model` answers each prompt G times, `gen_prompts` of them at once; all responses are kept.
+def write(run, micros: list[Micro], writer: str, step: int, extra: int) -> None:
+    """The writer answers each prompt G times, `gen_prompts` of them at once; all responses are
+    kept.
 
     The random numbers of a response depend on (seed, step, row) alone.
     """
     settings = run.settings
+    model = run.shards.publish(writer)
+    pad_id = run.processor.tokenizer.pad_token_id
     key = f"{settings.seed}/{step}" + (f"/{extra}" if extra else "")
     calls = math.ceil(len(micros) / run.micros_at_once)
     bar = tqdm(
@@ -137,14 +150,14 @@ def write(run, micros, model, prompts: list[Prompt], step: int, extra: int = 0) 
     with bar:
         for start in range(0, len(micros), run.micros_at_once):
             part = micros[start : start + run.micros_at_once]
-            rows = [row for micro in part for row in micro.rows]
+            ids = [row.id for micro in part for row in micro.rows]
             rollout = sample(
                 model,
                 run.processor,
-                join(prompts[start : start + len(part)], run.processor.tokenizer.pad_token_id),
+                join([micro.prompts[writer] for micro in part], pad_id),
                 settings.group,
                 max_new_tokens=settings.max_new_tokens,
-                seeds=[random.Random(f"{key}/{row.id}").getrandbits(63) for row in rows],
+                seeds=[random.Random(f"{key}/{id_}").getrandbits(63) for id_ in ids],
                 bar=bar,
                 static=run.static_tokens,
             )
@@ -187,10 +200,7 @@ class SFT(Graded):
     responses that are right, by cross-entropy (paper, Table 2)."""
 
     default_teacher = "initial"
-
-    def respond(self, run, micros, step, extra=0):
-        prompts = [micro.teacher_prompt for micro in micros]
-        write(run, micros, run.shards.publish("teacher"), prompts, step, extra)
+    writer = "teacher"
 
     def select(self, run, micros, step):
         for micro in micros:
@@ -199,8 +209,7 @@ class SFT(Graded):
         return micros
 
     def loss(self, micro, hidden, head, weights):
-        ids = micro.rollout.ids[micro.rollout.mask]  # (n,)
-        log_s = token_log_probs([(hidden, head, 1.0)], ids, self.settings.chunk)
+        log_s = token_log_probs([(hidden, head, 1.0)], micro.sampled, self.settings.chunk)
         return weighted(-log_s, weights)
 
 
@@ -216,6 +225,7 @@ class GRPO(Graded):
         for micro in micros:
             grade(run, micro)
             micro.advantages = group_advantages(self.rewards(micro)).flatten()
+            micro.keep = micro.advantages != 0  # of the others the loss and its gradient are 0
         return micros
 
     def rewards(self, micro: Micro) -> Tensor:
@@ -224,9 +234,8 @@ class GRPO(Graded):
 
     def loss(self, micro, hidden, head, weights):
         mask = micro.rollout.mask
-        ids = micro.rollout.ids[mask]
-        log_s = token_log_probs([(hidden, head, 1.0)], ids, self.settings.chunk)
-        advantages = micro.advantages[:, None].expand_as(mask)[mask]
+        log_s = token_log_probs([(hidden, head, 1.0)], micro.sampled, self.settings.chunk)
+        advantages = micro.advantages.repeat_interleave(mask.sum(1))  # (n,)
         # Old and new policy are the same: a batch is used once.
         per_token = clipped_policy_gradient(log_s, log_s.detach(), advantages, *self.clip)
         return weighted(per_token, weights)
@@ -267,9 +276,9 @@ class DAPO(GRPO):
             more = run.further_micros(step, len(parts))
             self.respond(run, more, step, extra=len(parts))
             parts.append(super().select(run, more, step))
-        kept = torch.tensor(mixed, device=run.device)  # (batches, prompts)
-        kept *= kept.flatten().cumsum(0).view_as(kept) <= prompts
-        for part, chosen in zip(parts, kept[:, own].bool(), strict=True):
+        kept = torch.tensor(mixed, device=run.device).bool()  # (batches, prompts)
+        kept &= kept.flatten().cumsum(0).view_as(kept) <= prompts
+        for part, chosen in zip(parts, kept[:, own], strict=True):
             for micro, some in zip(part, chosen.split([len(m.rows) for m in part]), strict=True):
                 micro.keep = some.repeat_interleave(self.settings.group)
         return [micro for part in parts for micro in part]
@@ -287,48 +296,53 @@ METHODS = {"vision-opd": VisionOPD, "opsd": OPSD, "sft": SFT, "grpo": GRPO, "dap
 
 
 class EncodedMicros(torch.utils.data.Dataset):
-    """A rank's micro-batches in order: (rows, the student's prompts, the teacher's or None), or the
-    error that a row of them makes: raised in a worker it would come with the worker's traceback."""
+    """Of row numbers a micro-batch: (rows, prompts), or the error that one of them makes: raised in
+    a worker it would come with the worker's traceback."""
 
-    def __init__(self, run, micros: list[list[int]]):
-        self.micros = [[run.rows[j] for j in numbers] for numbers in micros]
-        self.processor, self.dtype = run.processor, run.shards.plain.dtype
-        self.views = views(run.settings)
+    def __init__(self, run):
+        self.rows, self.processor, self.dtype = run.rows, run.processor, run.shards.plain.dtype
+        self.views, self.method = views(run.settings), run.settings.method
 
-    def __len__(self) -> int:
-        return len(self.micros)
-
-    def __getitem__(self, i: int):
-        rows, prompts = self.micros[i], []
+    def __getitem__(self, numbers: list[int]):
+        rows, prompts = [], {}
         try:
-            for view, most in self.views:
+            rows = [self.rows[j] for j in numbers]
+            refuse_unanswered(self.method, rows)
+            for who, (view, most) in self.views.items():
                 images = [load_image(getattr(row, view.image)) for row in rows]
-                texts = [row.question + view.hint.format(answer=row.answer) for row in rows]
+                texts = [view.text(row) for row in rows]
                 prompt = encode(self.processor, images, texts, max_tokens=most)
-                prompts.append(prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)})
+                prompts[who] = prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)}
         except (ValueError, OSError) as error:
             return ValueError(f"samples {[row.id for row in rows]}: {error}")
-        return rows, prompts[0], prompts[1] if len(prompts) > 1 else None
+        return rows, prompts
 
 
-def views(settings) -> list[tuple[View, int]]:
-    """What the student and, if there is one, the teacher are shown, in how many tokens at most."""
-    shown = [(View("image"), settings.max_prompt)]
+def refuse_unanswered(method: str, rows: list[Triplet]) -> None:
+    without = [row.id for row in rows if row.answer is None]
+    if without and METHODS[method].needs_answers:
+        raise ValueError(
+            f"--method {method} needs answers, and samples {without} have none. Make the data with "
+            "`synth.py --labels`, or train with --method vision-opd."
+        )
+
+
+def views(settings) -> dict[str, tuple[View, int]]:
+    """What student and, if there is one, teacher are shown, in how many tokens at most."""
+    shown = {"student": (View("image"), settings.max_prompt)}
     teacher_view = METHODS[settings.method].teacher_view
     if teacher_view:
-        shown.append((teacher_view, settings.max_crop_prompt))
+        shown["teacher"] = (teacher_view, settings.max_crop_prompt)
     return shown
 
 
-def micros_on_device(batch: list, device) -> list[Micro]:
+def micros_on_device(batch: Iterable, device) -> list[Micro]:
     micros = []
     for item in batch:
         if isinstance(item, ValueError):
             raise item
-        rows, student_prompt, teacher_prompt = item
-        if teacher_prompt is not None:
-            teacher_prompt = to_device(teacher_prompt, device)
-        micros.append(Micro(rows, to_device(student_prompt, device), teacher_prompt))
+        rows, prompts = item
+        micros.append(Micro(rows, {who: to_device(each, device) for who, each in prompts.items()}))
     return micros
 
 
@@ -381,12 +395,9 @@ def token_log_probs(sides: list[tuple], ids: Tensor, chunk: int = 512) -> Tensor
 
 def sampled_token_loss(micro: Micro, hidden: Tensor, head: Tensor, chunk: int) -> Tensor:
     """`sampled_token` of a micro-batch: hidden (n, D), head (V, D) -> (n,)."""
-    mask = micro.rollout.mask
-    ids = micro.rollout.ids[mask]
-    log_s = token_log_probs([(hidden, head, 1.0)], ids, chunk)
-    return sampled_token(
-        log_s, token_log_probs(micro.targets, ids, chunk), micro.rollout.log_probs[mask]
-    )
+    log_s = token_log_probs([(hidden, head, 1.0)], micro.sampled, chunk)
+    log_t = token_log_probs(micro.targets, micro.sampled, chunk)
+    return sampled_token(log_s, log_t, micro.rollout.log_probs[micro.rollout.mask])
 
 
 def sampled_token(log_s: Tensor, log_t: Tensor, rollout: Tensor, clip: float = 2.0) -> Tensor:

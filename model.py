@@ -14,12 +14,11 @@ import launch.environment  # noqa: F401  (first: it sets what torch and transfor
 
 # isort: split
 import math
-import shutil
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -28,8 +27,9 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLProcessor
 
-from storage.hub import download
+from storage.checkpoint import find
 
+BROKEN = (SafetensorError, TemplateError)
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 MIN_CONTINUATION = 4  # tokens; fewer would take the kernels of one-token decoding
 
@@ -64,7 +64,8 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
             folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
         processor = ImageTextProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        chat(processor, "?")  # is there a template, and does it parse?
+    except (*BROKEN, OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"{path} does not load as a Qwen3.5 / Qwen3-VL style checkpoint: {error}"
         ) from error
@@ -79,24 +80,14 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
             f"{path} does not fit {type(model).__name__}: {wrong}. Loading is strict; repair the "
             "checkpoint."
         )
+    embedding = model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and model.lm_head.weight is not embedding:
+        raise ValueError(
+            f"{path} says tie_word_embeddings, but its lm_head.weight is not its embedding. Say "
+            "false in config.json, or remove the weight."
+        )
     processor.source = folder
     return prepare(model.to(device), processor), processor
-
-
-def find(path: str, patterns: list[str] | None = None) -> Path:
-    """The checkpoint directory `path`, or that of a hub id, whose files (all, or those that fit the
-    patterns) are downloaded."""
-    folder = Path(path)
-    if not folder.is_dir():
-        what = f"--model {path!r} is no directory here"
-        folder = download(path, what, "or give a directory.", allow_patterns=patterns)
-    if not (folder / "config.json").is_file():
-        found = sorted(file.name for file in folder.iterdir())[:8]
-        raise FileNotFoundError(
-            f"{folder} is no checkpoint: it has no config.json (it has {found}). Expected a "
-            "directory written by save_pretrained, or a hub id such as Qwen/Qwen3.5-4B."
-        )
-    return folder
 
 
 def prepare(model, processor):
@@ -135,23 +126,6 @@ def missing_kernels(model) -> list[str]:
     return [package for package, module in kernels.items() if find_spec(module) is None]
 
 
-def save(model, processor, folder: Path) -> None:
-    """Write a checkpoint that plain transformers and vLLM load; processor files are copied as the
-    original had them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Named parameters: tied weights once.
-    weights = {name: weight.to("cpu", copy=True) for name, weight in model.named_parameters()}
-    model.save_pretrained(folder, state_dict=weights)
-    if processor.source is None:  # the tiny model has no original
-        processor.image_processor.save_pretrained(folder)
-        processor.tokenizer.save_pretrained(folder)
-        return
-    for file in processor.source.iterdir():
-        about_weights = file.name == "config.json" or "index" in file.name
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and not about_weights:
-            shutil.copyfile(file, folder / file.name)
-
-
 # ----------------------------------------------------------------------------------------- prompts
 
 
@@ -162,15 +136,15 @@ def encode(processor, images: list, texts: list, *, max_tokens: int | None = Non
 
     Returns a Prompt with pixel_values in float32; `shrunk`: prompts over `max_tokens` have their
     one image scaled down to fit (cutting ids would cut image tokens). Raises ValueError when the
-    text alone is too long or holds a vision token.
+    text alone is too long or holds a special token.
     """
     chats, fitted, shrunk = [], [], []
     for image, text in zip(images, texts, strict=True):
-        found = [token for token in VISION_TOKENS if token in str(text)]
+        found = [token for token in processor.tokenizer.all_special_tokens if token in str(text)]
         if found:
             raise ValueError(
                 f"The question {str(text)[:80]!r} holds {found}, which would change the number of "
-                "images. Remove it."
+                "images, or of turns. Remove it."
             )
         chats.append(chat(processor, text))
         small = image if max_tokens is None else fit(processor, image, chats[-1], max_tokens)
@@ -196,21 +170,21 @@ def text_tokens(processor, chat: str) -> int:
     return len(processor.tokenizer(chat)["input_ids"]) - 1
 
 
-def prompt_tokens(processor, size: tuple[int, int], chat: str) -> int:
-    """Tokens of a prompt about one image of `size` (width, height) in pixels."""
+def image_tokens(processor, size: tuple[int, int]) -> int:
+    """Tokens of an image of `size` (width, height) in pixels."""
     vision = processor.image_processor
     patches = vision.get_number_of_image_patches(size[1], size[0], {})
-    return text_tokens(processor, chat) + patches // vision.merge_size**2
+    return patches // vision.merge_size**2
 
 
 def fit(processor, image: Image.Image, chat: str, max_tokens: int) -> Image.Image:
     """`image` itself when its prompt has at most `max_tokens` tokens, else a copy scaled down so
     that it has."""
-    if prompt_tokens(processor, image.size, chat) <= max_tokens:
+    room = max_tokens - text_tokens(processor, chat)
+    if image_tokens(processor, image.size) <= room:
         return image
     vision = processor.image_processor
     side = vision.patch_size * vision.merge_size  # px per image token along an edge
-    room = max_tokens - text_tokens(processor, chat)
     # A grid below the processor's minimum is enlarged again.
     least = 2 * math.ceil(vision.size["shortest_edge"] / side**2)
     if room < least:
@@ -219,9 +193,9 @@ def fit(processor, image: Image.Image, chat: str, max_tokens: int) -> Image.Imag
             f"its image, which needs at least {least}. Raise the prompt limit or shorten the "
             f"question: {chat[:120]!r}"
         )
-    scale = math.sqrt(room * side**2 / (image.width * image.height))
-    columns = min(max(1, int(image.width * scale / side)), room)
-    rows = min(max(1, int(image.height * scale / side)), room // columns)
+    scale = math.sqrt(room / (image.width * image.height))  # image tokens per px
+    columns = min(max(1, int(image.width * scale)), room)
+    rows = min(max(1, int(image.height * scale)), room // columns)
     return image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
 
 
@@ -339,14 +313,12 @@ def attention_masks(
     """
     if real.all():
         return {"full": None, "linear": None}, causal_lower_right(length, real.shape[1] + length)
-    square = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device)
-    itself = torch.eye(len(square), dtype=torch.bool, device=real.device)
-    full = square.tril() & real[:, None] | itself  # padding sees itself: no empty row
-    within = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
-    within = within.expand(len(rows), -1, -1)  # (N, T, T)
-    before = real[rows][:, None].expand(-1, length, -1)  # (N, T, L-1)
-    continuation = torch.cat([before, within], dim=2)[:, None]
-    return {"full": full[:, None], "linear": real}, continuation
+    prefix, keys = real.shape[1], pad(real[rows], (0, length), value=True)  # (N, L-1+T)
+    causal = torch.ones(2 * keys.shape[1:], dtype=torch.bool, device=real.device).tril()
+    itself = torch.eye(prefix, dtype=torch.bool, device=real.device)
+    full = causal[:prefix, :prefix] & real[:, None] | itself  # padding sees itself: no empty row
+    continuation = causal[prefix:] & keys[:, None]  # (N, T, L-1+T)
+    return {"full": full[:, None], "linear": real}, continuation[:, None]
 
 
 def shared_layer(

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from methods import METHODS, View
-from model import ImageTextProcessor, chat, find, prompt_tokens
+from model import ImageTextProcessor, chat, image_tokens, text_tokens
+from storage.checkpoint import find
 from storage.images import image_size
 from triplets.format import Triplet
 
@@ -282,8 +283,8 @@ def prompt_lengths(rows: list[Triplet], view: View, most: int, processor) -> Len
             size = image_size(getattr(row, view.image))
         except ValueError as error:
             raise ValueError(f"sample {row.id}: {error}") from error
-        text = chat(processor, row.question + view.hint.format(answer=row.answer))
-        lengths.append(prompt_tokens(processor, size, text))
+        text = chat(processor, view.text(row))
+        lengths.append(text_tokens(processor, text) + image_tokens(processor, size))
     shrunk = sum(length > most for length in lengths)
     lengths = [min(length, most) for length in lengths]
     return Lengths(sum(lengths) // len(lengths), max(lengths), shrunk)

@@ -42,7 +42,7 @@ class Rollout:
     ids: Tensor  # (N, T) int64
     mask: Tensor  # (N, T) bool, True on the response's own tokens, its EOS included
     ended: Tensor  # (N,) bool, False where max_new_tokens cut the response off
-    log_probs: Tensor  # (N, T) fp32, of each token as sampled; NaN after a response and if greedy
+    log_probs: Tensor  # (N, T) fp32, of each token as sampled; NaN after a response
 
     def decode(self, tokenizer) -> list[str]:
         """The responses as texts, without special tokens."""
@@ -51,14 +51,13 @@ class Rollout:
 
     def split(self, sizes: list[int]) -> list["Rollout"]:
         """Consecutive parts of `sizes` rows, each as narrow as its longest response."""
-        parts, start = [], 0
-        for size in sizes:
-            rows = slice(start, start + size)
-            start += size
-            mask = self.mask[rows]
+        fields = (self.ids, self.mask, self.ended, self.log_probs)
+        parts = []
+        for ids, mask, ended, log_probs in zip(
+            *(each.split(sizes) for each in fields), strict=True
+        ):
             width = int(mask.sum(1).max())
-            ids, log_probs = self.ids[rows, :width], self.log_probs[rows, :width]
-            parts.append(Rollout(ids, mask[:, :width], self.ended[rows], log_probs))
+            parts.append(Rollout(ids[:, :width], mask[:, :width], ended, log_probs[:, :width]))
         return parts
 
 
@@ -92,17 +91,14 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
         cache.reorder_cache(rows)
     model.model.rope_deltas = model.model.rope_deltas[rows]
 
-    processors = LogitsProcessorList()
     log_probs = torch.full((len(rows), max_new_tokens), torch.nan, device=device)
-    if how.temperature > 0:
-        uniforms = draw_uniforms(how.seeds, len(ids), group, max_new_tokens).to(device)
-        processors.append(InverseCDF(uniforms, length, how, log_probs))
+    uniforms = draw_uniforms(how.seeds, len(ids), group, max_new_tokens).to(device)
     tokenizer, stops = processor.tokenizer, model.generation_config.eos_token_id
     output = model.generate(
         input_ids=ids[rows],
         attention_mask=mask[rows],
         past_key_values=cache,
-        logits_processor=processors,
+        logits_processor=LogitsProcessorList([InverseCDF(uniforms, length, how, log_probs)]),
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -119,7 +115,7 @@ def sample(model, processor, prompt: Prompt, group: int, *, max_new_tokens: int,
     before = is_stop.long().cumsum(1) - is_stop.long()  # stop tokens strictly before
     mask = before == 0
     log_probs = log_probs[:, : response.shape[1]].where(mask, torch.nan)
-    if how.temperature > 0 and not log_probs[mask].isfinite().all():
+    if not log_probs[mask].isfinite().all():
         raise FloatingPointError(
             "The model's logits are no numbers. Look at its weights, and at the attention kernels "
             "in use."
@@ -164,11 +160,13 @@ class InverseCDF(LogitsProcessor):
         if self.how.bar is not None:
             self.how.bar.update()
         t = ids.shape[1] - self.prompt_tokens
-        p = (logits.float() / self.how.temperature).softmax(-1)
-        cdf = p.cumsum(-1, dtype=torch.float64)
-        u = self.uniforms[:, t].double() * cdf[:, -1]
-        token = torch.searchsorted(cdf, u[:, None], right=True)  # (N, 1); p > 0
-        token.clamp_(max=logits.shape[1] - 1)  # NaN gives V: said at the end
+        p = (logits.float() / (self.how.temperature or 1.0)).softmax(-1)
+        token = p.argmax(-1, keepdim=True)  # (N, 1)
+        if self.how.temperature > 0:
+            cdf = p.cumsum(-1, dtype=torch.float64)
+            u = self.uniforms[:, t].double() * cdf[:, -1]
+            token = torch.searchsorted(cdf, u[:, None], right=True)  # p > 0
+            token.clamp_(max=logits.shape[1] - 1)  # NaN gives V: said at the end
         self.log_probs[:, t] = p.gather(1, token).log().squeeze(1)
         return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
 
@@ -218,8 +216,8 @@ def answers(
     how = {"temperature": 0.0, **how}
     rollout = sample(model, processor, prompt, group, max_new_tokens=max_new_tokens, **how)
     texts = rollout.decode(processor.tokenizer)
-    lengths, ended = rollout.mask.sum(1).tolist(), rollout.ended.tolist()
-    return [Reply(*row) for row in zip(texts, lengths, [not end for end in ended], strict=True)]
+    lengths, cut_off = rollout.mask.sum(1).tolist(), (~rollout.ended).tolist()
+    return list(map(Reply, texts, lengths, cut_off))
 
 
 @dataclass

@@ -10,7 +10,6 @@ The update does not depend on the number of ranks. Plain `python` is a group of 
 """
 
 import copy
-import json
 import os
 import resource
 import shutil
@@ -33,7 +32,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from model import save, shared_layer
+from model import shared_layer
+from storage.checkpoint import save
 from storage.files import flush
 
 # ------------------------------------------------------------------------------------------ ranks
@@ -48,14 +48,13 @@ def join_ranks(device: str) -> tuple[int, int, torch.device]:
         here, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
         torch.cuda.set_device(here)
     if not dist.is_initialized():
-        alone = {}
-        if "RANK" not in os.environ:
-            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(
             backend,
+            store=None if "RANK" in os.environ else dist.HashStore(),
+            rank=rank,
+            world_size=world,
             device_id=here if device == "cuda" else None,
             timeout=timedelta(hours=6),  # rank 0 may download for long
-            **alone,
         )
     return rank, world, here
 
@@ -238,7 +237,6 @@ def save_checkpoint(out: Path, step: int, processor, shards: Shards) -> None:
         dcp.save(shards.tensors(), checkpoint_id=partial / "state")
         if first:
             save(model, processor, partial)
-            (partial / "state" / "state.json").write_text(json.dumps({"step": step}))
             flush(partial)
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -252,35 +250,46 @@ def save_checkpoint(out: Path, step: int, processor, shards: Shards) -> None:
     if first:
         partial.rename(final)
         flush(out, inside=False)
-        for older in set(out.glob("checkpoint-*/state")) - {final / "state"}:
-            shutil.rmtree(older)
+        for older in checkpoints(out):
+            if older != final:
+                shutil.rmtree(older / "state", ignore_errors=True)
 
 
-def newest_state(out: Path) -> Path | None:
-    """state.json of the newest whole checkpoint in `out`, if there is one."""
-    return max(out.glob("checkpoint-*/state/state.json"), default=None)
+def checkpoints(out: Path) -> list[Path]:
+    """Those of a run, oldest first: folders of our own names, not copies with others."""
+    return sorted(out.glob("checkpoint-" + 6 * "[0-9]"))
+
+
+def newest_step(out: Path) -> int:
+    """The step of the newest checkpoint in `out` that a run can go on from, or 0.
+
+    Raises ValueError where later ones have lost their state: theirs would be written over.
+    """
+    whole = [path for path in checkpoints(out) if (path / "state").is_dir()]
+    step = int(whole[-1].name[-6:]) if whole else 0
+    lost = [path.name for path in checkpoints(out) if int(path.name[-6:]) > step]
+    if lost:
+        raise ValueError(
+            f"{out} holds {', '.join(lost)}, but not the state to resume from, which the newest "
+            "one has. Put that one back, or choose another --out."
+        )
+    return step
 
 
 def resume(out: Path, shards: Shards) -> int:
     """Load the newest whole checkpoint, whatever the number of ranks that wrote it. Returns its
     step, or 0 where there is none."""
-    newest = newest_state(out)
-    if newest is None:
-        left = sorted(path.name for path in out.glob("checkpoint-*[0-9]"))
-        if left:
-            raise ValueError(
-                f"{out} holds {', '.join(left)}, but not the state to resume from, which the "
-                "newest one has. Put that one back, or choose another --out."
-            )
+    step = newest_step(out)
+    if step == 0:
         return 0
+    state = out / f"checkpoint-{step:06d}" / "state"
     try:
-        step = json.loads(newest.read_text())["step"]
-        dcp.load(shards.tensors(), checkpoint_id=newest.parent)
+        dcp.load(shards.tensors(), checkpoint_id=state)
     except (ValueError, KeyError, OSError, dcp.CheckpointException) as error:
         cause = str(error).strip().splitlines()[-1]
         raise ValueError(
-            f"{newest.parent} is damaged, or of another model or older code ({cause}). Put it "
-            "back, or choose another --out."
+            f"{state} is damaged, or of another model or older code ({cause}). Put it back, or "
+            "choose another --out."
         ) from error
     for moments in shards.adam.state.values():
         moments["step"].fill_(step)

@@ -26,8 +26,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from launch import script
 from launch.flags import positive_int, setting, settings_parser
-from storage.files import naming_full_disks
+from storage.files import hold, naming_full_disks
 from synthesis.checking import check_triplets
 from synthesis.parts import merge, open_part, read_parts, write_line
 from synthesis.photos import Photo, photograph_files, photos_ahead, rank_of
@@ -334,11 +335,12 @@ def synthesize(settings):
     config = configuration(settings)
     anywhere = json.dumps(config | {"images": ""}, sort_keys=True)
     mark = hashlib.sha256(anywhere.encode()).hexdigest()[:12]
+    hold(out / ".parts", f".{rank:05d}.lock")
     done = {line["file"] for line in read_parts(out, config) if "file" in line}
     files = [file for file in files if rank_of(file, world) == rank]
     todo = [file for file in files if file not in done]
     engine = load_engine(settings, given) if todo else None
-    for key in (*FOLDERS, ".parts"):
+    for key in FOLDERS:
         (out / key).mkdir(parents=True, exist_ok=True)
     with (
         naming_full_disks(out),
@@ -434,7 +436,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"synth.py: {error}") from error
+    script.run(main)

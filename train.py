@@ -18,21 +18,22 @@ import launch.environment  # noqa: F401  (first: it sets what torch and transfor
 
 import math
 import os
-import shutil
 import sys
 import time
-import traceback
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
-from tqdm import tqdm
 
+from benchmarks.rows import repeats_itself
+from launch import script
 from launch.flags import (
     inner_share,
     natural,
@@ -44,23 +45,25 @@ from launch.flags import (
     settings_parser,
     share,
 )
-from launch.run_folder import append, claim, cut_back, log_line, rows_digest, tensorboard
+from launch.run_folder import RunLog, claim, rows_digest, show
 from loss import DIVERGENCES
-from methods import METHODS, EncodedMicros, Micro, micros_on_device, views
+from methods import METHODS, EncodedMicros, Micro, micros_on_device, refuse_unanswered, views
 from model import load, missing_kernels, response_hidden
 from sharding import (
     Shards,
     join_ranks,
-    newest_state,
+    newest_step,
     over_ranks,
     peak_memory,
     resume,
     save_checkpoint,
 )
-from storage.files import write
+from storage.checkpoint import fingerprint
+from storage.files import hold
 from storage.images import image_size
 from triplets.fetch import fetch_triplets
-from triplets.format import Triplet, read_triplets
+from triplets.format import Triplet, open_triplets
+from triplets.order import batch_rows, deal
 
 TEACHERS = ["ema", "initial", "current", "trust-region"]
 
@@ -185,11 +188,11 @@ class Settings:
 
 
 # A resumed run must agree with the stopped one on all but these: speed, memory, where it stops,
-# where its (same) data lie.
-FREE = {
-    *("out", "data", "steps", "save_every", "show_every", "micro_prompts", "gen_prompts", "chunk"),
-    *("checkpointing", "compile", "workers", "threads"),
-}
+# where its data and its model lie, which must be the same.
+FREE = set(
+    "model out data steps save_every show_every micro_prompts gen_prompts chunk checkpointing "
+    "compile workers threads".split()
+)
 
 
 @dataclass
@@ -198,8 +201,7 @@ class Run:
 
     settings: Settings
     method: object  # of methods.py
-    rows: list[Triplet]
-    areas: list[int]  # of the rows' images, px
+    rows: Sequence[Triplet]
     processor: object
     shards: Shards
     rank: int
@@ -212,23 +214,24 @@ class Run:
         return max(1, self.settings.gen_prompts // self.settings.micro_prompts)
 
     @property
+    def micros_a_step(self) -> int:
+        """This rank's micro-batches."""
+        return math.ceil(self.settings.prompts // self.world / self.settings.micro_prompts)
+
+    @property
     def static_tokens(self) -> int:
         """Tokens a row of the cache in which compiled decoding works; 0: not compiled."""
         if not self.settings.compile:
             return 0
-        longest = self.settings.max_prompt
-        if self.settings.method == "sft":
-            longest = self.settings.max_crop_prompt
+        _, longest = views(self.settings)[self.method.writer]
         return longest + self.settings.max_new_tokens
 
     def further_micros(self, step: int, i: int) -> list[Micro]:
         """This rank's share of the i-th further batch of a step (dapo): rows in an order of their
         own."""
-        settings = self.settings
-        number, seed = step * settings.resample + i - 1, settings.seed + 2**20
-        shares = share_of_step(settings, self.areas, self.rank, self.world, number, seed)
-        data = EncodedMicros(self, shares)
-        return micros_on_device([data[k] for k in range(len(data))], self.device)
+        number = step * self.settings.resample + i - 1
+        micros = share_of_step(self, number, self.settings.seed + 2**20)
+        return micros_on_device(map(EncodedMicros(self).__getitem__, micros), self.device)
 
 
 # -------------------------------------------------------------------------------------------- step
@@ -246,7 +249,7 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
     micros = micros_on_device(batch, run.device)
     method.respond(run, micros, step)
     micros = method.select(run, micros, step)
-    count = count_responses(micros, run.device)
+    count = count_responses(run, micros)
     micros = micros_to_train_on(micros, run.device)
     clock.append(time.perf_counter())
 
@@ -265,17 +268,17 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
         if agree is not None:
             totals[1] += agree.double().sum() / count["tokens"]
         if not shown and (step % settings.show_every == 0 or step + 1 == settings.steps):
-            shown = show(run, step, micro, per_token, scored=agree is not None)
+            shown = show(run, step + 1, micro, per_token, scored=agree is not None)
     loss, agreement = over_ranks(totals.tolist(), run.device)
     norm = shards.gradient_norm()
     stop_if_not_finite(step, loss, norm, micros)
     lr = settings.lr * learning_rate(step, settings)
-    shards.update(lr, norm, settings.clip, teacher_rate(settings))
+    if count["tokens"]:
+        shards.update(lr, norm, settings.clip, teacher_rate(settings))
     clock.append(time.perf_counter())
 
     entry = {"step": step + 1, "steps": settings.steps, "loss": loss, "grad_norm": norm, "lr": lr}
-    entry |= lengths(count)
-    entry |= method.figures(count, None if agree is None else agreement)
+    entry |= lengths(count) | method.figures(count, None if agree is None else agreement)
     for i, name in enumerate(("gen_s", "teach_s", "learn_s")):
         entry[name] = clock[i + 1] - clock[i]
     entry["mem_gb"] = over_ranks([peak_memory(run.device)], run.device, dist.ReduceOp.MAX)[0]
@@ -286,7 +289,7 @@ def student_loss(run: Run, micro: Micro, weights: Tensor, student) -> tuple:
     """The method's loss of a micro-batch: scalar, each token's (n,), agreement (n,) or None."""
     mask = micro.rollout.mask
     hidden = response_hidden(
-        student, micro.student_prompt, micro.rollout, checkpoint=run.settings.checkpointing
+        student, micro.prompts["student"], micro.rollout, checkpoint=run.settings.checkpointing
     )
     return run.method.loss(micro, hidden[mask], student.lm_head.weight, weights[mask])
 
@@ -299,16 +302,14 @@ def teach(run: Run, micros: list[Micro]) -> None:
         model = run.shards.publish(who)
         head = model.lm_head.weight.clone()  # the model is freed before the student's pass
         for micro in micros:
-            hidden = response_hidden(model, micro.teacher_prompt, micro.rollout)  # (N, T, D)
+            hidden = response_hidden(model, micro.prompts["teacher"], micro.rollout)  # (N, T, D)
             target = (hidden[micro.rollout.mask], head, share_of_logits)
             micro.targets = [*(micro.targets or []), target]
 
 
 def teacher_rate(settings: Settings) -> float:
     """How far the teacher follows the student after a step; 0: a frozen one (paper, Table 3)."""
-    if settings.teacher == "ema":
-        return settings.ema_rate
-    return 1.0 if settings.teacher == "current" else 0.0
+    return {"ema": settings.ema_rate, "current": 1.0}.get(settings.teacher, 0.0)
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -322,22 +323,33 @@ def learning_rate(step: int, settings: Settings) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * done)
 
 
-def count_responses(micros: list[Micro], device) -> Counter:
+def count_responses(run: Run, micros: list[Micro]) -> Counter:
     """What was sampled in a step, summed over all ranks."""
-    names = ["responses", "sampled", "ended", "kept", "tokens", "right", "shrunk"]
-    count = Counter(dict.fromkeys(names, 0))
+    count = Counter()
     for micro in micros:
         mask, keep = micro.rollout.mask, micro.keep
+        texts = micro.rollout.decode(run.processor.tokenizer)
         count["responses"] += len(keep)
-        count["sampled"] += int(mask.sum())  # tokens, EOS included
-        count["ended"] += int(micro.rollout.ended.sum())  # by themselves
-        count["kept"] += int(keep.sum())  # responses that are trained on
-        count["tokens"] += int(mask[keep].sum())  # and theirs
-        if micro.right is not None:
-            count["right"] += int(micro.right.sum())
-        for prompt in filter(None, (micro.student_prompt, micro.teacher_prompt)):
-            count["shrunk"] += int(prompt["shrunk"].sum())  # images scaled down
-    return Counter(dict(zip(names, over_ranks(list(count.values()), device), strict=True)))
+        count["sampled"] += mask.sum()  # tokens, EOS included
+        count["ended"] += micro.rollout.ended.sum()  # by themselves
+        count["loops"] += sum(map(repeats_itself, texts))
+        count["kept"] += keep.sum()  # responses that are trained on
+        count["tokens"] += mask[keep].sum()  # and theirs
+        count["right"] += 0 if micro.right is None else micro.right.sum()
+        for prompt in micro.prompts.values():
+            count["shrunk"] += prompt["shrunk"].sum()  # images scaled down
+    values = over_ranks([*count.values()], run.device)
+    count = Counter(dict(zip(count, values, strict=True)))
+    count["length_p95"] = length_p95(run, micros)
+    return count
+
+
+def length_p95(run: Run, micros: list[Micro]) -> int:
+    """Tokens that 95% of all ranks' responses have at most."""
+    lengths = torch.cat([micro.rollout.mask.sum(1) for micro in micros])
+    histogram = torch.bincount(lengths, minlength=run.settings.max_new_tokens + 1)
+    shorter = torch.tensor(over_ranks(histogram.tolist(), run.device)).cumsum(0)
+    return int((shorter < 0.95 * shorter[-1]).sum())
 
 
 def lengths(count: Counter) -> dict[str, float]:
@@ -345,8 +357,10 @@ def lengths(count: Counter) -> dict[str, float]:
     ended = count["ended"] / count["responses"]
     return {
         "length": count["sampled"] / count["responses"],
+        "length_p95": count["length_p95"],
         "eos": ended,
         "truncated": 1 - ended,
+        "loops": count["loops"] / count["responses"],
         "tokens": int(count["tokens"]),
         "shrunk": int(count["shrunk"]),
     }
@@ -375,75 +389,67 @@ def stop_if_not_finite(step: int, loss: float, norm: float, micros: list[Micro])
 # -------------------------------------------------------------------------------------------- data
 
 
-def batch_rows(n: int, prompts: int, seed: int, step: int) -> list[int]:
-    """Row numbers of a step, a function of (seed, step): epochs are shuffled, each one's last
-    incomplete batch is dropped."""
-    epoch, index = divmod(step, n // prompts)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-    return order[index * prompts : (index + 1) * prompts].tolist()
-
-
-def deal(batch: list[int], areas: list[int], rank: int, world: int) -> list[int]:
-    """This rank's part of a batch: the rows are dealt out by their images' area, largest first,
-    back and forth, so that each rank gets as many and about as much."""
-    order = sorted(range(len(batch)), key=lambda i: -areas[i])
-    turns = (rank, 2 * world - 1 - rank)
-    return [batch[i] for place, i in enumerate(order) if place % (2 * world) in turns]
-
-
-def share_of_step(settings, areas, rank: int, world: int, step: int, seed: int) -> list[list[int]]:
+def share_of_step(run: Run, step: int, seed: int) -> list[list[int]]:
     """This rank's micro-batches of a step: row numbers."""
-    batch = batch_rows(len(areas), settings.prompts, seed, step)
-    mine = settings.prompts // world
+    settings = run.settings
+    batch = batch_rows(len(run.rows), settings.prompts, seed, step)
+    mine = settings.prompts // run.world
     if settings.method == "dapo":  # whose select counts in the batch's order
-        batch = batch[rank * mine : (rank + 1) * mine]
+        places = range(run.rank * mine, (run.rank + 1) * mine)
     else:
-        batch = deal(batch, [areas[j] for j in batch], rank, world)
+        sizes = [os.path.getsize(run.rows[j].image) for j in batch]
+        places = deal(sizes, run.rank, run.world)
     size = settings.micro_prompts
-    return [batch[i : i + size] for i in range(0, mine, size)]
+    return [[batch[place] for place in places[i : i + size]] for i in range(0, mine, size)]
 
 
-# ------------------------------------------------------------------------------ what people look at
+def micros_from(run: Run, begin: int) -> Iterator[list[int]]:
+    """This rank's micro-batches from step `begin` on."""
+    for step in range(begin, run.settings.steps):
+        yield from share_of_step(run, step, run.settings.seed)
 
 
-def show(run: Run, step: int, micro: Micro, per_token: Tensor, scored: bool) -> list[dict]:
-    """The first response to each of up to 4 prompts for the report; where that is the loss
-    (`scored`), each token with the divergence."""
-    shown, rollout, group = [], micro.rollout, run.settings.group
-    per_row = per_token.split(rollout.mask.sum(1).tolist())
-    for i, row in enumerate(micro.rows[:4]):
-        first = i * group
-        if not rollout.mask[first].any():  # not trained on
-            continue
-        ids = rollout.ids[first][rollout.mask[first]].tolist()
-        shown.append(
-            {
-                "step": step + 1,
-                "id": row.id,
-                "question": row.question,
-                "answer": row.answer,
-                "image": os.path.relpath(row.image, run.settings.out),
-                "crop": os.path.relpath(row.crop, run.settings.out),
-                "tokens": [run.processor.tokenizer.decode([token]) for token in ids],
-                "divergence": [round(d, 5) for d in per_row[first].tolist()] if scored else [],
-            }
-        )
-    return shown
+def check_rows(run: Run, begin: int) -> None:
+    """Name a bad row or image before the run, and not in hours: of the first 20,000 (ours: some
+    seconds) that this rank trains on, images by their headers. Raises ValueError."""
+    for j in islice(chain.from_iterable(micros_from(run, begin)), 20_000):
+        row = run.rows[j]
+        refuse_unanswered(run.settings.method, [row])
+        for view, _ in views(run.settings).values():
+            image_size(getattr(row, view.image))
+
+
+def load_ahead(run: Run, begin: int) -> Iterator:
+    """This rank's encoded micro-batches from step `begin` on, in order, read and encoded by
+    --workers."""
+    settings = run.settings
+    ahead = None
+    if settings.workers:  # a step's
+        prompts = run.world * settings.micro_prompts * settings.workers
+        ahead = max(2, math.ceil(settings.prompts / prompts))
+    loader = torch.utils.data.DataLoader(
+        EncodedMicros(run),
+        sampler=micros_from(run, begin),
+        batch_size=None,
+        num_workers=settings.workers,
+        prefetch_factor=ahead,
+        pin_memory=run.device.type == "cuda",
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:  # a worker was killed
+        raise OSError(
+            f"A process that reads images has ended: {error}. If memory ran out, lower --workers; "
+            "then start the same command again."
+        ) from error
 
 
 # --------------------------------------------------------------------------------------------- run
 
 
-def read_rows(settings: Settings) -> list[Triplet]:
+def read_rows(settings: Settings) -> Sequence[Triplet]:
     """The rows of --data. Raises ValueError where they cannot give what is asked for."""
-    rows = read_triplets(fetch_triplets(settings.data))
-    without = sum(row.answer is None for row in rows)
-    if without and METHODS[settings.method].needs_answers:
-        raise ValueError(
-            f"--method {settings.method} needs answers, and {without} of {len(rows)} rows of "
-            f"{settings.data} have none. Make the data with `synth.py --labels`, or train with "
-            "--method vision-opd."
-        )
+    rows = open_triplets(fetch_triplets(settings.data))
     if len(rows) < settings.prompts:
         raise ValueError(
             f"{settings.data} has {len(rows)} triplets, fewer than one batch. Lower --prompts "
@@ -452,21 +458,18 @@ def read_rows(settings: Settings) -> list[Triplet]:
     return rows
 
 
-def claim_folder(settings: Settings, rows: list[Triplet]) -> None:
+def claim_folder(settings: Settings, rows: list[Triplet], weights: str) -> None:
     """Make --out this run's, or say whose it is."""
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    newest = newest_state(out)
-    if newest:
-        done = int(newest.parts[-3].removeprefix("checkpoint-"))
-        if done > settings.steps:
-            raise ValueError(
-                f"{out} is at step {done} already, past --steps {settings.steps}. Raise --steps, "
-                "or choose another --out."
-            )
+    done = newest_step(out)
+    if done > settings.steps:
+        raise ValueError(
+            f"{out} is at step {done} already, past --steps {settings.steps}. Raise --steps, or "
+            "choose another --out."
+        )
     digest = rows_digest(rows, METHODS[settings.method].needs_answers)
     free = FREE - {"steps"} if settings.schedule == "cosine" else FREE
-    claim(out, {**asdict(settings), "rows_sha256": digest}, free)
+    claim(out, done > 0, {**asdict(settings), "rows_sha256": digest, "weights": weights}, free)
 
 
 def prepare(settings: Settings, rank: int, world: int, device: torch.device) -> tuple[Run, int]:
@@ -476,11 +479,10 @@ def prepare(settings: Settings, rank: int, world: int, device: torch.device) -> 
     dist.barrier()
     rows = read_rows(settings)
     settings.steps = settings.steps or len(rows) // settings.prompts
-    areas = [math.prod(image_size(row.image)) for row in rows]
-    if rank == 0:
-        claim_folder(settings, rows)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, processor = load(settings.model, device=device, dtype=dtype)
+    if rank == 0:
+        claim_folder(settings, rows, fingerprint(model))
     shards = Shards(
         model,
         lr=settings.lr,
@@ -489,8 +491,9 @@ def prepare(settings: Settings, rank: int, world: int, device: torch.device) -> 
         copy_stays=settings.compile,
     )
     method = METHODS[settings.method](settings)
-    run = Run(settings, method, rows, areas, processor, shards, rank, world, device)
+    run = Run(settings, method, rows, processor, shards, rank, world, device)
     begin = resume(Path(settings.out), shards)
+    check_rows(run, begin)
     if begin != over_ranks([begin], device, dist.ReduceOp.MIN)[0]:
         raise ValueError(
             f"rank {rank} finds step {begin} in {settings.out}, another an earlier one. "
@@ -519,51 +522,19 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> Pa
     """The run: load, resume, step, log, save. Returns the final checkpoint's folder."""
     run, begin = prepare(settings, rank, world, device)
     out = Path(settings.out)
-    log, rollouts = out / "log.jsonl", out / "rollouts.jsonl"
-    board = None
-    if rank == 0:
-        cut_back(log, begin)
-        cut_back(rollouts, begin)
-        board = tensorboard(out, begin)
-    shares = [
-        share_of_step(settings, run.areas, rank, world, step, settings.seed)
-        for step in range(begin, settings.steps)
-    ]
-    batches = load_ahead(run, shares)
+    log = RunLog(out, begin) if rank == 0 else None
+    batches = load_ahead(run, begin)
     before = time.perf_counter()
-    for step, micros in enumerate(shares, begin):
-        entry, shown = learn(run, step, [next(batches) for _ in micros])
+    for step in range(begin, settings.steps):
+        entry, shown = learn(run, step, list(islice(batches, run.micros_a_step)))
         now = time.perf_counter()
         entry["other_s"] = now - before - entry["gen_s"] - entry["teach_s"] - entry["learn_s"]
         before = now
-        if rank == 0:
-            append(log, [entry])
-            append(rollouts, shown)
-            tqdm.write(log_line(entry), file=sys.stdout)
-            if board:
-                for key, value in entry.items():
-                    board.add_scalar(key, value, step + 1)
+        if log:
+            log.write(entry, shown)
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             save_checkpoint(out, step + 1, run.processor, run.shards)
     return out / f"checkpoint-{settings.steps:06d}"
-
-
-def load_ahead(run: Run, shares: list[list[list[int]]]):
-    """This rank's encoded micro-batches of all steps in order, read and encoded by --workers."""
-    settings = run.settings
-    micros = [numbers for step in shares for numbers in step]
-    ahead = None
-    if settings.workers:  # a step's
-        prompts = run.world * settings.micro_prompts * settings.workers
-        ahead = max(2, math.ceil(settings.prompts / prompts))
-    loader = torch.utils.data.DataLoader(
-        EncodedMicros(run, micros),
-        batch_size=None,
-        num_workers=settings.workers,
-        prefetch_factor=ahead,
-        pin_memory=run.device.type == "cuda",
-    )
-    return iter(loader)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -639,77 +610,36 @@ def why_not(settings: Settings) -> str | None:
     return None
 
 
-def prepare_toy(settings: Settings, device: torch.device) -> None:
-    """Draw the scenes, train the base model and evaluate it, each only if it is not there yet."""
-    from toy.demonstration import prepare as draw_and_train_base
-
-    out = Path(settings.out)
-    took = draw_and_train_base(out, Path(settings.data), Path(settings.model), settings.seed)
-    if not (out / "seconds.json").exists():
-        judge(out, settings.model, "before", device)
-        write(out / "seconds.json", took)
-
-
-def judge(out: Path, model: str | Path, when: str, device: torch.device) -> None:
-    """Evaluate a model on toy scenes never trained on, into OUT/eval-WHEN."""
-    from benchmarks.figures import Scorer, summarise
-    from evaluate import Asking, evaluate
-    from toy.demonstration import RUN
-    from toy.scenes import held_out
-
-    folder = out / f"eval-{when}"
-    if when == "after":  # maybe of an earlier checkpoint
-        shutil.rmtree(folder, ignore_errors=True)
-    how = Asking(["full", "crop"], max_new_tokens=RUN["max_new_tokens"], batch=100)
-    evaluate(str(model), held_out(out), folder, how, str(device))
-    summarise(folder, Scorer())
-
-
-def finish(settings: Settings, final: Path, device: torch.device) -> None:
-    """Before and after, where it is the toy; the page."""
-    from benchmarks.figures import compare
-    from benchmarks.page import write_page
-
-    out = Path(settings.out)
-    if settings.toy:
-        judge(out, final, "after", device)
-        print(compare(out / "eval-before", out / "eval-after")[0])
-    print(f"model: {final}   page: {write_page(out)}")
-
-
 def main(argv: list[str] | None = None) -> None:
     settings = parse(argv)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    try:
-        if settings.plan:
-            if os.environ.get("RANK", "0") == "0":
-                from plan import describe_run
+    if settings.plan:
+        if os.environ.get("RANK", "0") == "0":
+            from plan import describe_run
 
-                print(describe_run(settings, read_rows(settings), views(settings)))
-            return
-        rank, world, device = join_ranks(settings.device)
-        if settings.toy and rank == 0:
-            prepare_toy(settings, device)
-        dist.barrier()
-        final = train(settings, rank, world, device)
-        if rank == 0:
-            finish(settings, final, device)
-        dist.barrier()
-    except (ValueError, OSError, FloatingPointError) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(where.filename).name}, line {where.lineno}"
-        # said at once: the other ranks still wait
-        print(f"train.py: {error} ({place})", file=sys.stderr, flush=True)
-        raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        raise SystemExit(
-            "train.py: stopped. The same command goes on where the last checkpoint was."
-        ) from None
+            print(describe_run(settings, read_rows(settings), list(views(settings).values())))
+        return
+    rank, world, device = join_ranks(settings.device)
+    if rank == 0:
+        hold(Path(settings.out))
+        if settings.toy:
+            from toy import demonstration
+
+            demonstration.begin(settings, device)
+    dist.barrier()
+    final = train(settings, rank, world, device)
+    if rank == 0:
+        from benchmarks.page import write_page
+
+        if settings.toy:
+            demonstration.end(settings, final, device)
+        print(f"model: {final}   page: {write_page(Path(settings.out))}")
+    dist.barrier()
     dist.destroy_process_group()  # not after an error: it could block
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

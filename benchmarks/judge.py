@@ -2,11 +2,17 @@
 
 import json
 import os
+import socket
+import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from urllib.parse import urlsplit
+
+DEADLINE = 300  # seconds a call, at most
+PAUSES = (1, 4, 0)  # seconds after a call that failed
+LARGEST = 1_000_000  # bytes of a reply
 
 JUDGE = (
     "Does the response express the same meaning as the answer of the question?\n"
@@ -51,15 +57,42 @@ def ask_model(judge: str, prompts: list[str]) -> Iterator[str]:
 def ask_server(judge: str, name: str | None, prompt: str) -> str | Exception:
     chat = [{"role": "user", "content": prompt}]
     body = json.dumps({"model": name or "default", "temperature": 0, "messages": chat}).encode()
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    for pause in (1, 4, 0):
+    for pause in PAUSES:
         try:
-            url = f"{judge.rstrip('/')}/chat/completions"
-            request = urllib.request.Request(url, body, headers)
-            with urllib.request.urlopen(request, timeout=300) as reply:
-                return str(json.load(reply)["choices"][0]["message"]["content"])
-        except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+            reply = json.loads(post(f"{judge.rstrip('/')}/chat/completions", body))
+            return str(reply["choices"][0]["message"]["content"])
+        except (
+            OSError,
+            HTTPException,
+            ValueError,
+            LookupError,
+            TypeError,
+            RecursionError,
+        ) as error:
             failed = error
             time.sleep(pause)
     return failed
+
+
+def post(url: str, body: bytes) -> bytes:
+    """A server's reply of at most LARGEST bytes, whole after DEADLINE seconds at the latest. No
+    redirect is followed: the key is for this host alone."""
+    place = urlsplit(url)
+    connect = HTTPSConnection if place.scheme == "https" else HTTPConnection
+    connection = connect(place.netloc, timeout=DEADLINE)
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    connection.connect()
+    end = threading.Timer(DEADLINE, connection.sock.shutdown, [socket.SHUT_RDWR])
+    end.start()
+    try:
+        connection.request("POST", place.path, body, headers)
+        reply = connection.getresponse()
+        data = reply.read(LARGEST + 1)
+    finally:
+        end.cancel()
+        connection.close()
+    if reply.status != 200 or len(data) > LARGEST:
+        said = data[:200].decode(errors="replace").replace(key, "***")
+        raise OSError(f"HTTP {reply.status}, {len(data):,} bytes: {said!r}")
+    return data

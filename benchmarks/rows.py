@@ -1,7 +1,10 @@
 """The rows of a benchmark: a question, what a model answered to it, and what that is worth."""
 
+import hashlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+from storage.images import file_at
 
 
 @dataclass(kw_only=True)
@@ -18,6 +21,22 @@ class Question:
     group: str | None = None  # category, for accuracies by group
     pair: str | None = None  # questions that only count together (MMVP)
 
+    def fingerprint(self, view: str) -> str:
+        """Of all that an answer to it in a view, and what that is worth, depend on, the picture's
+        bytes included."""
+        shown = self.image if view == "full" else self.crop
+        told = [self.prompt, self.answer, self.kind, self.options, self.group, self.pair]
+        return hashlib.sha256(repr([told, file_digest(shown)]).encode()).hexdigest()[:20]
+
+
+def file_digest(path: Path) -> str | None:
+    """Of a file's bytes; None where they cannot be read."""
+    try:
+        with file_at(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
 
 @dataclass(kw_only=True)
 class Answer(Question):
@@ -28,6 +47,7 @@ class Answer(Question):
 
     bench: str = ""
     view: str = "full"  # or crop: which image was shown
+    digest: str | None = None  # the question's fingerprint, when it was asked
     output: str | None = None
     tokens: int | None = None
     truncated: bool | None = None
@@ -62,3 +82,14 @@ def read_answer(line: dict) -> Answer:
     """The answer of a line, whatever else an older version wrote there."""
     known = {each.name for each in fields(Answer)}
     return Answer(**{key: value for key, value in line.items() if key in known})
+
+
+def repeats_itself(text: str) -> bool:
+    """Whether a text ends in a loop: the same piece three times or more, over the last 100
+    characters at least."""
+    end = text.rstrip()[-1000:]
+    for piece in range(1, (len(end) + 1) // 3 + 1):
+        size = max(2 * piece - 1, 100 - piece)  # the last one may lack a space
+        if size + piece <= len(end) and end[-size:] == end[-size - piece : -piece]:
+            return True
+    return False

@@ -22,13 +22,14 @@ from tqdm import tqdm
 from benchmarks.rows import Question
 from storage.files import naming_full_disks, numbered_lines, write, write_jsonl
 from storage.hub import download, unpack
-from triplets.format import Triplet, read_triplets
+from triplets.format import Triplet, is_text, read_triplets
 
 TABLE = Path(__file__).with_name("sources.toml")
 BENCHES = tomllib.loads(TABLE.read_text(encoding="utf-8"))
 FINE = "vstar zoombench hrbench-4k hrbench-8k mme-realworld-lite mme-realworld-cn"
 GROUPS = {
     "fine": FINE.split(),
+    "avg6": FINE.replace("-lite", "").split(),  # what later papers quote
     "holdout": ["mmvp", "cv-bench", "mmstar", "pope"],
     "all": list(BENCHES),
     "toy": ["toy", "toy-large", "toy-holdout"],
@@ -37,7 +38,7 @@ LETTERS = "ABCDEFGH"
 UNKNOWN_OPTIONS = dict.fromkeys(LETTERS, "")  # they are in the image, or in an unknown form
 TEXTS = ("id", "prompt", "answer", "group", "pair")  # of a question; numbers may stand there too
 # In what a source may differ from the layout that the code expects.
-LAYOUT_ERRORS = (LookupError, TypeError, AttributeError, ValueError, SyntaxError)
+LAYOUT_ERRORS = (LookupError, TypeError, AttributeError, ValueError, SyntaxError, RecursionError)
 
 
 def read_benchmark(name: str, root: Path) -> list[Question]:
@@ -60,12 +61,14 @@ def read_benchmark(name: str, root: Path) -> list[Question]:
                 question = triplet_question(row)
             else:
                 question = neutral_question(row, str(number))
+                if not isinstance(question.image, str) or not isinstance(question.crop, str | None):
+                    raise ValueError("image or crop is no text. Expected the name of a file")
                 question.image = path.parent / question.image
                 question.crop = path.parent / question.crop if question.crop else None
             if question.id in questions:
                 raise ValueError(f"its id comes twice: {question.id!r}. Expected unique ids")
             questions[question.id] = question
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}, row {len(questions) + 1}: {error}.") from error
     if not questions:
         raise ValueError(f"{path} holds no rows. Expected at least one.")
@@ -86,8 +89,17 @@ def neutral_question(row: dict, name: str) -> Question:
             f"no {', '.join(missing)}. Expected image, prompt and answer (triplets get one from "
             "synth.py --labels)"
         )
+    kind, answer = row.get("kind") or "mc", row["answer"]
+    if isinstance(answer, list) and kind == "free":  # any of these is right: a line each
+        row = row | {"answer": "\n".join(filter(None, map(str, answer)))}
+    for key in TEXTS:
+        value = row.get(key)
+        if isinstance(value, bool | dict | list) or value != value:
+            raise ValueError(f"{key} is {value!r:.60}. Expected a text or a number")
     texts = {key: str(row[key]) for key in TEXTS if row.get(key) is not None}
-    kind, answer = row.get("kind") or "mc", texts.pop("answer")
+    if not all(map(is_text, texts.values())):
+        raise ValueError("half a character in its texts. Expected what can be written as UTF-8")
+    answer = texts.pop("answer")
     options, allowed = lettered(row.get("options") or {}), ()
     if kind == "yn":
         answer = answer.strip().lower()

@@ -9,6 +9,7 @@ settings = settings_parser(Settings, __doc__).parse_args(argv)          # --prom
 
 import argparse
 import math
+import re
 from dataclasses import MISSING, field, fields
 
 # ------------------------------------------------------------------------------- types that check
@@ -50,6 +51,12 @@ def share(text: str) -> float:
 
 def inner_share(text: str) -> float:
     return number(text, lambda value: 0 < value < 1, "between 0 and 1, neither of them")
+
+
+def device_name(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"found {text}, expected cpu, cuda or cuda:N")
+    return text
 
 
 # ------------------------------------------------------------------------------------------ flags

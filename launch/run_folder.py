@@ -2,25 +2,34 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 
-from storage.files import read_jsonl, write, write_jsonl
-from triplets.format import Triplet
+from storage.files import read_json, read_jsonl, write, write_jsonl
+from triplets.format import LazyTriplets, Triplet
 
 HERE = Path(__file__).parent
 
 
-def claim(out: Path, now: dict, free: set[str]) -> None:
-    """Write out/args.json: the settings `now`, with commit and versions. Refuse a folder with
-    checkpoints of a run whose settings, but those named in `free`, were others."""
+def claim(out: Path, begun: bool, now: dict, free: set[str]) -> None:
+    """Write out/args.json: the settings `now`, with commit and versions. Refuse a folder in which a
+    run has begun whose settings, but those named in `free`, were others."""
     path, then = out / "args.json", now
-    if path.exists() and any(out.glob("checkpoint-*")):  # else nothing is lost
-        then = json.loads(path.read_text())
+    if begun:  # else nothing is lost
+        notes = []
+        then = read_json(path, notes)
+        if notes:
+            raise ValueError(
+                f"{out} holds a run, but {notes[0]}: whose run is it? Put the file back, or "
+                "choose another --out."
+            )
     differ = [key for key in now if key not in free and then.get(key) != now[key]]
     if differ:
         told = "; ".join(f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in differ)
@@ -28,6 +37,7 @@ def claim(out: Path, now: dict, free: set[str]) -> None:
             f"{out} holds a run with other settings ({told}). Resume it with the same ones, or "
             "choose another --out."
         )
+    out.mkdir(parents=True, exist_ok=True)
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip()
     versions = {
@@ -39,32 +49,74 @@ def claim(out: Path, now: dict, free: set[str]) -> None:
     write(path, json.dumps(told, indent=1))
 
 
-def rows_digest(rows: list[Triplet], with_answers: bool) -> str:
-    """Of all that a run depends on of its data, but not of where they lie."""
+def rows_digest(rows: Sequence[Triplet], with_answers: bool) -> str:
+    """Of all that a run depends on of its data, but not of where they lie; of a large file, of all
+    its bytes."""
+    if isinstance(rows, LazyTriplets):
+        return rows.sha256.hexdigest()
     told = [[row.id, row.question, row.bbox, row.image.name, row.crop.name] for row in rows]
     if with_answers:
         told += [row.answer for row in rows]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop a log's lines of later steps than `step`: they are about to be done again."""
-    kept = [entry for entry in read_jsonl(path, []) if entry["step"] <= step]
-    write_jsonl(path, kept)
+class RunLog:
+    """log.jsonl, rollouts.jsonl, curves where TensorBoard is installed, and a line on the screen.
+    Lines of later steps than `begin` are dropped: these are about to be done again."""
+
+    def __init__(self, out: Path, begin: int):
+        self.log, self.rollouts = out / "log.jsonl", out / "rollouts.jsonl"
+        self.idle_steps = 0  # in which there was nothing to learn from
+        for path in (self.log, self.rollouts):
+            notes = []
+            rows = [row for row in read_jsonl(path, notes) if row["step"] <= begin]
+            write_jsonl(path, rows)
+            self.idle_steps += sum(row.get("tokens") == 0 for row in rows)
+            if begin and notes:
+                print(*notes, sep="\n", flush=True)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out / "tensorboard", purge_step=begin + 1)
+        except ImportError:
+            self.board = None
+
+    def write(self, entry: dict, shown: list[dict]) -> None:
+        """A step's entry, and rollouts to look at."""
+        self.idle_steps += entry["tokens"] == 0
+        entry = {**entry, "idle_steps": self.idle_steps}
+        for path, rows in ((self.log, [entry]), (self.rollouts, shown)):
+            with path.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        tqdm.write(log_line(entry), file=sys.stdout)
+        if self.board:
+            for key, value in entry.items():
+                self.board.add_scalar(key, value, entry["step"])
 
 
-def append(path: Path, entries: list[dict]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in entries)
-
-
-def tensorboard(out: Path, begin: int):
-    """A writer of curves, or None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(out / "tensorboard", purge_step=begin + 1)
+def show(run, step: int, micro, per_token: torch.Tensor, scored: bool) -> list[dict]:
+    """The first response to each of up to 4 prompts of a micro-batch for the report; where that is
+    the loss (`scored`), each token with the divergence. per_token: (n,)."""
+    shown, mask, folder = [], micro.rollout.mask, run.settings.out
+    per_response = per_token.split(mask.sum(1).tolist())
+    for i, row in enumerate(micro.rows[:4]):
+        first = i * run.settings.group
+        ids = micro.rollout.ids[first][mask[first]].tolist()
+        divergence = [round(d, 5) for d in per_response[first].tolist()]
+        if ids:  # it is trained on
+            shown.append(
+                {
+                    "step": step,
+                    "id": row.id,
+                    "question": row.question,
+                    "answer": row.answer,
+                    "image": os.path.relpath(row.image, folder),
+                    "crop": os.path.relpath(row.crop, folder),
+                    "tokens": [run.processor.tokenizer.decode([token]) for token in ids],
+                    "divergence": divergence if scored else [],
+                }
+            )
+    return shown
 
 
 def log_line(entry: dict) -> str:
@@ -76,6 +128,8 @@ def log_line(entry: dict) -> str:
         f"len {entry['length']:.0f}",
         f"eos {entry['eos']:.2f}",
     ]
+    if entry["loops"]:
+        told.append(f"loops {entry['loops']:.2f}")
     for name, key in (("agree", "agreement"), ("right", "right"), ("kept", "kept")):
         if key in entry:
             told.append(f"{name} {entry[key]:.2f}")
@@ -83,6 +137,8 @@ def log_line(entry: dict) -> str:
     whole = sum(seconds.values())
     told.append(" ".join(f"{name} {s:.1f}s {s / whole:.0%}" for name, s in seconds.items()))
     told.append(f"mem {entry['mem_gb']:.1f}G")
+    if entry["tokens"] == 0:
+        told.append(f"nothing to learn from, no update ({entry['idle_steps']} such steps so far)")
     if entry["shrunk"]:
         told.append(f"shrunk {entry['shrunk']}")
     return " | ".join(told)

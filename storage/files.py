@@ -1,9 +1,11 @@
 """Files that are never half-written, and JSON lines that outlive a kill."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +29,28 @@ def naming_full_disks(folder: Path):
             f"no space left for {folder} ({free:,.0f} MB free, less with a quota). Nothing is "
             "half-written: make room or choose another disk, and run again",
         ) from error
+
+
+HELD = []  # locks, open until this process ends, in whatever way
+
+
+def hold(folder: Path, name: str = ".lock") -> None:
+    """Makes `folder` this process's until it ends; name: of the file that says whose it is. Raises
+    ValueError, with the process and the host that hold it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / name).open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ValueError(
+            f"{folder} is in use by {file.read() or 'another process'}. Wait for its end, stop it, "
+            "or choose another folder."
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    HELD.append(file)
 
 
 # ------------------------------------------------------------------------------------ whole files
@@ -64,7 +88,10 @@ def write(path: Path, content: str | bytes):
 def read_json(path: Path, notes: list[str]) -> dict:
     """A json file's dict; {}, and a note, when it is missing or unreadable."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
+        if isinstance(found, dict):
+            return found
+        notes.append(f"{path.name} is no JSON object")
     except FileNotFoundError:
         notes.append(f"{path.name} is not in {path.parent}")
     except (OSError, ValueError) as error:
@@ -110,8 +137,12 @@ def read_jsonl(path: Path, notes: list[str]) -> list[dict]:
     for _, line in numbered_lines(path):
         try:
             text = line.decode(errors="replace")
-            rows.append(json.loads(text, parse_constant=lambda name: None))
-        except json.JSONDecodeError:
+            row = json.loads(text, parse_constant=lambda name: None)
+        except (json.JSONDecodeError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
             torn += 1
     if torn:
         plural = "s" if torn > 1 else ""

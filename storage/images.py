@@ -7,6 +7,7 @@ from PIL import Image, ImageOps
 
 from storage.files import whole
 
+LONGEST = 200  # times as long as wide: image processors take no more
 AGAIN = "Fetch or save the file again, or take it out of the data."
 
 
@@ -17,10 +18,7 @@ def load_image(path: str | Path) -> Image.Image:
 
     Raises FileNotFoundError, or ValueError for what is no picture or not whole.
     """
-    path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "not there"
-        raise FileNotFoundError(f"{path} is {found}. Expected an image file.")
+    path = file_at(path)
     try:
         # opened here: given a path, Pillow maps the file and garbles rotated TIFFs
         with path.open("rb") as file, Image.open(file) as image:
@@ -32,6 +30,15 @@ def load_image(path: str | Path) -> Image.Image:
         raise ValueError(
             f"{path} ({size:,} bytes) cannot be read whole as a picture: {error}. {AGAIN}"
         ) from error
+
+
+def file_at(path: str | Path) -> Path:
+    """`path`, where it is a file: a pipe could be waited for without an end."""
+    path = Path(path)
+    if not path.is_file():
+        kind = "no plain file" if path.exists() else "not there"
+        raise FileNotFoundError(f"{path} is {kind}. Expected an image file.")
+    return path
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
@@ -49,12 +56,19 @@ def in_rgb(image: Image.Image) -> Image.Image:
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of a picture as its header gives it, mostly before EXIF rotation. Raises
-    ValueError."""
+    FileNotFoundError, or ValueError for what is no picture or too long for an image processor."""
+    path = file_at(path)
     try:
         with Image.open(path) as image:
-            return image.size
+            width, height = image.size
     except Exception as error:  # decoders raise errors of any kind
         raise ValueError(f"{path} cannot be read as a picture: {error}. {AGAIN}") from error
+    if max(width, height) > LONGEST * min(width, height):
+        raise ValueError(
+            f"{path} is {width} x {height} px, expected at most {LONGEST} : 1. Take it out of "
+            "the data."
+        )
+    return width, height
 
 
 def save_image(image: Image.Image, path: Path):

@@ -11,9 +11,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from storage.images import load_image
-
-LONGEST = 200  # times as long as wide: image processors take no more
+from storage.images import LONGEST, load_image
 
 
 @dataclass
@@ -83,7 +81,7 @@ def load_photo(root: Path, file: str) -> Photo:
         with Image.open(path) as header:
             reason = size_fault(header.size)
         if reason:
-            photo.drop(reason)
+            photo.drop(reason, "{} x {} px".format(*header.size))
         else:
             photo.image = load_image(path)
     except Exception as error:  # decoders raise errors of any kind

@@ -266,8 +266,8 @@ def run_of(model, processor, flags):
         copy_stays=False,
     )
     rows = [Triplet(str(i), "", "", "") for i in range(settings.prompts)]
-    areas, method = [1] * len(rows), METHODS[settings.method](settings)
-    return train.Run(settings, method, rows, areas, processor, shards, rank, world, device)
+    method = METHODS[settings.method](settings)
+    return train.Run(settings, method, rows, processor, shards, rank, world, device)
 
 
 def bench_step(model, processor, args, rate, bandwidth):
@@ -321,7 +321,8 @@ def bench_step(model, processor, args, rate, bandwidth):
         f"tokens, G = {group}\n{HEADER}"
     )
     floor = sum(floor for *_, floor in phases.values())
-    step = partial(train.learn, run, 1, [(run.rows, full, crop)])
+    batch = [(run.rows, {"student": full, "teacher": crop})]
+    step = partial(train.learn, run, 1, batch)
     ours, slow = compare("whole step, train.learn", step, plain.step, n, floor, args)
     for name, (fast, plain_way, floor) in phases.items():
         compare(name, fast, plain_way, n, floor, args, ours)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file  # noqa: E402
 import model as vision_model  # noqa: E402
 import train  # noqa: E402
 from sharding import join_ranks  # noqa: E402
+from storage.checkpoint import save  # noqa: E402
 from toy.scenes import draw  # noqa: E402
 from toy.tiny import tiny  # noqa: E402
 
@@ -200,7 +201,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     draw(folder / "data", 12, 0)
     model, processor = tiny(0)
-    vision_model.save(livelier(model, 3.0), processor, folder / "base")
+    save(livelier(model, 3.0), processor, folder / "base")
     return folder
 
 

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import conftest  # first: it sets what torch reads
@@ -18,9 +19,9 @@ from safetensors.torch import save_file
 import methods
 import model as vision_model
 import train
-from launch.run_folder import append
-from methods import EncodedMicros
+from launch.run_folder import RunLog
 from sharding import Shards, join_ranks, resume, save_checkpoint
+from storage.checkpoint import save
 from toy.tiny import tiny
 
 SHORT = "--steps 1 --prompts 6 --micro-prompts 6"  # a pass a rank, where not told otherwise
@@ -50,7 +51,7 @@ def make_models(world: Path) -> None:
     untied.config.tie_word_embeddings = untied.config.text_config.tie_word_embeddings = False
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.flip(0))
     for name, (model, processor) in models.items():
-        vision_model.save(conftest.livelier(model, 3.0), processor, world / name)
+        save(conftest.livelier(model, 3.0), processor, world / name)
 
 
 def run(world: Path, out: Path, flags: str) -> None:
@@ -61,9 +62,10 @@ def run(world: Path, out: Path, flags: str) -> None:
     rank, ranks, device = join_ranks("cpu")
     run, _ = train.prepare(settings, rank, ranks, device)
     for step in range(settings.steps):
-        mine = train.share_of_step(settings, run.areas, rank, ranks, step, settings.seed)
-        entry, _ = train.learn(run, step, list(EncodedMicros(run, mine)))
-        append(out / "log.jsonl", [entry] if rank == 0 else [])
+        batch = list(islice(train.load_ahead(run, step), run.micros_a_step))
+        entry, _ = train.learn(run, step, batch)
+        if rank == 0:
+            RunLog(out, step).write({**entry, "other_s": 0.0}, [])
     named = run.shards.publish("student").named_parameters()
     if rank == 0:
         save_file({name: weight.detach() for name, weight in named}, out / "model.safetensors")

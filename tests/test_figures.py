@@ -171,12 +171,35 @@ def test_the_table_has_a_line_for_every_view_group_and_gap(tmp_path):
     assert (
         figures.table(results(tmp_path, answers))
         == """\
-accuracy [95% interval], %                      rows official unparsed judged cut off errors s/row tokens  published 4B, 9B
-pope, full                50.0 [  9.5,  90.5]     2/9000    50.0        0      0       0      0  0.50      4  88.3 > 89.1  88.9 > 89.1
+accuracy [95% interval], %                      rows official unparsed judged cut off loops errors s/row tokens (95%)  published 4B, 9B
+pope, full                50.0 [  9.5,  90.5]     2/9000    50.0        0      0       0     0      0  0.50      4     4  88.3 > 89.1  88.9 > 89.1
   f1 66.7, precision 50.0, recall 100.0, yes rate 100.0
-mine, full                33.3 [  6.1,  79.2]          3    33.3        1      0       1      1  0.50      7
+mine, full                33.3 [  6.1,  79.2]          3    33.3        1      0       1     0      1  0.50      7    12
   near                   100.0 [ 20.7, 100.0]          1
   far                      0.0 [  0.0,  65.8]          2
-mine, crop               100.0 [ 34.2, 100.0]          2   100.0        0      0       0      0  0.50      4
+mine, crop               100.0 [ 34.2, 100.0]          2   100.0        0      0       0     0      0  0.50      4     4
   gap: crop - full       100.0 [-19.3, 100.0]          2"""  # noqa: E501
     )
+
+
+def test_avg_c_is_the_mean_over_subtasks_and_avg6_that_of_six_benchmarks(tmp_path):
+    answers = [
+        reply(n, said, bench="mme-realworld", group=group)
+        for n, (said, group) in enumerate(zip("AABA", ["x", "x", "x", "y"], strict=True))
+    ]
+    answers += [reply(9, "A", bench=name) for name in sources.GROUPS["avg6"] if "mme" not in name]
+    answers += [reply(9, "B", bench="mme-realworld-cn", group="z")]
+    result = results(tmp_path, answers)
+    full = result["benches"]["mme-realworld"]["full"]
+    assert (full["accuracy"], full["avg_c"]) == (3 / 4, (2 / 3 + 1) / 2)
+    assert result["averages"] == {"avg6": (4 + 3 / 4 + 0) / 6}
+    text = figures.table(result)
+    assert "second hand: 77.07 (4B), 79.68 (9B)" in text
+    assert "63.9 > 74.9  71.4 > 73.4  (second hand)" in text
+
+
+def test_lengths_and_loops_stand_beside_the_accuracy(tmp_path):
+    answers = [reply(n, "A", tokens=n) for n in range(100)]
+    answers += [reply(100, "round and round it goes, " * 9, tokens=1000)]
+    full = results(tmp_path, answers)["benches"]["mine"]["full"]
+    assert (full["tokens_p95"], full["loops"]) == (95, 1)

@@ -167,8 +167,11 @@ def test_a_step_is_that_of_the_cpu(subject, monkeypatch):
         run = bench.run_of(model, processor, flags + device)
         batch = []
         for i, row in enumerate(run.rows):
-            views = [encode(processor, [noise(side, 64, i)], [QUESTION]) for side in (96, 48)]
-            batch.append(([row], *views))
+            prompts = {
+                who: encode(processor, [noise(side, 64, i)], [QUESTION])
+                for who, side in (("student", 96), ("teacher", 48))
+            }
+            batch.append(([row], prompts))
         entries = [train.learn(run, step, batch)[0] for step in range(2)]
         logged = [entry[key] for entry in entries for key in ("loss", "grad_norm")]
         moments = [run.shards.adam.state[each]["exp_avg"] for each in run.shards.student]

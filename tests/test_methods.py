@@ -7,6 +7,7 @@ import random
 import shutil
 import statistics
 from dataclasses import dataclass
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from rollout import Rollout, sample
 from sharding import join_ranks, save_checkpoint
 from storage.images import load_image
 from triplets.format import Triplet, read_triplets, write_triplets
+from triplets.order import batch_rows
 
 core = pytest.mark.core
 
@@ -165,7 +167,7 @@ def micro_of(texts: list[str], row: Triplet | None = None) -> methods.Micro:
     ids = batch["input_ids"]
     all_of_them = torch.ones(len(texts), dtype=torch.bool)
     rollout = Rollout(ids, batch["attention_mask"].bool(), all_of_them, torch.zeros(ids.shape))
-    return methods.Micro([row or triplet()], {}, None, rollout, keep=all_of_them)
+    return methods.Micro([row or triplet()], {}, rollout, keep=all_of_them)
 
 
 def select(micros: list, flags: str, further=()) -> tuple[list, list[int]]:
@@ -193,7 +195,7 @@ def test_sft_keeps_the_responses_that_match_the_label():
 
 
 @pytest.mark.parametrize("flags", ["grpo", "dapo --resample 0"])
-def test_dapo_leaves_out_groups_that_are_all_right_or_all_wrong_and_grpo_does_not(flags):
+def test_groups_that_are_all_right_or_all_wrong_are_left_out(flags):
     micros = [micro_of(texts) for texts in ([GOOD, BAD], [GOOD, GOOD], [BAD, BAD])]
     select(micros, f"--max-new-tokens 100 --method {flags}")
     score = 0.5 / math.sqrt(0.5)  # 1 and 0: mean 1/2, deviation sqrt(1/2)
@@ -201,7 +203,7 @@ def test_dapo_leaves_out_groups_that_are_all_right_or_all_wrong_and_grpo_does_no
     for micro in micros[1:]:
         assert not micro.advantages.any()
     kept = [bool(micro.keep.all()) for micro in micros]
-    assert kept == [True, flags == "grpo", flags == "grpo"]
+    assert kept == [True, False, False]
 
 
 def test_dapo_counts_a_response_that_reaches_the_limit_as_worse():
@@ -240,8 +242,8 @@ def test_dapo_draws_until_enough_groups_are_mixed_and_leaves_the_last_ones_out(
 
 
 def parity(row: Triplet, text: str) -> bool:
-    """Random weights answer nothing right: half of all texts count as right."""
-    return sum(map(str.isalnum, text)) % 2 == 0
+    """Random weights answer nothing right: every third text counts as right."""
+    return sum(map(ord, text)) % 3 == 0
 
 
 class Squared(methods.VisionOPD):
@@ -271,9 +273,7 @@ def begin(world, tmp_path, monkeypatch):
 
 
 def learn(run, step: int) -> dict:
-    shares = train.share_of_step(run.settings, run.areas, 0, 1, step, run.settings.seed)
-    data = methods.EncodedMicros(run, shares)
-    entry, _ = train.learn(run, step, [data[i] for i in range(len(data))])
+    entry, _ = train.learn(run, step, list(islice(train.load_ahead(run, step), run.micros_a_step)))
     return entry
 
 
@@ -301,7 +301,7 @@ def token_losses(settings, group: list[Answer]):
         if settings.method == "sft":
             yield answer.right, -log_s
         elif settings.method == "grpo":
-            yield True, -one * advantage
+            yield advantage != 0, -one * advantage
         elif settings.method == "dapo":
             yield len({other.right for other in group}) == 2, -one * advantage
         elif settings.method == "squared":
@@ -323,10 +323,10 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
         f"\n\nHere is a reference solution to this problem:\n{row.answer}\n\nAfter understanding "
         "the reference solution, please try to solve this problem using your own approach below:"
     )
-    full = encode(processor, [load_image(row.image)], [row.question])
-    shown = encode(processor, [load_image(row.crop)], [row.question])
+    full = encode(processor, [load_image(row.image)], ["\n" + row.question])
+    shown = encode(processor, [load_image(row.crop)], ["\n" + row.question])
     if settings.method == "opsd":
-        shown = encode(processor, [load_image(row.image)], [row.question + hint])
+        shown = encode(processor, [load_image(row.image)], ["\n" + row.question + hint])
     writer, asked = (initial, shown) if settings.method == "sft" else (student, full)
     seeds = [random.Random(f"5/1/{row.id}").getrandbits(63)]
     rollout = sample(writer, processor, asked, 3, max_new_tokens=6, seeds=seeds)
@@ -370,14 +370,14 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags,
     shards.update = lambda *args: None  # the gradients stay
     entry = learn(run, 1)
 
-    batch = [run.rows[i] for i in train.batch_rows(len(run.rows), 2, 5, 1)]
+    batch = [run.rows[i] for i in batch_rows(len(run.rows), 2, 5, 1)]
     groups = [read_answers(run, row, initial, student, ema) for row in batch]
     kept = []
     for group in groups:
         kept += [losses for trained_on, losses in token_losses(settings, group) if trained_on]
     total = torch.cat(kept).mean()
     if settings.method == "grpo":
-        total = torch.stack([losses.mean() for losses in kept]).mean()
+        total = torch.stack([losses.mean() for losses in kept]).sum() / 6
     total.backward()
 
     assert entry["tokens"] == sum(map(len, kept))
@@ -389,7 +389,7 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags,
     if not run.method.distils:
         right = sum(answer.right for group in groups for answer in group)
         assert (entry["kept"], entry["right"]) == (len(kept) / 6, right / 6)
-        assert (len(kept) < 6) == (settings.method != "grpo"), "the filter must have work"
+        assert len(kept) < 6, "the filter must have work"
 
 
 @pytest.mark.parametrize("method", ["vision-opd", "opsd", "grpo"])
@@ -398,11 +398,13 @@ def test_the_answer_reaches_opsds_teacher_only(method, world):
     processor = load(str(world / "base"))[1]
     run = SimpleNamespace(rows=rows, settings=settings_of(f"--method {method}"))
     run.processor, run.shards = processor, SimpleNamespace(plain=torch.zeros(1))
-    _, student, teacher = methods.EncodedMicros(run, [[3]])[0]
+    _, prompts = methods.EncodedMicros(run)[[3]]
+    student = prompts.pop("student")
     assert rows[3].answer not in processor.tokenizer.decode(student["input_ids"][0])
     if method == "grpo":
-        assert teacher is None
+        assert not prompts
         return
+    teacher = prompts["teacher"]
     said = processor.tokenizer.decode(teacher["input_ids"][0])
     same_image = student["pixel_values"].shape == teacher["pixel_values"].shape
     assert (rows[3].answer in said) == same_image == (method == "opsd")
@@ -467,7 +469,7 @@ def test_methods_that_need_answers_say_so(method, begin, world, tmp_path):
     answers = ["a", None, None, None]
     rows = [Triplet(f"r{i}", "what ?", picture, picture, None, a) for i, a in enumerate(answers)]
     write_triplets(tmp_path / "data", rows)
-    with pytest.raises(ValueError, match="3 of 4"):
+    with pytest.raises(ValueError, match="needs answers, and samples"):
         begin(f"--method {method} --data {tmp_path / 'data'}")
 
 

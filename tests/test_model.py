@@ -17,6 +17,7 @@ import plan
 from loss import topk_divergence
 from model import encode, load, response_hidden
 from rollout import sample
+from storage.checkpoint import save
 from toy.tiny import tiny
 
 QUESTION = "what is in the red box ?"
@@ -78,8 +79,12 @@ def test_hidden_states_and_gradients_are_those_of_a_plain_forward_of_each_sequen
 
 @pytest.mark.core
 @pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_one_token_one_prompt_and_one_response_take_the_same_path(lively, mixed_prompt, tokens):
+def test_one_token_one_prompt_and_one_response_take_the_same_path(
+    lively, mixed_prompt, tokens, monkeypatch
+):
     model, _ = lively
+    for kernel in ("causal_conv1d_update", "torch_recurrent_gated_delta_rule"):
+        monkeypatch.setattr(modeling_qwen3_5, kernel, None)  # have no gradient
     for prompt in (mixed_prompt, alone(mixed_prompt, 1)):  # with padding, and without
         ids = torch.arange(5, 5 + tokens).repeat(len(prompt["input_ids"]), 1)
         shared, plain = response_hidden(model, prompt, ids), plain_hidden(model, prompt, ids)
@@ -130,7 +135,7 @@ def test_the_prompt_ends_with_the_non_thinking_prefix_and_holds_one_image(lively
     )
 
 
-@pytest.mark.parametrize("size", [(512, 512), (2048, 64), (64, 1024), (700, 333)])
+@pytest.mark.parametrize("size", [(512, 512), (4096, 32), (32, 2048), (700, 333)])
 def test_a_prompt_over_the_limit_gets_a_smaller_image_and_keeps_its_text(size):
     _, processor = tiny()
     processor.image_processor.size["longest_edge"] = 4_194_304
@@ -161,7 +166,8 @@ def test_no_image_is_enlarged_over_the_limit_again():
         except ValueError:
             assert room < 2 * 16
             continue
-        assert vision_model.prompt_tokens(processor, image.size, text) <= words + room
+        patches = vision.get_number_of_image_patches(image.height, image.width, {})
+        assert patches <= 4 * room
         fitted += image.size != size
     assert fitted > 50
 
@@ -194,12 +200,11 @@ def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output
 ):
     model, processor = build()
     first, second = tmp_path / "first", tmp_path / "second"
-    vision_model.save(model, processor, first)
+    save(model, processor, first)
     (first / "video_preprocessor_config.json").write_text('{"from": "the original"}')
     (first / "model.safetensors.index.json").write_text("{}")
-    vision_model.save(*load(str(first)), second)
+    save(*load(str(first)), second)
     (first / "model.safetensors.index.json").unlink()  # is of weights that are written anew
-    (first / "config.json").write_bytes((second / "config.json").read_bytes())  # so is this
     files = [{f.name: f.read_bytes() for f in folder.iterdir()} for folder in (first, second)]
     assert files[0] == files[1]
 
@@ -231,7 +236,7 @@ def test_of_a_checkpoints_generation_settings_only_its_ends_count_and_the_tokeni
     tmp_path,
 ):
     model, processor = tiny()
-    vision_model.save(model, processor, tmp_path)
+    save(model, processor, tmp_path)
     end, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
 
     def settings():
@@ -255,7 +260,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(FileNotFoundError, match="has no config.json.*notes.txt"):
         load(str(tmp_path))
-    vision_model.save(*tiny(), tmp_path)
+    save(*tiny(), tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ValueError, match="does not load as a Qwen3.5"):
@@ -268,7 +273,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
 def test_a_missing_weight_is_not_made_up_and_a_strange_one_not_ignored_but_for_the_draft_head(
     tmp_path,
 ):
-    vision_model.save(*tiny(), tmp_path)
+    save(*tiny(), tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
 
     def load_with(**weights):
@@ -296,7 +301,7 @@ def test_other_vision_language_models_are_refused_by_name(tmp_path):
     small["num_attention_heads"] = 1
     vision = CLIPVisionConfig(**small, image_size=16, patch_size=8)
     config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**small, vocab_size=64))
-    vision_model.save(*tiny(), tmp_path)
+    save(*tiny(), tmp_path)
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a LlavaForConditionalGeneration, expected a Qwen3.5"):
         load(str(tmp_path))

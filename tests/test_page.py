@@ -6,29 +6,28 @@ import io
 import json
 import math
 import os
-import random
 import re
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+from conftest import noise
 from PIL import Image
+from test_evaluate import reply, results
 
 import evaluate
-from benchmarks import figures
 from benchmarks import page as pages
 from benchmarks.rows import Answer
-from toy import scenes
-from triplets.format import Triplet, read_triplets, write_triplets
 
 ATTACK = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{data}} \u2028 \ud800 &amp;"
 )
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 chromium = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
+LOGGED = "loss grad_norm lr length eos truncated agreement gen_s teach_s learn_s other_s mem_gb"
+LOG = [{"step": step, "steps": 9} | dict.fromkeys(LOGGED.split(), 1 / step) for step in (1, 2, 3)]
 
 
 # ------------------------------------------------------------------------------------- fake folders
@@ -39,196 +38,115 @@ def write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def toy(n: int, right: bool, view: str = "full") -> Answer:
+    """An answer to question n: from the tenth on they are about large targets, without crops."""
+    about = {"bench": "toy", "group": "small", "crop": f"../images/crop{n}.png"}
+    if n >= 10:
+        about = {"bench": "toy-large", "group": "large"}
+    gold = f"a red {n}"
+    said = gold if right else "a blue cat"
+    return reply(n, said, gold, "exact", view=view, image=f"../images/{n}.png", **about)
 
 
-def misread(text: str, rng: random.Random) -> str:
-    """An answer with one or two of its words wrong."""
-    words = text.split()
-    places = [(1, list(scenes.COLOURS)), (2, scenes.SHAPES), (4, "0123456789")]
-    for n, choices in rng.sample(places, rng.choice([1, 1, 2])):
-        words[n] = rng.choice([word for word in choices if word != words[n]])
-    return " ".join(words)
+def toy_answers(right: int) -> list[Answer]:
+    """So many of ten questions are right in the full view, all in the crop and with large ones."""
+    answers = [toy(n, n < right) for n in range(10)]
+    answers += [toy(n, True, "crop") for n in range(10)]
+    return answers + [toy(n, True) for n in range(10, 15)]
 
 
-def reply(row: Triplet, bench: str, view: str, output: str) -> dict:
-    """A line of answers-BENCH-0.jsonl."""
-    answer = Answer(
-        id=row.id,
-        prompt=row.question,
-        answer=row.answer,
-        kind="exact",
-        group=row.extra.get("toy"),
-        image=str(row.image),
-        crop=row.crop and str(row.crop),
-    )
-    said = {"tokens": 7, "truncated": False, "seconds": 0.01}
-    return answer.line() | said | {"bench": bench, "view": view, "output": output}
-
-
-def results(folder: Path, answers: list[dict]) -> Path:
-    """A results folder as evaluate.py leaves it."""
-    for bench in {answer["bench"] for answer in answers}:
-        own = [answer for answer in answers if answer["bench"] == bench]
-        write(folder / f"answers-{bench}-0.jsonl", own)
-    settings = {"model": "runs/toy/base", "weights": "0123456789abcdef"}
-    write(folder / "args.json", [settings | {"max_new_tokens": 10, "zoom": 0}])
-    figures.summarise(folder, figures.Scorer())
-    return folder
-
-
-def evaluation(folder: Path, rows: list[Triplet], hits: dict, rng: random.Random) -> None:
-    """Answers to small targets in both views and to large ones in the full one, right as often as
-    `hits` says."""
-    answers = []
-    for row in rows:
-        large = row.extra["toy"] == "large"
-        bench = "toy-large" if large else "toy"
-        for view in ["full"] if large else ["full", "crop"]:
-            right = rng.random() < hits["large" if large else view]
-            output = row.answer if right else misread(row.answer, rng)
-            answers.append(reply(row, bench, view, output))
-    results(folder, answers)
-
-
-def logged(step: int, steps: int, rng: random.Random) -> dict:
-    """A line of log.jsonl, with plausible numbers."""
-    fall = math.exp(-5 * step / steps)
-    return {
-        "step": step,
-        "steps": steps,
-        "loss": (0.012 + 0.09 * fall) * rng.gauss(1, 0.12),
-        "grad_norm": (0.35 + 1.3 * fall) * rng.gauss(1, 0.2),
-        "lr": 5e-4 * (0.55 + 0.45 * math.cos(math.pi * step / steps)),
-        "length": 7 + 0.15 * fall,
-        "eos": 1 - 0.01 * fall,
-        "truncated": 0.01 * fall,
-        "agreement": 0.985 - 0.16 * fall,
-        "tokens": 224,
-        "gen_s": 0.09,
-        "teach_s": 0.02,
-        "learn_s": 0.08,
-        "other_s": 0.012,
-        "mem_gb": 0.71,
-    }
-
-
-def rollout(step: int, row: Triplet, out: Path, rng: random.Random) -> dict:
+def rollout(step: int, n: int, **more) -> dict:
     """A line of rollouts.jsonl."""
-    words = misread(row.answer, rng).split()
-    return {
-        "step": step,
-        "id": row.id,
-        "question": row.question,
-        "image": str(row.image.relative_to(out)),
-        "crop": str(row.crop.relative_to(out)),
-        "answer": row.answer,
-        "tokens": [words[0], *(" " + word for word in words[1:]), "<|im_end|>"],
-        "divergence": [math.log(2) * rng.random() for _ in words] + [0.0001],
-    }
+    row = {"step": step, "id": str(n), "question": f"question {n}", "answer": f"a red {n}"}
+    row |= {"image": f"images/{n}.png", "crop": f"images/crop{n}.png"}
+    return row | {"tokens": ["a", " cat", "<|im_end|>"], "divergence": [0.1, None, 0.6]} | more
 
 
-def fake_run(out: Path, steps: int = 200, small: int = 20, large: int = 10) -> Path:
-    """A run folder as train.py --toy leaves it: full 52% -> 95%, crop and large kept."""
-    rng = random.Random(0)
-    sizes = ["small"] * small + ["large"] * large
-    drawn = (scenes.scene(0, i, size, "eval") for i, size in enumerate(sizes))
-    write_triplets(out / "eval", drawn)
-    rows = read_triplets(out / "eval")
-    evaluation(out / "eval-before", rows, {"full": 0.52, "crop": 0.99, "large": 1}, rng)
-    evaluation(out / "eval-after", rows, {"full": 0.95, "crop": 0.98, "large": 0.99}, rng)
-    write(out / "seconds.json", [{"base": 144.2, "distillation": 85.2}])
-    settings = {"toy": True, "model": "runs/toy/base", "steps": steps, "lr": 5e-4, "seed": 0}
-    method = {"divergence": "jsd", "beta": 0.5, "top_k": 16, "ema_rate": 0.005}
-    versions = {"commit": "0123456789abcdef", "versions": {"torch": "2.13.0"}}
-    write(out / "args.json", [settings | method | versions])
-    write(out / "log.jsonl", [logged(step, steps, rng) for step in range(1, steps + 1)])
-    saved = []
-    for step in (1, steps // 2, steps):
-        saved += [rollout(step, row, out, rng) for row in rng.sample(rows, 5)]
-    write(out / "rollouts.jsonl", saved)
-    return out
-
-
-def data_of(page: str) -> dict:
-    """The data that a page draws, read as strictly as a browser reads it."""
-    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1]
-    return json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-
-
-def build(run: Path) -> tuple[str, dict]:
-    """The page's text, and its data."""
-    page = pages.write_page(run).read_text()
-    return page, data_of(page)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    return fake_run(tmp_path_factory.mktemp("runs") / "toy")
+ROLLOUTS = [rollout(step, n) for step in (1, 2, 3) for n in range(5)]
 
 
 @pytest.fixture
-def run(finished, tmp_path) -> Path:
-    """A copy whose answers name the copy's images."""
-    copy = Path(shutil.copytree(finished, tmp_path / "toy"))
-    for path in copy.glob("eval-*/answers-*.jsonl"):
-        path.write_text(path.read_text().replace(str(finished), str(copy)))
-    return copy
+def run(tmp_path) -> Path:
+    """A run's folder as train.py --toy leaves it."""
+    out = tmp_path / "toy"
+    write(out / "args.json", [{"toy": True, "model": "runs/toy/base", "ema_rate": 0.005}])
+    write(out / "seconds.json", [{"base": 144.2}])
+    write(out / "log.jsonl", LOG)
+    write(out / "rollouts.jsonl", ROLLOUTS)
+    for when, right in (("before", 5), ("after", 9)):
+        write(out / f"eval-{when}" / "args.json", [{"model": "m", "max_new_tokens": 10}])
+        results(out / f"eval-{when}", toy_answers(right))
+    (out / "images").mkdir()
+    for n in range(15):
+        noise(40, 20, n).save(out / f"images/{n}.png")
+    for n in range(10):
+        noise(20, 20, 99 + n).save(out / f"images/crop{n}.png")
+    return out
 
 
-def only_a_log(folder: Path, rows: list[dict]) -> Path:
-    write(folder / "log.jsonl", rows)
-    return folder
+@pytest.fixture
+def begun(tmp_path) -> Path:
+    """The folder of a run that has only just begun, with a log as a kill may leave it."""
+    losses = ((1, 99.0), (3, math.inf), (1, 1.0), (2, math.nan))
+    log = [{"step": step, "steps": 9, "loss": loss} for step, loss in losses]
+    write(tmp_path / "begun/log.jsonl", log)
+    return tmp_path / "begun"
 
 
-def row(name: str, image: Path) -> Triplet:
-    return Triplet(name, f"what is on {name} ?", image, None, answer="a red cross")
+def data_of(page: Path) -> dict:
+    """The data that a page draws, read as strictly as a browser reads it."""
+    text = page.read_text()
+    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1]
+    return json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def build(folder: Path) -> dict:
+    return data_of(pages.write_page(folder))
 
 
 # ------------------------------------------------------------------------------------ what it shows
 
 
 def test_a_run_s_page_holds_its_log_its_results_and_its_settings(run):
-    _, data = build(run)
-    assert data["training"]
-    assert data["args"]["ema_rate"] == 0.005
+    data = build(run)
     assert list(data["results"]) == ["before", "after"]
-    assert data["results"]["after"] == json.loads((run / "eval-after/result.json").read_text())
-    assert data["log"] == read(run / "log.jsonl")
-    assert data["seconds"] == {"base": 144.2, "distillation": 85.2}
-    assert data["notes"] == []
-    saved = [r for r in read(run / "rollouts.jsonl") if r["step"] != 100]
-    assert [r["step"] for r in saved] == [1] * 5 + [200] * 5  # the first and the last saved step
-    for shown, r in zip(data["rollouts"], saved, strict=True):
-        assert (shown["tokens"], shown["divergence"]) == (r["tokens"], r["divergence"])
-    rows = data["rollouts"] + data["gallery"]["samples"]
-    shown = {r["image"] for r in rows} | {r["crop"] for r in rows if r["crop"]}
-    assert shown == set(data["images"])
-    assert len(shown) == 60
+    for when, result in data["results"].items():
+        assert result == json.loads((run / f"eval-{when}/result.json").read_text())
+    first_and_last = [row for row in ROLLOUTS if row["step"] != 2]
+    want = {"training": True, "name": "toy", "log": LOG, "rollouts": first_and_last, "notes": []}
+    want |= {"seconds": {"base": 144.2}, "total": 15}
+    assert data == data | want
+    assert data["args"]["ema_rate"] == 0.005
+    names = [*range(15), *(f"crop{n}" for n in range(10))]
+    assert set(data["images"]) == {f"images/{name}.png" for name in names}
 
 
 def test_a_sample_has_its_images_its_question_and_the_answers_of_both_views(run):
-    sample = build(run)[1]["gallery"]["samples"][0]
-    said = []
-    for when in ("before", "after"):
-        for a in read(run / f"eval-{when}/answers-toy-0.jsonl"):
-            if a["id"] == sample["id"]:
-                state = "right" if a["output"] == a["answer"] else "wrong"
-                said.append([when, a["view"], a["output"], state])
-    (row,) = (r for r in read_triplets(run / "eval") if r.id == sample["id"])
-    told = (sample["question"], sample["gold"], sample["bench"])
-    assert told == (row.question, row.answer, "toy")
-    assert len(said) == 4
-    assert sorted(sample["answers"]) == sorted(said)
+    (sample,) = (rows for rows in build(run)["samples"] if rows[0]["id"] == "7")
+    about = {"bench": "toy", "group": "small", "prompt": "question 7", "answer": "a red 7"}
+    about |= {"image": "images/7.png", "crop": "images/crop7.png"}
+    assert sample == [row | about for row in sample]
+    assert [(row["label"], row["view"], row["output"], row["state"]) for row in sample] == [
+        ("before", "full", "a blue cat", "wrong"),
+        ("before", "crop", "a red 7", "right"),
+        ("after", "full", "a red 7", "right"),
+        ("after", "crop", "a red 7", "right"),
+    ]
+
+
+def test_of_a_long_answer_the_beginning_is_shown_and_of_an_error_what_it_is(tmp_path):
+    results(tmp_path, [reply(0, "no " * 1000), reply(1, None, error="no image")])
+    texts = [sample[0]["output"] for sample in build(tmp_path)["samples"]]
+    assert sorted(texts) == ["no image", "no " * 500 + " … 1500 more characters"]
 
 
 def test_small_images_stay_exact_and_large_ones_become_a_jpeg_of_at_most_640_px(tmp_path):
     sizes = {}
     for side in (40, 900):
-        image = Image.effect_noise((side, side // 2), 60).convert("RGB")
+        image = noise(side, side // 2)
         image.save(tmp_path / "image.png")
-        kind, content = pages.pictures(tmp_path, ["image.png"], [])["image.png"].split(";base64,")
+        (uri,) = pages.pictures(tmp_path, [{"image": "image.png"}], []).values()
+        kind, content = uri.split(";base64,")
         shown = Image.open(io.BytesIO(base64.b64decode(content)))
         sizes[kind] = shown.size
         assert side > 40 or shown.tobytes() == image.tobytes()
@@ -236,231 +154,169 @@ def test_small_images_stay_exact_and_large_ones_become_a_jpeg_of_at_most_640_px(
 
 
 def test_images_that_do_not_fit_are_counted_not_shown(tmp_path, monkeypatch):
-    paths = [f"{n}.png" for n in range(5)]
-    for n, path in enumerate(paths):
-        Image.effect_noise((100, 100), 10 + n).save(tmp_path / path)
-    notes, whole = [], pages.pictures(tmp_path, paths, [])
+    rows = [{"image": f"{n}.png", "crop": None} for n in range(5)]
+    for n, row in enumerate(rows):
+        noise(100, 100, n).save(tmp_path / row["image"])
+    notes, whole = [], pages.pictures(tmp_path, rows, [])
     monkeypatch.setattr(pages, "IMAGE_BYTES", sum(map(len, whole.values())) - 1)
-    uris = pages.pictures(tmp_path, paths, notes)
-    assert (
-        uris == dict(list(whole.items())[:4]) and len(notes) == 1 and notes[0].startswith("1 image")
-    )
+    assert pages.pictures(tmp_path, rows, notes) == dict(list(whole.items())[:4])
+    assert len(notes) == 1
+    assert notes[0].startswith("1 image")
 
 
-def test_the_gallery_takes_flipped_and_wrong_samples_first_when_there_are_too_many(tmp_path):
-    folders = {}
+def side_by_side(out: Path, *folders: Path) -> list[str]:
+    """Compares two evaluations, with a page in `out`; their labels there."""
+    labels = list(map(str, folders))
+    evaluate.main(["--compare", *labels, "--out", str(out)])
+    return labels
+
+
+def test_flipped_and_wrong_samples_are_taken_first_when_there_are_too_many(tmp_path, monkeypatch):
+    a, b = tmp_path / "a", tmp_path / "b"
     # 0, 1 wrong twice; 2 gained; 11 lost
-    for name, marks in (("a", "000111111111"), ("b", "001111111110")):
-        said = {"1": "a red cross", "0": "a cat"}
-        answers = [
-            reply(row(f"{n:02}", tmp_path / "x.png"), "b", "full", said[mark])
-            for n, mark in enumerate(marks)
-        ]
-        folders[name] = results(tmp_path / name, answers)
-    order = ["02", "11", "00", "01", "03", "04"]
+    for folder, marks in ((a, "000111111111"), (b, "001111111110")):
+        results(folder, [reply(n, "A" if mark == "1" else "B") for n, mark in enumerate(marks)])
+    side_by_side(tmp_path / "both", a, b)
+    order = ["2", "11", "0", "1", "3", "4"]
     for most in (2, 4, 6):
-        shown = pages.gallery(tmp_path, folders, most)
-        assert [sample["id"] for sample in shown["samples"]] == order[:most]
-        assert shown["total"] == 12
+        monkeypatch.setattr(pages, "MOST_SAMPLES", most)
+        data = build(tmp_path / "both")
+        assert [sample[0]["id"] for sample in data["samples"]] == order[:most]
+        assert data["total"] == 12
 
 
-def test_an_evaluation_alone_has_a_page_with_its_one_result(run):
-    page, data = build(run / "eval-after")
-    assert (
-        list(data["results"]) == ["eval-after"]
-        and not data["training"]
-        and data["log"] == data["rollouts"] == []
-    )
-    assert (
-        data["gallery"]["total"] == 30
-        and data["notes"] == []
-        and "toy-large" in page.split("<noscript>")[1].split("</noscript>")[0]
-    )
-
-
-def test_a_page_made_anew_shows_images_of_any_size(run, monkeypatch):
+def test_an_evaluation_alone_has_a_page_with_its_one_result(run, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses what has twice as many
-    evaluate.main(["--report", str(run)])
-    data = data_of((run / "report.html").read_text())
-    assert len(data["images"]) == 60
-    assert data["notes"] == []
+    evaluate.main(["--report", str(run / "eval-after")])
+    page = run / "eval-after/report.html"
+    data = data_of(page)
+    want = {"training": False, "log": [], "rollouts": [], "notes": [], "total": 15}
+    assert data == data | want
+    assert list(data["results"]) == ["eval-after"]
+    assert len(data["images"]) == 25
+    assert "toy-large" in page.read_text().split("<noscript>")[1].split("</noscript>")[0]
 
 
 def test_two_evaluations_stand_side_by_side(run):
-    both = [str(run / "eval-before"), str(run / "eval-after")]
-    evaluate.main(["--compare", *both, "--out", str(run / "both")])
-    data = data_of((run / "both/report.html").read_text())
+    both = side_by_side(run / "both", run / "eval-before", run / "eval-after")
+    data = data_of(run / "both/report.html")
     assert list(data["results"]) == both
     assert list(data["tables"]) == ["difference", *both]
     assert "McNemar" in data["tables"]["difference"]
     write(run / "both/compare.json", [{"folders": both}])  # as it was kept before
-    _, data = build(run / "both")
-    assert list(data["tables"]) == both
-    assert {a[0] for sample in data["gallery"]["samples"] for a in sample["answers"]} == set(both)
+    data = build(run / "both")
+    assert list(data["results"]) == both
+    assert {row["label"] for sample in data["samples"] for row in sample} == set(both)
 
 
 # --------------------------------------------------------------------------------- what it survives
 
 
+def attacked(run: Path, text: str) -> Path:
+    """The page of a run whose model, questions and settings say `text`."""
+    answer = toy(0, False)
+    vars(answer).update(output=text, prompt=text, group=text, answer=text)
+    results(run / "eval-after", [answer])
+    said = rollout(1, 0, question=text, answer=text, tokens=[text] * 3)
+    write(run / "rollouts.jsonl", [said, said | {"step": 3}])
+    write(run / "args.json", [{text: text}])
+    return pages.write_page(run)
+
+
 def test_nothing_a_model_wrote_can_act_in_the_page(run):
-    for path in run.glob("eval-*/answers-*.jsonl"):
-        write(path, [a | {"output": ATTACK, "prompt": ATTACK, "group": ATTACK} for a in read(path)])
-        figures.summarise(path.parent, figures.Scorer())
-    write(
-        run / "rollouts.jsonl",
-        [
-            r
-            | {
-                "question": ATTACK,
-                "answer": ATTACK,
-                "tokens": [ATTACK] * 3,
-                "divergence": [0.1] * 3,
-            }
-            for r in read(run / "rollouts.jsonl")
-        ],
-    )
-    (run / "args.json").write_text(json.dumps({ATTACK: ATTACK}))
-    page, data = build(run)
-    assert "alert(1)</" not in page and "<img" not in page
-    assert page.count("<script") == page.count("</script") == 2
-    assert (
-        data["gallery"]["samples"][0]["answers"][0][2] == data["rollouts"][0]["tokens"][0] == ATTACK
-    )
-    template = pages.TEMPLATE.read_text()  # markup is made from strings in one place,
-    assert (
-        template.count("innerHTML") == 1 and "insertAdjacentHTML" not in template
-    )  # the curves' numbers
-
-
-def test_the_page_is_one_file_that_loads_nothing(run):
-    page, _ = build(run)
-    assert "default-src 'none'" in page
-    outside = re.sub(r'"data:image/\w+;base64,[\w+/=]*"', "", page)
+    page = attacked(run, ATTACK)
+    data, text = data_of(page), page.read_text()
+    assert "alert(1)</" not in text
+    assert "<img" not in text
+    assert text.count("<script") == text.count("</script") == 2
+    said = [row["output"] for sample in data["samples"] for row in sample if row["group"] == ATTACK]
+    assert said == [data["rollouts"][0]["tokens"][0]] == [ATTACK]
+    # markup is made from strings in one place, the curves' numbers
+    template = pages.TEMPLATE.read_text()
+    assert template.count("innerHTML") == 1
+    assert "insertAdjacentHTML" not in template
+    # and nothing is loaded
+    assert "default-src 'none'" in text
+    outside = re.sub(r'"data:image/\w+;base64,[\w+/=]*"', "", text.replace("src=x", ""))
     assert not re.search(r"https?://|//cdn|@import|url\(|<link|<iframe|\bfetch\(|\bsrc=", outside)
 
 
-def test_a_run_with_only_a_log_gives_a_page_that_says_what_is_missing(tmp_path):
-    _, data = build(only_a_log(tmp_path / "run", [{"step": 1, "steps": 9, "loss": 0.5}]))
-    assert (
-        data["results"] == {}
-        and data["rollouts"] == []
-        and data["gallery"]["samples"] == []
-        and data["log"][0]["loss"] == 0.5
-    )
-    for name in ("args.json", "result.json", "rollouts.jsonl"):
-        assert any(f"{name} is not in {tmp_path / 'run'}" in note for note in data["notes"])
+def test_a_run_with_only_a_log_gives_a_page_that_says_what_is_missing(begun):
+    data = build(begun)
+    assert data == data | {"results": {}, "rollouts": [], "samples": [], "images": {}}
+    missing = ["eval-before/result.json", "eval-after/result.json", "rollouts.jsonl", "args.json"]
+    paths = [begun / path for path in missing]
+    assert data["notes"] == [f"{path.name} is not in {path.parent}" for path in paths]
 
 
 def test_lost_images_leave_the_answers_on_the_page(run):
-    shutil.rmtree(run / "eval")
-    _, data = build(run)
-    assert (
-        data["images"] == {}
-        and len(data["gallery"]["samples"]) == 30
-        and len(data["rollouts"]) == 10
-    )
-    assert any("eval/images" in note for note in data["notes"])
+    shutil.rmtree(run / "images")
+    data = build(run)
+    assert (data["images"], data["total"], len(data["rollouts"])) == ({}, 15, 10)
+    assert len(data["notes"]) == 25
+    assert "images/0.png" in data["notes"][0]
 
 
 def test_results_without_their_answers_keep_their_figures(run):
     for path in run.glob("eval-*/answers-*.jsonl"):
         path.unlink()
-    _, data = build(run)
+    data = build(run)
     assert list(data["results"]) == ["before", "after"]
-    assert data["gallery"] == {"total": 0, "samples": []}
+    assert (data["total"], data["samples"]) == (0, [])
 
 
 def test_a_torn_last_line_is_left_out_and_told(run):
-    whole = build(run)[1]
-    for name in ("log.jsonl", "eval-after/answers-toy-0.jsonl", "rollouts.jsonl"):
-        with open(run / name, "ab") as file:
-            file.write(
-                '{"step": 201, "loss": 0.0, "text": "caf\u00e9'.encode()[:-1]
-            )  # cut within a character
-    torn = build(run)[1]
-    assert {**torn, "notes": []} == {**whole, "notes": []} and whole["notes"] == []
-    assert torn["notes"] == [
-        f"{name}: 1 unreadable line left out" for name in ("log.jsonl", "rollouts.jsonl")
-    ]
-
-
-def test_a_loss_that_is_not_a_number_is_a_gap_and_a_step_written_twice_counts_once(tmp_path):
-    rows = [
-        {"step": 1, "loss": 99.0},
-        {"step": 3, "loss": math.inf},
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": math.nan},
-    ]
-    assert [
-        (r["step"], r["loss"]) for r in build(only_a_log(tmp_path / "run", rows))[1]["log"]
-    ] == [(1, 1.0), (2, None), (3, None)]
+    whole = build(run)
+    for name in ("log.jsonl", "eval-after/answers-mine-0.jsonl", "rollouts.jsonl"):
+        with open(run / name, "ab") as file:  # cut within a character
+            file.write('\n{"step": 201, "loss": 0.0, "text": "caf\u00e9'.encode()[:-1])
+    names = ("rollouts.jsonl", "log.jsonl")
+    notes = [f"{name}: 1 unreadable line left out" for name in names]
+    assert build(run) == whole | {"notes": notes}
 
 
 def test_the_old_page_stays_when_a_new_one_cannot_be_written(run, monkeypatch):
-    old, _ = build(run)
-    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    page = pages.write_page(run)
+    old = page.read_text()
     (run / "args.json").write_text("{}")
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.delattr(os, "replace")
+    with pytest.raises(AttributeError):
         pages.write_page(run)
-    assert (run / "report.html").read_text() == old
+    assert page.read_text() == old
 
 
-@pytest.mark.parametrize("files", [[], ["notes.txt"]])
-def test_a_folder_that_is_no_run_is_refused_with_what_it_holds(tmp_path, files):
-    for name in files:
-        (tmp_path / name).touch()
-    with pytest.raises(FileNotFoundError, match=re.escape(f"({files}; ['result.json is not in ")):
-        pages.write_page(tmp_path)
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match=f"result.json is not in {folder}"):
+            pages.write_page(folder)
 
 
 # ------------------------------------------------------------------------------------- in a browser
 
 
-def dom(page: Path, address: str = "", probe: str = "''") -> str:
-    """The document as the page's script has made it, scripts left out; the value of `probe` stands
-    at its end."""
+def probed(page: Path, probe: str, address: str = "") -> tuple[str, list]:
+    """The document as the page's script has made it, scripts left out; and the value of `probe`
+    there."""
     tried = page.with_name("tried.html")
-    tried.write_text(
-        page.read_text()
-        + f"<script>document.body.append('probed ' + JSON.stringify({probe}));</script>"
+    script = (
+        f"document.body.append('probed ' + JSON.stringify({probe}));"
+        "document.querySelectorAll('script').forEach(each => each.remove());"
     )
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=1000",
-        f"--user-data-dir={page.parent / 'profile'}",
-    ]
-    text = subprocess.run(
-        [BROWSER, *flags, "--dump-dom", tried.as_uri() + address],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    ).stdout
-    return re.sub(r"<script.*?</script>", "", text, flags=re.S)
-
-
-def probed(page: Path, probe: str, address: str = ""):
-    return json.loads(
-        re.search(r"probed (.*?)</body>", dom(page, address, probe), re.S)[1]
-        .replace("&amp;", "&")
-        .replace("&gt;", ">")
-    )
+    tried.write_text(f"{page.read_text()}<script>{script}</script>")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=1000"]
+    flags += [f"--user-data-dir={page.parent / 'profile'}", "--dump-dom"]
+    command = [BROWSER, *flags, tried.as_uri() + address]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    value = re.search(r"probed (.*?)</body>", seen, re.S)[1]
+    return seen, json.loads(value.replace("&amp;", "&").replace("&gt;", ">"))
 
 
 @chromium
 def test_a_browser_draws_every_section_and_shows_markup_as_text(run):
-    attack = ATTACK.replace("\ud800", "")  # which --dump-dom itself cannot print
-    write(
-        run / "rollouts.jsonl",
-        [
-            r | {"tokens": [attack] * 3, "divergence": [0.1, None, 0.2]}
-            for r in read(run / "rollouts.jsonl")
-        ],
-    )
     for step in (0, 100, 200):
         shutil.copytree(run / "eval-before", run / f"step-{step:06}")
-    seen = dom(pages.write_page(run), probe="place('javascript:alert(7)').protocol")
+    page = attacked(run, ATTACK.replace("\ud800", ""))  # which --dump-dom itself cannot print
+    seen, protocol = probed(page, "place('javascript:alert(7)').protocol")
     for title in (
         "Did it learn to see?",
         "The gap over the run",
@@ -469,44 +325,36 @@ def test_a_browser_draws_every_section_and_shows_markup_as_text(run):
         "The run, step by step",
     ):
         assert f"<h2>{title}</h2>" in seen
-    assert (
-        seen.count("<svg") == 10
-        and "NaN" not in seen
-        and "undefined" not in seen
-        and "No labels, no rewards" in seen
-    )
+    assert seen.count("<svg") == 10
+    assert "No labels, no rewards" in seen
     assert "Nothing was missing or unreadable" in seen  # the script's last line: it ran to its end
-    assert (
-        "&lt;script&gt;alert(1)" in seen
-        and "onerror=alert(2)>" not in seen
-        and 'probed "file:"' in seen
-    )
+    assert "&lt;script&gt;alert(1)" in seen
+    for text in ("NaN", "undefined", "onerror=alert(2)>"):
+        assert text not in seen
+    assert protocol == "file:"
 
 
 @chromium
-def test_a_browser_draws_the_page_of_a_run_that_has_only_just_begun(tmp_path):
-    seen = dom(
-        pages.write_page(only_a_log(tmp_path / "run", [{"step": 1, "steps": 9, "loss": 0.5}]))
-    )
-    assert seen.count("<svg") == 1 and "1 of 9" in seen
+def test_a_loss_that_is_not_a_number_is_a_gap_and_a_step_written_twice_counts_once(begun):
+    seen, losses = probed(pages.write_page(begun), "data.log.map(row => [row.step, row.loss])")
+    assert losses == [[1, 1.0], [2, None], [3, None]]
+    assert seen.count("<svg") == 1
+    assert "3 of 9" in seen
     assert "accuracies before and after, held-out samples, rollouts" in seen
 
 
 @chromium
 def test_a_long_log_is_averaged_and_a_long_rollout_is_cut(tmp_path):
-    log = [{"step": step, "loss": float(step % 2)} for step in range(1, 2001)]
-    run = only_a_log(tmp_path / "run", log)
-    long = {"id": "a", "question": "what ?", "answer": None, "image": "x.png", "crop": "x.png"}
-    long |= {"tokens": [" word"] * 1024, "divergence": [math.log(2) / 4] * 1024}
-    write(run / "rollouts.jsonl", [long | {"step": step} for step in [1] * 8 + [9] * 8])
-    steps, losses, spans, sides = probed(
-        pages.write_page(run),
-        "[binned(data.log).map(r => r.step), binned(data.log).map(r => r.loss), "
-        "document.querySelectorAll('.tokens span').length, "
+    write(tmp_path / "log.jsonl", [{"step": n, "loss": float(n % 2)} for n in range(1, 2001)])
+    long = {"tokens": [" word"] * 1024, "divergence": [math.log(2) / 4] * 1024}
+    write(tmp_path / "rollouts.jsonl", [rollout(n, 0, **long) for n in [1] * 8 + [9] * 8])
+    _, (rows, spans, sides) = probed(
+        pages.write_page(tmp_path),
+        "[binned(data.log), document.querySelectorAll('.tokens span').length, "
         "[...document.querySelectorAll('.when')].map(e => e.textContent)]",
     )
-    assert steps == list(range(5, 2001, 5))
-    assert losses == pytest.approx([0.6, 0.4] * 200)
+    assert [row["step"] for row in rows] == list(range(5, 2001, 5))
+    assert [row["loss"] for row in rows] == pytest.approx([0.6, 0.4] * 200)
     assert spans == 2 * 4 * 400
     told = "mean disagreement 25.0%"
     assert sides == [f"Early: step 1{told}", f"Late: step 9{told}"]
@@ -514,46 +362,40 @@ def test_a_long_log_is_averaged_and_a_long_rollout_is_cut(tmp_path):
 
 @chromium
 def test_the_address_chooses_what_the_gallery_shows(run):
-    page = pages.write_page(run)
     shown = "[...document.querySelectorAll('.sample small')].map(e => e.textContent)"
-    marks = {}
-    for when in ("before", "after"):
-        for a in read(run / f"eval-{when}/answers-toy-0.jsonl"):
-            marks.setdefault((a["view"], a["id"]), set()).add(a["output"] == a["answer"])
-    flipped = {sample for (_, sample), seen in marks.items() if len(seen) == 2}
-    found = probed(page, shown, "#bench=toy&group=small&state=flipped")
-    assert {text.split(" · ")[-1] for text in found} == flipped
     controls = (
         "[...document.querySelectorAll('[aria-pressed=true], select, input')]"
         ".map(e => e.tagName === 'BUTTON' ? e.textContent : e.value)"
     )
-    large = read(run / "eval-after/answers-toy-large-0.jsonl")[1]["id"]
-    address = f"#bench=toy-large&state=%3Cb%3E&q={large}"
-    samples, chosen = probed(page, f"[{shown}, {controls}]", address)
-    assert samples == [f"toy-large · large · {large}"]
-    assert chosen == ["all1", "toy-large", "", large]
+    other = "location.hash = 'bench=toy-large&state=%3Cb%3E&q=13'"
+    read = "dispatchEvent(new Event('hashchange'))"
+    _, (flipped, *_, samples, chosen) = probed(
+        pages.write_page(run), f"[{shown}, {other}, {read}, {shown}, {controls}]", "#state=flipped"
+    )
+    assert flipped == [f"toy · small · {n}" for n in range(5, 9)]
+    assert samples == ["toy-large · large · 13"]
+    assert chosen == ["all1", "toy-large", "", "13"]
 
 
 @chromium
 def test_two_thousand_photographs_open_at_once_in_less_than_20_mb(tmp_path):
-    colours = Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
-    ).resize((2400, 2400), Image.Resampling.BICUBIC)
-    scene, rows = Image.blend(colours, Image.effect_noise(colours.size, 60).convert("RGB"), 0.2), []
+    colours = noise(20, 20).resize((600, 600), Image.Resampling.BICUBIC)
+    scene = Image.blend(colours, noise(600, 600), 0.2)
+    answers = []
     for n in range(2000):
-        scene.crop((n, n % 999, n + 240, n % 999 + 180)).save(tmp_path / f"{n}.jpg", quality=90)
-        rows.append(reply(row(f"{n:04}", tmp_path / f"{n}.jpg"), "photos", "full", "a blue cross"))
-    page, start = pages.write_page(results(tmp_path / "run", rows)), time.time()
-    cards, images, opened, lead = probed(
+        x, y = n % 440, n % 480
+        scene.crop((x, y, x + 160, y + 120)).save(tmp_path / f"{n}.jpg", quality=90)
+        answers.append(reply(n, "a", bench="photos", image=f"../{n}.jpg"))
+    results(tmp_path / "run", answers)
+    page, start = pages.write_page(tmp_path / "run"), time.time()
+    seen, (cards, images, opened) = probed(
         page,
         "[document.querySelectorAll('.sample').length, Object.keys(data.images).length, "
-        "performance.now(), document.querySelector('header').textContent]",
+        "performance.now()]",
     )
-    assert (
-        page.stat().st_size < 20_000_000
-        and images == 2000
-        and cards == 60
-        and "2,000 answers, greedy" in lead
-        and "No labels" not in lead
-    )
-    assert opened < 5000 and time.time() - start < 15
+    assert (cards, images) == (60, 2000)
+    assert "2,000 answers" in seen
+    assert "No labels" not in seen
+    assert page.stat().st_size < 20_000_000
+    assert opened < 5000
+    assert time.time() - start < 15

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 import methods
 import plan
 import train
-from model import encode, prepare, save
+from model import encode, prepare
 from sharding import Shards, join_ranks
+from storage.checkpoint import save
 from toy.tiny import tiny
 from triplets.format import Triplet, read_triplets
 
@@ -74,7 +75,7 @@ def begin(build, flags: str, compiled: bool) -> train.Run:
     model.generation_config.eos_token_id = [never]  # no response ends early
     shards = Shards(model, lr=1e-3, eps=1e-8, weight_decay=0.0, copy_stays=compiled)
     method = methods.METHODS[settings.method](settings)
-    return train.Run(settings, method, [], [], processor, shards, rank, world, device)
+    return train.Run(settings, method, [], processor, shards, rank, world, device)
 
 
 def noisy_micros(run, side: int) -> list[methods.Micro]:
@@ -84,8 +85,10 @@ def noisy_micros(run, side: int) -> list[methods.Micro]:
     rows = [Triplet("0", asked[0], Path(), Path())] * size
     micros = []
     for _ in range(0, run.settings.prompts, size):
-        prompts = [encode(run.processor, [noise(px, px)] * size, asked) for px in (side, side // 2)]
-        micros.append(methods.Micro(rows, *prompts))
+        prompts = {}
+        for who, px in (("student", side), ("teacher", side // 2)):
+            prompts[who] = encode(run.processor, [noise(px, px)] * size, asked)
+        micros.append(methods.Micro(rows, prompts))
     return micros
 
 
@@ -111,8 +114,7 @@ def phases(build, flags: str, side: int, compiled: bool) -> tuple[dict, dict]:
             loss, *_ = shards.student_pass(partial(train.student_loss, run, micro, weights))
             loss.backward()
         counted["student"] = count.peak
-    prompts = (micros[0].student_prompt, micros[0].teacher_prompt)
-    lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
+    lengths = [prompt["input_ids"].shape[1] for prompt in micros[0].prompts.values()]
     outline = plan.outline(shards.plain)
     return counted, plan.Memory(run.settings, outline, 1, *lengths).phases()
 
@@ -223,7 +225,9 @@ def test_other_families_are_planned_and_trained(family, build, text, vision, wor
     flags = small_run(world, tmp_path / "run", "--steps 2", f"--model {tmp_path / 'base'}")
     settings = train.parse([*flags, "--plan"])
     rows = train.read_rows(settings)
-    assert "memory of a rank" in plan.describe_run(settings, rows, methods.views(settings))
+    assert "memory of a rank" in plan.describe_run(
+        settings, rows, list(methods.views(settings).values())
+    )
     train.train(train.parse(flags), *join_ranks("cpu"))
     assert log(tmp_path / "run")[1]["loss"] > 0
 
@@ -276,9 +280,9 @@ def test_a_plan_is_printed_before_anything_is_loaded(describe, world, tmp_path):
     settings = train.parse(small_run(world, tmp_path / "out"))
     run = SimpleNamespace(settings=settings, rows=train.read_rows(settings), processor=tiny()[1])
     run.shards = SimpleNamespace(plain=torch.zeros(1))
-    encoded = list(methods.EncodedMicros(run, [[i] for i in range(12)]))
-    for view, name in ((1, "student"), (2, "teacher")):
-        lengths = [item[view]["input_ids"].shape[1] for item in encoded]
+    encoded = [methods.EncodedMicros(run)[[i]] for i in range(12)]
+    for name in ("student", "teacher"):
+        lengths = [prompts[name]["input_ids"].shape[1] for _, prompts in encoded]
         mean = sum(lengths) // 12
         assert f"{name}'s prompts: {mean} tokens on average, {max(lengths)} the" in told
 
@@ -316,19 +320,19 @@ def test_a_plan_is_for_torchruns_ranks():
         (["--plan", "--toy"], "--toy"),
         (["--plan 0"], "--plan"),
         (["--plan 3"], "--prompts 4"),
-        (["--plan", "--model DATA"], "config.json"),
     ],
 )
-def test_what_cannot_be_planned_is_said(flags, named, describe, world, capsys):
+def test_what_cannot_be_planned_is_said(flags, named, describe, capsys):
     with pytest.raises(SystemExit):
-        describe(*[flag.replace("DATA", str(world / "data")) for flag in flags])
+        describe(*flags)
     assert named in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_picture_that_is_none_is_named(describe, world, tmp_path, capsys):
+def test_what_is_no_picture_and_no_model_is_named(describe, world, tmp_path):
     shutil.copytree(world / "data", tmp_path / "data")
     row = read_triplets(tmp_path / "data")[3]
     row.crop.write_bytes(b"no picture")
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=f"sample {row.id}"):
         describe("--plan", f"--data {tmp_path / 'data'}")
-    assert f"sample {row.id}" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"config.json"):
+        describe("--plan", f"--model {world / 'data'}")

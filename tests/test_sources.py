@@ -9,6 +9,7 @@ import base64
 import csv
 import io
 import json
+import math
 import shutil
 import sys
 import tarfile
@@ -735,6 +736,14 @@ GOOD = {"id": "x", "prompt": "?", "image": "a.png", "kind": "mc", "answer": "A"}
         (GOOD | {"options": COLOURS}, "row 2: .*twice: 'x'"),
         (GOOD | {"options": COLOURS, "answer": "E"}, "row 2: .*'E'"),
         (GOOD | {"kind": "odd"}, "row 2: .*'odd'"),
+        (GOOD | {"answer": ["A", "B"]}, r"row 2: answer is \['A', 'B'\]"),
+        (GOOD | {"answer": {"A": 1}}, "row 2: answer is {'A': 1}"),
+        (GOOD | {"answer": True}, "row 2: answer is True"),
+        (GOOD | {"answer": math.nan}, "row 2: answer is nan"),
+        (GOOD | {"prompt": ["?"]}, r"row 2: prompt is \['\?'\]"),
+        (GOOD | {"prompt": "half a \ud83d"}, "row 2: half a character"),
+        (GOOD | {"image": 5}, "row 2: image or crop is no text"),
+        (GOOD | {"crop": ["a.png"]}, "row 2: image or crop is no text"),
         ({"id": "y", "prompt": "?"}, r"\b2\b"),
         ([], r"\b2\b"),
         (None, r"\b2\b"),
@@ -745,6 +754,19 @@ def test_a_broken_row_in_such_a_file_is_named(second, message, tmp_path):
     put(tmp_path / "signs.jsonl", lines([GOOD | {"options": COLOURS}]) + written)
     with pytest.raises(ValueError, match=rf"signs\.jsonl.*{message}"):
         read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
+
+
+def test_deep_json_in_such_a_file_is_a_row_with_an_error(tmp_path):
+    put(tmp_path / "signs.jsonl", lines([GOOD | {"options": COLOURS}]) + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"signs\.jsonl, row 2"):
+        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
+
+
+def test_a_list_of_answers_means_any_of_them(tmp_path):
+    row = GOOD | {"kind": "free", "answer": ["red", "crimson", 12]}
+    put(tmp_path / "signs.jsonl", lines([row]))
+    question = sources.read_benchmark(str(tmp_path / "signs.jsonl"), tmp_path)[0]
+    assert question.answer == "red\ncrimson\n12"
 
 
 def test_a_file_without_rows_is_refused(tmp_path):

@@ -25,6 +25,7 @@ import rollout
 import synth
 from benchmarks import sources
 from launch.flags import settings_parser
+from storage.checkpoint import save
 from storage.images import load_image
 from synthesis import checking, parts, photos, proposers
 from synthesis.photos import Photo
@@ -838,7 +839,7 @@ def test_sam3_is_given_the_models_names_and_may_run_out_of_memory(tmp_path, monk
 
 
 def test_a_group_of_texts_depends_on_its_seed(tmp_path):
-    vision_model.save(*tiny.tiny(), tmp_path)
+    save(*tiny.tiny(), tmp_path)
     requests = [synth.Request(None, key, noise(32, 32), "what") for key in (1, 2, 1)]
 
     def say(batch):
@@ -920,3 +921,13 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, caps
 def test_answers_that_do_not_repeat_are_in_balance():
     samples = [sample(n, answer=str(n), extra={"type": str(n)}, question="What?") for n in range(4)]
     assert checking.balance(samples) == []  # each is 25%
+
+
+def test_boxes_on_photographs_that_are_too_small_are_named(make, tmp_path):
+    photograph(tmp_path / "in" / "small.png", size=(300, 200))
+    boxes = tmp_path / "boxes.jsonl"
+    boxes.write_text(json.dumps({"image": "small.png", "boxes": [[10, 10, 40, 40]]}))
+    with pytest.raises(ValueError, match="too_small"):
+        make("--proposer", boxes)
+    stats = json.loads((tmp_path / "out" / "stats.json").read_text())
+    assert "small.png: too_small: 300 x 200 px" in stats["notes"]

@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import (
     ROOT,
-    SMALL,
     assert_equal,
     assert_same_update,
     log,
@@ -25,16 +24,18 @@ from conftest import (
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import methods
-import model as vision_model
 import sharding
 import train
+from launch import script
 from loss import divergence
 from model import encode, load
 from rollout import sample
+from storage.checkpoint import fingerprint, save
 from storage.images import load_image
 from toy import demonstration, scenes
 from toy.tiny import tiny
 from triplets.format import read_triplets
+from triplets.order import batch_rows, deal
 
 core = pytest.mark.core
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -64,10 +65,10 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     teacher, _ = load(str(world / "base"))
     rows = read_triplets(world / "data")
     losses, agreed, ended, shown = [], 0, 0, {}
-    for number in train.batch_rows(len(rows), 4, 0, 0):
+    for number in batch_rows(len(rows), 4, 0, 0):
         row = rows[number]
         full, crop = (
-            encode(processor, [load_image(image)], [row.question])
+            encode(processor, [load_image(image)], ["\n" + row.question])
             for image in (row.image, row.crop)
         )
         seed = random.Random(f"0/0/{row.id}").getrandbits(63)
@@ -154,7 +155,7 @@ def test_the_crop_reaches_only_the_teacher(run, world, tmp_path):
 
 def test_every_row_is_seen_once_an_epoch_in_an_order_given_by_the_seed():
     first, second, other = (
-        [row for step in range(start, start + 3) for row in train.batch_rows(10, 3, seed, step)]
+        [row for step in range(start, start + 3) for row in batch_rows(10, 3, seed, step)]
         for seed, start in ((0, 0), (0, 3), (1, 0))
     )
     for epoch in (first, second, other):
@@ -167,11 +168,11 @@ def test_every_row_is_seen_once_an_epoch_in_an_order_given_by_the_seed():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_a_batch_is_dealt_out_evenly_by_number_and_size(world_size):
     sizes = [random.Random(i).randint(1, 1000) for i in range(96)]
-    parts = [train.deal(list(range(96)), sizes, rank, world_size) for rank in range(world_size)]
+    parts = [deal(sizes, rank, world_size) for rank in range(world_size)]
     assert sorted(row for part in parts for row in part) == list(range(96))
     assert {len(part) for part in parts} == {96 // world_size}
     assert max(sum(sizes[j] for j in part) for part in parts) <= 1.02 * sum(sizes) / world_size
-    assert train.deal([5, 3, 4], [7, 7, 7], 0, 1) == [5, 3, 4]  # nothing to balance
+    assert deal([5, 3, 4], 0, 1) == [0, 1, 2]  # nothing to balance
 
 
 # -------------------------------------------------------------------------------- stopped, resumed
@@ -208,7 +209,7 @@ def test_a_checkpoint_half_written_is_as_if_it_were_not_there(run, tmp_path, mon
     def full_disk(model, processor, folder):
         if (out / "checkpoint-000002").exists():
             raise OSError(28, "No space left on device")
-        vision_model.save(model, processor, folder)
+        save(model, processor, folder)
 
     with monkeypatch.context() as patch:
         patch.setattr(sharding, "save", full_disk)
@@ -247,14 +248,12 @@ def test_a_newest_checkpoint_that_was_taken_away_is_missed(run, tmp_path):
 def test_a_damaged_state_is_named(run, world, tmp_path):
     run("x", "--steps 1")
     folder = tmp_path / "x" / "checkpoint-000001" / "state"
-    part, note = folder / "__0_0.distcp", folder / "state.json"
+    part = folder / "__0_0.distcp"
     for path, damaged in (
         (part, part.read_bytes()[:5000]),
         (part, None),
         (folder / ".metadata", None),
         (folder / ".metadata", b"no metadata"),
-        (note, b"{"),
-        (note, b"{}"),
     ):
         whole = path.read_bytes()
         path.unlink()
@@ -271,9 +270,10 @@ def test_a_state_of_another_model_is_refused(run, world, tmp_path):
     base = tmp_path / "base"
     model, processor = tiny(0)
     model.resize_token_embeddings(512)
-    vision_model.save(model, processor, base)
+    save(model, processor, base)
     args = tmp_path / "x" / "args.json"
-    args.write_text(args.read_text().replace(str(world / "base"), str(base)))
+    before, after = (fingerprint(load(str(it))[0]) for it in (world / "base", base))
+    args.write_text(args.read_text().replace(before, after))
     with pytest.raises(ValueError, match="another model"):
         run("x", "--steps 2 --model", str(base))
 
@@ -375,9 +375,8 @@ def test_help_tells_the_defaults(toy, lr, capsys):
 @pytest.mark.parametrize(
     "flags",
     "--step=3|--learning-rate=1|--beta=1|--group=0|--clip=0|--lr=nan|--adam-eps=0|--warmup=-5|"
-    "--threads=0|--toy --device=cuda|--toy --plan|--steps=0|--divergence=kl|--ema-rate=2".split(
-        "|"
-    ),
+    "--threads=0|--adam-eps=nan|--seed=1180591620717411303424|--device=banana|"
+    "--toy --device=cuda|--toy --plan|--steps=0|--divergence=kl|--ema-rate=2".split("|"),
 )
 def test_a_wrong_flag_is_named(flags, capsys):
     with pytest.raises(SystemExit):
@@ -410,7 +409,7 @@ def test_bad_data_is_named_before_anything_is_trained(run, world, tmp_path):
     ):
         with pytest.raises((ValueError, OSError), match=told):
             run("x", flags)
-    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "x" / "log.jsonl").exists()
 
 
 def test_errors_reach_the_user_as_one_line(world, tmp_path, capsys):
@@ -421,25 +420,14 @@ def test_errors_reach_the_user_as_one_line(world, tmp_path, capsys):
         ("--model no/model", "no/model"),
     ):
         with pytest.raises(SystemExit):
-            train.main(small_run(world, tmp_path / "x", flags))
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("train.py: ")
-        assert told in error
-
-
-def test_a_run_stopped_by_hand_says_how_it_goes_on(tmp_path, monkeypatch):
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "train", stopped)
-    with pytest.raises(SystemExit, match="same command"):
-        train.main([*SMALL, "--out", str(tmp_path / "x")])
+            script.run(train.main, small_run(world, tmp_path / "x", flags))
+        assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 def cut_short(data, step, place):
     """Damages the image of a step's row; returns the row and what mends it."""
     rows = read_triplets(data)
-    row = rows[train.batch_rows(len(rows), 4, 0, step)[place]]
+    row = rows[batch_rows(len(rows), 4, 0, step)[place]]
     good = row.image.read_bytes()
     row.image.write_bytes(good[: len(good) // 2])
     return row, lambda: row.image.write_bytes(good)
@@ -478,7 +466,7 @@ def test_the_toy_command_leaves_a_table_two_models_and_a_page(tmp_path, monkeypa
         return draw(folder, min(n, 24), *rest, **options)
 
     def untrained(folder, *_):
-        vision_model.save(*tiny(0), folder)
+        save(*tiny(0), folder)
 
     draw = scenes.draw
     monkeypatch.setattr(scenes, "draw", draw_few)

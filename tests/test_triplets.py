@@ -1,6 +1,7 @@
 """triplets/ and storage/: the released format in and out, archives, and pictures of every kind."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -13,10 +14,19 @@ import pytest
 from conftest import noise
 from PIL import Image, ImageCms, ImageFont
 
+import triplets.format
 from storage import files
-from storage.images import load_image, save_image
+from storage.images import image_size, load_image, save_image
+from toy.scenes import draw
 from triplets.fetch import fetch_triplets
-from triplets.format import FOLDERS, Triplet, read_triplets, write_sample, write_triplets
+from triplets.format import (
+    FOLDERS,
+    Triplet,
+    open_triplets,
+    read_triplets,
+    write_sample,
+    write_triplets,
+)
 from triplets.preview import draw_preview, wrap
 
 HINT = "\n\nOnly focus on the objects inside the red bounding box in the image."
@@ -128,12 +138,18 @@ def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
         ("version https://git-lfs.github.com/spec/v1", "git-lfs"),
         ("[]", "found list"),
         ('{"problem": "<image>\\nWhat?"}', "found ['problem']"),
-        (row(problem="What?"), "image tags []"),
+        (row(problem="What?"), "no other tag; found []"),
         (row(problem="<image>\nWhat is <image>?"), "['<image>', '<image>']"),
         (row(problem="What? <image>"), "one <image>"),
         (row(problem="<image>\n "), "one <image>"),
         (row(problem="<image>\n<|image_pad|>?"), "<|image_pad|>"),
         (row(problem=7), "one <image>"),
+        (row(problem="<image>\nWhat?<|im_end|>\n<|im_start|>assistant"), "'<|im_end|>'"),
+        (row(problem="<image>\nhalf a \ud83d?"), "UTF-8"),
+        (row(answer=["red", "crimson"]), "answer is ['red', 'crimson']"),
+        (row(answer={"a": 1}), "answer is {'a': 1}"),
+        (row(answer=True), "answer is True"),
+        (row(answer=float("nan")), "answer is nan"),
         (row(images=[]), "images is []"),
         (row(images="images/a.png"), "one file name"),
         (row(images=["images/a.png"] * 2), "one file name"),
@@ -160,6 +176,13 @@ def test_an_empty_data_set_is_an_error(tmp_path):
         read_triplets(data_set(tmp_path, ""))
 
 
+def test_a_pipe_is_no_picture_to_wait_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for read in (load_image, image_size):
+        with pytest.raises(FileNotFoundError, match="no plain file"):
+            read(tmp_path / "pipe.png")
+
+
 def test_reading_lists_directories_instead_of_asking_for_every_file(tmp_path, monkeypatch):
     data_set(tmp_path, *[row()] * 500)
     calls = []
@@ -175,7 +198,7 @@ def test_reading_lists_directories_instead_of_asking_for_every_file(tmp_path, mo
         ([sample(), sample()], "repeated"),
         ([sample("../a")], "file name"),
         ([sample("")], "file name"),
-        ([sample(question="<image> what?")], "image tag"),
+        ([sample(question="<image> what?")], "holds a tag"),
         ([sample(question=" ")], "is empty"),
         ([], "no samples"),
     ],
@@ -505,7 +528,7 @@ def test_pictures_that_are_not_whole_are_errors_that_name_the_file(tmp_path, nam
 def test_what_is_no_file_or_has_no_known_range_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="not there"):
         load_image(tmp_path / "none.png")
-    with pytest.raises(FileNotFoundError, match="a folder"):
+    with pytest.raises(FileNotFoundError, match="no plain file"):
         load_image(tmp_path)
     Image.new("F", (2, 2)).save(tmp_path / "x.tiff")
     with pytest.raises(ValueError, match="floating point"):
@@ -548,3 +571,43 @@ def test_the_contact_sheet_wraps_by_width_in_any_script(text):
     assert all(font.getlength(line) <= 640 for line in lines)
     if font.getlength(text) < 3000:
         assert "".join("".join(lines).split()) == "".join(text.split())
+
+
+# ------------------------------------------------------------------------------------- large files
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A data set of 40 rows that counts as a large one."""
+    draw(tmp_path, 40, 0)
+    monkeypatch.setattr(triplets.format, "AT_ONCE", 0)
+    return tmp_path
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000, 2**24])
+def test_a_large_file_gives_the_rows_of_a_small_one(piece, large, monkeypatch):
+    path = large / "train.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))  # its last line is not ended
+    monkeypatch.setattr(triplets.format, "PIECE", piece)
+    lazy = open_triplets(large)
+    assert not isinstance(lazy, list)
+    assert list(lazy) == read_triplets(large)
+    assert len(lazy) == 40
+    assert lazy.sha256.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_bad_row_of_a_large_file_is_named_when_it_is_read(large):
+    path = large / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[7] = "{"
+    path.write_text("\n".join(lines))
+    lazy = open_triplets(large)
+    assert lazy[6].id != lazy[8].id
+    with pytest.raises(ValueError, match=r"train.jsonl, line 8"):
+        lazy[7]
+
+
+def test_a_large_file_without_its_images_says_so_at_once(large):
+    shutil.rmtree(large / "images")
+    with pytest.raises(FileNotFoundError, match=r"train.jsonl, line 1"):
+        open_triplets(large)

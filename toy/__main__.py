@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from launch import script
 from launch.flags import natural, positive_int, refuse_idle, setting, settings_parser
 from storage.files import write
 from toy.scenes import SPLITS, draw
@@ -68,7 +69,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"python -m toy: {error}") from error
+    script.run(main, sys.argv[1:])

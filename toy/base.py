@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from model import encode, response_hidden, save
+from model import encode, response_hidden
+from storage.checkpoint import save
 from storage.files import write
 from toy.scenes import scene
 from toy.tiny import tiny

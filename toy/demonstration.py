@@ -1,9 +1,13 @@
-"""What `train.py --toy` changes, draws and trains before the run."""
+"""What `train.py --toy` changes, and what it does before and after the run."""
 
+import shutil
 from pathlib import Path
 
+from benchmarks.figures import Scorer, compare, summarise
+from evaluate import Asking, evaluate
+from storage.files import write
 from toy.base import train_base
-from toy.scenes import ROWS, draw
+from toy.scenes import ROWS, draw, held_out
 from triplets.preview import draw_preview
 
 # Its defaults of train.py's settings (ours: a tiny model trained from scratch in minutes).
@@ -37,3 +41,28 @@ def prepare(out: Path, data: Path, model: Path, seed: int) -> str:
         train_base(model, seed)
     seconds = model.with_name("base-seconds.json")
     return seconds.read_text() if seconds.is_file() else "{}"
+
+
+def begin(settings, device) -> None:
+    """Draw the scenes, train the base model and judge it, each only if it is not there yet."""
+    out = Path(settings.out)
+    took = prepare(out, Path(settings.data), Path(settings.model), settings.seed)
+    if not (out / "seconds.json").exists():
+        judge(out, settings.model, "before", device)
+        write(out / "seconds.json", took)
+
+
+def end(settings, final: Path, device) -> None:
+    """Judge the trained model and print what changed."""
+    out = Path(settings.out)
+    shutil.rmtree(out / "eval-after", ignore_errors=True)  # maybe of an earlier checkpoint
+    judge(out, final, "after", device)
+    print(compare(out / "eval-before", out / "eval-after")[0])
+
+
+def judge(out: Path, model: str | Path, when: str, device) -> None:
+    """Evaluate a model on toy scenes never trained on, into OUT/eval-WHEN."""
+    folder = out / f"eval-{when}"
+    how = Asking(["full", "crop"], max_new_tokens=RUN["max_new_tokens"], batch=100)
+    evaluate(str(model), held_out(out), folder, how, str(device))
+    summarise(folder, Scorer())

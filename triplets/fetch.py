@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 from storage.hub import download, unpack
-from triplets.format import FOLDERS, read_triplets
+from triplets.format import FOLDERS, open_triplets
 
 
 def fetch_triplets(data: str | Path) -> Path:
-    """The folder of data set `data`, ready for read_triplets: a local folder, or a hub data set's
+    """The folder of data set `data`, ready for open_triplets: a local folder, or a hub data set's
     id such as yuanqianhao/Vision-OPD-6K, which is kept in data/<owner>/<name> under the working
     directory.
 
@@ -22,7 +22,7 @@ def fetch_triplets(data: str | Path) -> Path:
     if is_id:
         folder = Path("data", data)
     try:
-        read_triplets(folder)
+        open_triplets(folder)
     except FileNotFoundError:
         if is_id:
             download(
@@ -35,7 +35,7 @@ def fetch_triplets(data: str | Path) -> Path:
             )
         if (folder / "train.jsonl").is_file():
             unpack_archives(folder)
-        read_triplets(folder)
+        open_triplets(folder)
     return folder
 
 

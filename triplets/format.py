@@ -5,23 +5,27 @@ A data set is a folder with `train.jsonl`, `images/` and `teacher_images/`. The 
 images[0], the teacher teacher_images[0], both the same question.
 """
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from storage.files import numbered_lines, write_jsonl
 from storage.images import save_image
 
 RED = (255, 0, 0)  # the box
+AT_ONCE = 50_000_000  # bytes of train.jsonl that are read at once (ours: a second or two)
+PIECE = 2**24  # bytes
 FOLDERS = ("images", "teacher_images")  # of full images and of crops; keys of a row as well
-# each of these would change the number of images
-IMAGE_TAG = re.compile(r"<image>|<video>|<\|(?:image|video|vision)_\w+\|>")
+# each of these would change the number of images, or begin and end turns of the chat
+TAG = re.compile(r"<image>|<video>|<\|\w+\|>")
 
 
 @dataclass
@@ -50,19 +54,14 @@ def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> 
     `errors` instead, if that is given.
     """
     folder = Path(folder)
-    path = folder / "train.jsonl"
-    if not path.is_file():
-        there = "no such folder"
-        if folder.is_dir():
-            there = sorted(entry.name for entry in folder.iterdir())[:10]
-        raise FileNotFoundError(
-            f"{folder} has no train.jsonl ({there}). Expected a data set: give the folder that "
-            "holds it."
-        )
+    path = rows_of(folder)
 
     @cache
     def names_in(place: Path) -> set[str]:  # listed once, instead of a stat for every file
         return set(os.listdir(place)) if place.is_dir() else set()
+
+    def is_there(file: Path) -> bool:
+        return file.name in names_in(file.parent)
 
     lines = list(numbered_lines(path))
     if not lines:
@@ -73,7 +72,7 @@ def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> 
     line_of = {}  # id -> the line that has it
     for number, (n, line) in enumerate(lines):
         try:
-            triplet = read_row(line, number, folder, names_in)
+            triplet = read_row(line, number, folder, is_there)
             first = line_of.setdefault(triplet.id, n)
             if first != n:
                 raise ValueError(
@@ -89,23 +88,78 @@ def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> 
     return triplets
 
 
-def read_row(line: bytes, number: int, folder: Path, names_in) -> Triplet:
-    """The triplet of a line of train.jsonl, the `number`-th. names_in: a folder -> its files."""
+def rows_of(folder: Path) -> Path:
+    """Its train.jsonl. Raises FileNotFoundError."""
+    if not (folder / "train.jsonl").is_file():
+        there = "no such folder"
+        if folder.is_dir():
+            there = sorted(entry.name for entry in folder.iterdir())[:10]
+        raise FileNotFoundError(
+            f"{folder} has no train.jsonl ({there}). Expected a data set: give the folder that "
+            "holds it."
+        )
+    return folder / "train.jsonl"
+
+
+def open_triplets(folder: str | Path) -> Sequence[Triplet]:
+    """read_triplets for training: of a file so large that reading it takes minutes each row is read
+    and checked when it is asked for, and that ids are unique is not."""
+    folder = Path(folder)
+    if rows_of(folder).stat().st_size <= AT_ONCE:
+        return read_triplets(folder)
+    return LazyTriplets(folder)
+
+
+class LazyTriplets(Sequence):
+    """The rows of a large train.jsonl, of which only where each begins is kept. Their errors name
+    file and line too."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, rows_of(folder)
+        self.file = self.path.open("rb")
+        self.sha256 = hashlib.sha256()
+        begins, size = [0], 0
+        while piece := self.file.read(PIECE):
+            self.sha256.update(piece)
+            ends = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n"))
+            begins.append(ends + size + 1)
+            size += len(piece)
+        self.edges = np.unique(np.hstack([*begins, size]))
+        for i in (0, len(self) - 1):  # is anything there at all?
+            self[i]
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
+
+    def __getitem__(self, i: int) -> Triplet:
+        begin, end = self.edges[[i, i + 1]].tolist()
+        line = os.pread(self.file.fileno(), end - begin, begin)  # workers share the file
+        try:
+            return read_row(line, i, self.folder, Path.is_file)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{self.path}, line {i + 1}: {error}") from error
+
+
+def read_row(line: bytes, number: int, folder: Path, is_there) -> Triplet:
+    """The triplet of a line of train.jsonl, the `number`-th. is_there: a path -> bool."""
     row = read_object(line)
     problem = str(row["problem"])
+    expect(row, "problem", is_text(problem), "text that can be written as UTF-8")
     question = problem.removeprefix("<image>")
     box = row.get("bbox")
     answer = row.get("answer")
     extra = row.get("extra_info") or {}
-    tags = IMAGE_TAG.findall(problem)
+    tags = TAG.findall(problem)
     good = tags == ["<image>"] and question != problem and question.strip()
-    expected = "one <image>, at the start, then a newline and the question"
-    expect(row, "problem", good, f"{expected}; found the image tags {tags}")
+    expected = "one <image>, at the start, then a newline and the question, and no other tag"
+    expect(row, "problem", good, f"{expected}; found {tags}")
+    good = answer is None or type(answer) in (str, int, float) and answer == answer
+    expect(row, "answer", good, "a text, a number or null")
     numbers = isinstance(box, list) and [isinstance(v, int | float) for v in box]
     good = box is None or numbers == [True] * 4
     expect(row, "bbox", good, "[x1, y1, x2, y2] in pixels, or null")
     expect(row, "extra_info", isinstance(extra, dict), "an object, or nothing")
-    image, crop = (find_image(row, key, folder, names_in) for key in FOLDERS)
+    image, crop = (find_image(row, key, folder, is_there) for key in FOLDERS)
     name = extra.get("id")
     return Triplet(
         id=f"{number:06d}" if name is None else str(name),
@@ -135,6 +189,11 @@ def read_object(line: bytes) -> dict:
     return row
 
 
+def is_text(text: str) -> bool:
+    """Whether no half of a character is in it, which JSON can say and nothing can write."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
 def expect(row: dict, key: str, good: bool, expected: str):
     if not good:
         raise ValueError(
@@ -142,13 +201,13 @@ def expect(row: dict, key: str, good: bool, expected: str):
         )
 
 
-def find_image(row: dict, key: str, folder: Path, names_in) -> Path:
+def find_image(row: dict, key: str, folder: Path, is_there) -> Path:
     """The file that row[key], a list of one name relative to `folder`, names."""
     names = row[key]
     is_one = isinstance(names, list) and [type(name) for name in names] == [str]
     expect(row, key, is_one and Path(names[0]).suffix, "a list of one file name")
     path = folder / names[0]
-    if path.name not in names_in(path.parent):
+    if not is_there(path):
         raise FileNotFoundError(
             f"{key}[0] is {names[0]!r}, and no such file is under {folder}. Unpack the archives "
             "first, or give the folder that holds train.jsonl."
@@ -170,9 +229,9 @@ def write_sample(folder: Path, sample: Triplet, suffix: str) -> dict:
             f"sample {name!r}: the id is no plain file name. Choose letters, digits, '.', '_' and "
             "'-'."
         )
-    if IMAGE_TAG.search(question) or not question.strip():
+    if TAG.search(question) or not question.strip():
         raise ValueError(
-            f"sample {name!r}: {question[:80]!r} is empty or holds an image tag. Leave it out."
+            f"sample {name!r}: {question[:80]!r} is empty or holds a tag. Leave it out."
         )
     image = f"images/{name}{suffix}"
     crop = f"teacher_images/{name}.png"

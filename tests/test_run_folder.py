@@ -1,0 +1,137 @@
+"""A run's folder: held by one process, its own names only, its settings and logs as they were."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, assert_equal, log, noise, small_run, weights
+from PIL import Image
+
+import evaluate
+import methods
+import synth
+import train
+from sharding import join_ranks
+from storage.files import hold
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+HOLDER = """
+import sys, time
+from pathlib import Path
+from storage.files import hold
+hold(Path(sys.argv[1]))
+hold(Path(sys.argv[1]) / ".parts", ".00000.lock")
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process, which holds tmp_path/x and what synth.py's first rank holds in it."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "x")]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("signal_sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_folder_is_one_processs_until_its_death(signal_sent, holder, tmp_path):
+    with pytest.raises(ValueError, match=f"process {holder.pid} on {os.uname().nodename}"):
+        hold(tmp_path / "x")
+    holder.send_signal(signal_sent)
+    holder.wait()
+    hold(tmp_path / "x")
+
+
+def test_no_script_works_in_a_folder_that_is_held(holder, world, tmp_path):
+    noise(500, 500).save(tmp_path / "photo.png")
+    out = str(tmp_path / "x")
+    given = {
+        train: small_run(world, out),
+        evaluate: f"--bench toy --model {world}/base --data-root {tmp_path} --out {out}".split(),
+        synth: f"--images {tmp_path} --model {world}/base --out {out}".split(),
+    }
+    for script, argv in given.items():
+        with pytest.raises(ValueError, match=f"process {holder.pid}"):
+            script.main(argv)
+    assert not (tmp_path / "x" / "args.json").exists()
+
+
+def test_only_our_own_names_are_ours(run, tmp_path):
+    run("x", "--steps 1 --save-every 1")
+    mine = tmp_path / "x" / "checkpoint-000001-backup"
+    shutil.copytree(tmp_path / "x" / "checkpoint-000001", mine)
+    run("x", "--steps 2 --save-every 1")
+    assert (mine / "state" / ".metadata").exists()
+    assert not (tmp_path / "x" / "checkpoint-000001" / "state").exists()
+
+
+def test_a_folder_where_a_checkpoint_will_lie_is_named_before_the_run(run, tmp_path):
+    run("x", "--steps 1")
+    (tmp_path / "x" / "checkpoint-000002").mkdir()
+    with pytest.raises(ValueError, match="checkpoint-000002"):
+        run("x", "--steps 2")
+
+
+@pytest.mark.parametrize("damaged", [None, "", "{", "[1]"])
+def test_a_run_without_its_settings_is_not_gone_on_with(damaged, run, tmp_path):
+    run("x", "--steps 1")
+    args = tmp_path / "x" / "args.json"
+    args.unlink()
+    if damaged is not None:
+        args.write_text(damaged)
+    with pytest.raises(ValueError, match="args.json"):
+        run("x", "--steps 2")
+
+
+def test_damaged_lines_of_a_log_are_counted_and_left_out(run, tmp_path, capsys):
+    run("x", "--steps 1")
+    with (tmp_path / "x" / "log.jsonl").open("a") as file:
+        file.write('{"step": 1, "lo\n5\n')
+    run("x", "--steps 2")
+    assert [entry["step"] for entry in log(tmp_path / "x")] == [1, 2]
+    assert "log.jsonl: 2 unreadable lines" in capsys.readouterr().out
+
+
+def test_the_same_model_and_a_moved_run_are_the_same_run(run, world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "copy")
+    run("x", "--steps 1")
+    (tmp_path / "x").rename(tmp_path / "y")
+    run("y", f"--steps 2 --model {tmp_path / 'copy'}")
+    assert json.loads((tmp_path / "y" / "args.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo", "dapo --resample 0"])
+def test_a_step_with_nothing_to_learn_from_changes_nothing_and_is_counted(
+    method, world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(methods, "is_right", lambda row, text: False)
+    flags = f"--steps 2 --weight-decay 0.5 --method {method}"
+    settings = train.parse(small_run(world, tmp_path / "x", flags))
+    before = weights(world / "base")
+    after = weights(train.train(settings, *join_ranks("cpu")))
+    assert_equal(after, before)
+    assert [entry["idle_steps"] for entry in log(tmp_path / "x")] == [1, 2]
+    assert "2 such steps" in capsys.readouterr().out
+
+
+def test_images_that_no_processor_takes_are_named_before_the_run(run, world, tmp_path):
+    shutil.copytree(world / "data", tmp_path / "data")
+    path = next((tmp_path / "data" / "teacher_images").glob("*-000007-*"))
+    Image.new("RGB", (3, 900)).save(path)
+    with pytest.raises(ValueError, match=f"{path.name} is 3 x 900"):
+        run("x", f"--data {tmp_path / 'data'}")
+    assert not (tmp_path / "x" / "log.jsonl").exists()
+
+
+def test_a_killed_image_worker_ends_the_run_in_words(run, monkeypatch):
+    monkeypatch.setattr(methods, "encode", lambda *args, **how: os.kill(os.getpid(), 9))
+    with pytest.raises(OSError, match="--workers"):
+        run("x", "--workers 1")
