@@ -62,6 +62,13 @@ def test_the_ends_of_the_unit_interval_never_pick_an_impossible_token(u, possibl
     assert drawn(torch.tensor([[u]]), logits) in (1, 2)
 
 
+def test_of_many_tokens_each_has_its_share():
+    vocabulary = 250_000
+    want = torch.arange(0, vocabulary, 25_000)
+    middle = (want + 0.5) / vocabulary  # of each one's part of the unit interval
+    assert torch.equal(drawn(middle[:, None], torch.zeros(len(want), vocabulary)), want)
+
+
 def test_logits_that_are_no_numbers_are_said(lively, mixed_prompt):
     model, processor = lively
     with torch.no_grad():
