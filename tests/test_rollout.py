@@ -39,8 +39,12 @@ def test_a_sampled_response_depends_on_its_seed_and_not_on_its_batch(lively, mix
 def drawn(uniforms, logits, temperature=1.0):
     """The tokens (N,) that `uniforms` (N, 1) pick from `logits` (N, V) after one prompt token."""
     how = rollout.Sampling(temperature=temperature)
-    draw = rollout.InverseCDF(uniforms, 1, how, torch.empty_like(uniforms))
-    return draw(torch.zeros(len(logits), 1), logits).argmax(-1)
+    log_probs = torch.empty_like(uniforms)
+    draw = rollout.InverseCDF(uniforms, 1, how, log_probs)
+    token = draw(torch.zeros(len(logits), 1), logits).argmax(-1)
+    want = (logits / temperature).log_softmax(-1).gather(1, token[:, None])
+    torch.testing.assert_close(log_probs, want)
+    return token
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
