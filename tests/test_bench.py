@@ -81,8 +81,7 @@ def test_every_row_is_measured_and_memory_that_runs_out_costs_only_its_own(monke
     shapes = "--prompt-tokens 80 --response-tokens 4 --group 2 --gen-prompts 2 --model-vocab 512"
     rows = bench_main(monkeypatch, capsys, f"generate step {shapes} --repeats 1")
     assert len(rows) == 4 + 13 + len(bench.GOALS)
-    without = [row for row in rows if "out of memory" in row]
-    assert [rows.index(row) for row in without] == [11]
+    assert [i for i, row in enumerate(rows) if "out of memory" in row] == [11]
     assert rows[10].startswith("  student pass  ")
     assert not any("nan" in row for row in rows)
 
@@ -92,8 +91,7 @@ def test_memory_is_what_a_gpu_has_beyond_what_was_there(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
-    seconds, gb = bench.measure(lambda: None, Namespace(device="cuda", repeats=2))
-    assert seconds < 1
+    _, gb = bench.measure(lambda: None, Namespace(device="cuda", repeats=2))
     assert gb == 2
 
 

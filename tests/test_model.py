@@ -79,8 +79,12 @@ def test_hidden_states_and_gradients_are_those_of_a_plain_forward_of_each_sequen
 
 @pytest.mark.core
 @pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_one_token_one_prompt_and_one_response_take_the_same_path(lively, mixed_prompt, tokens):
+def test_one_token_one_prompt_and_one_response_take_the_same_path(
+    lively, mixed_prompt, tokens, monkeypatch
+):
     model, _ = lively
+    for kernel in ("causal_conv1d_update", "torch_recurrent_gated_delta_rule"):
+        monkeypatch.setattr(modeling_qwen3_5, kernel, None)  # have no gradient
     for prompt in (mixed_prompt, alone(mixed_prompt, 1)):  # with padding, and without
         ids = torch.arange(5, 5 + tokens).repeat(len(prompt["input_ids"]), 1)
         shared, plain = response_hidden(model, prompt, ids), plain_hidden(model, prompt, ids)
@@ -131,7 +135,7 @@ def test_the_prompt_ends_with_the_non_thinking_prefix_and_holds_one_image(lively
     )
 
 
-@pytest.mark.parametrize("size", [(512, 512), (2048, 64), (64, 1024), (700, 333)])
+@pytest.mark.parametrize("size", [(512, 512), (4096, 32), (32, 2048), (700, 333)])
 def test_a_prompt_over_the_limit_gets_a_smaller_image_and_keeps_its_text(size):
     _, processor = tiny()
     processor.image_processor.size["longest_edge"] = 4_194_304
@@ -162,7 +166,8 @@ def test_no_image_is_enlarged_over_the_limit_again():
         except ValueError:
             assert room < 2 * 16
             continue
-        assert vision_model.image_tokens(processor, image.size) <= room
+        patches = vision.get_number_of_image_patches(image.height, image.width, {})
+        assert patches <= 4 * room
         fitted += image.size != size
     assert fitted > 50
 
@@ -200,7 +205,6 @@ def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output
     (first / "model.safetensors.index.json").write_text("{}")
     save(*load(str(first)), second)
     (first / "model.safetensors.index.json").unlink()  # is of weights that are written anew
-    (first / "config.json").write_bytes((second / "config.json").read_bytes())  # so is this
     files = [{f.name: f.read_bytes() for f in folder.iterdir()} for folder in (first, second)]
     assert files[0] == files[1]
 

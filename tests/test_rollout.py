@@ -39,8 +39,12 @@ def test_a_sampled_response_depends_on_its_seed_and_not_on_its_batch(lively, mix
 def drawn(uniforms, logits, temperature=1.0):
     """The tokens (N,) that `uniforms` (N, 1) pick from `logits` (N, V) after one prompt token."""
     how = rollout.Sampling(temperature=temperature)
-    draw = rollout.InverseCDF(uniforms, 1, how, torch.empty_like(uniforms))
-    return draw(torch.zeros(len(logits), 1), logits).argmax(-1)
+    log_probs = torch.empty_like(uniforms)
+    draw = rollout.InverseCDF(uniforms, 1, how, log_probs)
+    token = draw(torch.zeros(len(logits), 1), logits).argmax(-1)
+    want = (logits / temperature).log_softmax(-1).gather(1, token[:, None])
+    torch.testing.assert_close(log_probs, want)
+    return token
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -60,6 +64,13 @@ def test_sampling_follows_the_softmax_at_its_temperature(temperature):
 def test_the_ends_of_the_unit_interval_never_pick_an_impossible_token(u, possible):
     logits = torch.tensor([[-torch.inf, *possible, -torch.inf]])
     assert drawn(torch.tensor([[u]]), logits) in (1, 2)
+
+
+def test_of_many_tokens_each_has_its_share():
+    vocabulary = 250_000
+    want = torch.arange(0, vocabulary, 25_000)
+    middle = (want + 0.5) / vocabulary  # of each one's part of the unit interval
+    assert torch.equal(drawn(middle[:, None], torch.zeros(len(want), vocabulary)), want)
 
 
 def test_logits_that_are_no_numbers_are_said(lively, mixed_prompt):
