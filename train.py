@@ -76,7 +76,12 @@ class Settings:
     toy: bool = setting(
         False, "drawn scenes, a tiny Qwen3.5 trained on the spot, and a table", bool
     )
-    model: str = setting(None, "hub id or directory (default Qwen/Qwen3.5-4B; --toy: OUT/base)")
+    retrain_base: bool = setting(
+        False, "with --toy: train a new base model, into OUT/base (default: toy/base-model)", bool
+    )
+    model: str = setting(
+        None, "hub id or directory (default Qwen/Qwen3.5-4B; --toy: its base model)"
+    )
     data: str = setting(
         None,
         "hub id or directory with train.jsonl (default yuanqianhao/Vision-OPD-6K; --toy: drawn)",
@@ -543,17 +548,19 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> Pa
 def parse(argv: list[str] | None = None) -> Settings:
     argv = sys.argv[1:] if argv is None else argv
     parser = settings_parser(Settings, __doc__)
+    model, data = "Qwen/Qwen3.5-4B", "yuanqianhao/Vision-OPD-6K"
     if "--toy" in argv:
-        from toy.demonstration import RUN
+        from toy.demonstration import BASE, RUN
 
         parser.set_defaults(**RUN)
+        model, data = BASE, None
     settings = Settings(**vars(parser.parse_args(argv)))
-    own = (f"{settings.out}/base", f"{settings.out}/data")
-    hub = ("Qwen/Qwen3.5-4B", "yuanqianhao/Vision-OPD-6K")
-    model, data = own if settings.toy else hub
+    if settings.retrain_base:
+        model = f"{settings.out}/base"
+    data = data or f"{settings.out}/data"
+    settings.out = os.path.normpath(settings.out)
     settings.model = os.path.normpath(settings.model or model)
     settings.data = os.path.normpath(settings.data or data)
-    settings.out = os.path.normpath(settings.out)
     settings.teacher = settings.teacher or METHODS[settings.method].default_teacher
     refuse_idle(parser, argv, flags_with_effect(settings), f"with {described(settings)}")
     reason = why_not(settings)
@@ -567,6 +574,7 @@ def flags_with_effect(settings: Settings) -> dict[str, bool]:
     method = METHODS[settings.method]
     topk = method.distils and settings.objective == "topk"
     return {
+        "--retrain-base": settings.toy and settings.model == f"{settings.out}/base",
         "--teacher": method.default_teacher is not None,
         "--max-crop-prompt": method.teacher_view is not None,
         "--trust": settings.teacher == "trust-region",

@@ -1,6 +1,7 @@
 """The toy world: what its scenes show, what its tiny model reads, its command line, its table."""
 
 import json
+import random
 import runpy
 import subprocess
 import sys
@@ -252,7 +253,6 @@ def started(monkeypatch):
         flags = dict(part.split("=") for part in command if "=" in part)
         folder = Path(flags["--out"])
         seed = int(flags["--seed"])
-        assert Path(flags["--model"]).is_dir()
         assert Path(flags["--data"], "train.jsonl").is_file()
         if "grpo" in command:
             assert (folder / "eval-before" / "result.json").exists()
@@ -264,7 +264,6 @@ def started(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(demonstration, "ROWS", 4)
-    monkeypatch.setattr(demonstration, "train_base", lambda folder, seed: folder.mkdir())
     return names
 
 
@@ -304,7 +303,8 @@ def test_train_takes_the_flags_of_every_variant(variant):
 
 
 def test_the_base_model_is_trained_the_same_for_a_seed_and_saved_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "STEPS", 2)
+    monkeypatch.setattr(base, "ENOUGH", {"image": -1, "crop": -1})
+    monkeypatch.setattr(base, "TAIL", 2)
     for name in ("one", "two"):
         base.train_base(tmp_path / name / "base", 3)
     one, two = (load(str(tmp_path / name / "base"))[0].state_dict() for name in ("one", "two"))
@@ -312,3 +312,26 @@ def test_the_base_model_is_trained_the_same_for_a_seed_and_saved_whole(tmp_path,
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not any(torch.equal(one[key], untrained[key]) for key in one if "proj.weight" in key)
     assert json.loads((tmp_path / "one" / "base-seconds.json").read_text())["base"] > 0
+
+
+def test_a_base_model_that_does_not_learn_to_read_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "MOST", 1)
+    with pytest.raises(ValueError, match="Choose another --seed"):
+        base.train_base(tmp_path / "base", 3)
+    assert not (tmp_path / "base").exists()
+
+
+@torch.no_grad()
+def test_the_shipped_base_model_reads_crops_and_half_of_the_small_targets_in_full():
+    """On scenes that are evaluated, with and without the newline of the training prompt."""
+    model, processor = load(str(demonstration.BASE))
+    rng = random.Random(0)
+    read = {}
+    for kind in ("small", "pair", "large"):
+        for view in ("crop", "image"):
+            shown = [scene(0, index, kind, "eval") for index in range(150)]
+            _, right = base.answer_losses(model, processor, shown, view, rng)
+            read[kind, view] = right.mean().item()
+    assert min(read[kind, "crop"] for kind in ("small", "pair", "large")) >= 0.99
+    assert read["large", "image"] >= 0.99
+    assert 0.4 <= (read["small", "image"] + read["pair", "image"]) / 2 <= 0.6

@@ -281,7 +281,8 @@ def test_a_state_of_another_model_is_refused(run, world, tmp_path):
 def test_the_same_folder_spelled_otherwise_is_the_same_run():
     settings = train.parse(["--toy", "--out", "runs//x/", "--data", "runs/./data/"])
     folders = (settings.out, settings.model, settings.data)
-    assert folders == ("runs/x", "runs/x/base", "runs/data")
+    assert folders == ("runs/x", str(demonstration.BASE), "runs/data")
+    assert train.parse(["--toy", "--out", "x/", "--retrain-base"]).model == "x/base"
 
 
 def test_settings_of_a_run_that_never_began_bind_nobody(run):
@@ -375,7 +376,7 @@ def test_help_tells_the_defaults(toy, lr, capsys):
 @pytest.mark.parametrize(
     "flags",
     "--step=3|--learning-rate=1|--beta=1|--group=0|--clip=0|--lr=nan|--adam-eps=0|--warmup=-5|"
-    "--threads=0|--adam-eps=nan|--seed=1180591620717411303424|--device=banana|"
+    "--threads=0|--retrain-base|--adam-eps=nan|--seed=1180591620717411303424|--device=banana|"
     "--toy --device=cuda|--toy --plan|--steps=0|--divergence=kl|--ema-rate=2".split("|"),
 )
 def test_a_wrong_flag_is_named(flags, capsys):
@@ -473,7 +474,7 @@ def test_the_toy_command_leaves_a_table_two_models_and_a_page(tmp_path, monkeypa
     monkeypatch.setattr(demonstration, "draw", draw_few)
     monkeypatch.setattr(demonstration, "train_base", untrained)
     out = tmp_path / "toy"
-    flags = ["--toy", "--out", str(out), "--steps", "2", "--workers", "0"]
+    flags = ["--toy", "--retrain-base", "--out", str(out), "--steps", "2", "--workers", "0"]
     train.main(flags)
     printed = capsys.readouterr().out
     for told in ("toy, full", "toy-large, crop", "step    2/2 | loss"):

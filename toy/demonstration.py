@@ -10,13 +10,15 @@ from toy.base import train_base
 from toy.scenes import ROWS, draw, held_out
 from triplets.preview import draw_preview
 
+BASE = Path(__file__).with_name("base-model")  # see base.py
+
 # Its defaults of train.py's settings (ours: a tiny model trained from scratch in minutes).
 RUN = {
     "prompts": 16,
     "group": 2,
-    "steps": 600,
+    "steps": 250,
     "max_new_tokens": 18,
-    "lr": 5e-4,
+    "lr": 2.5e-4,
     "weight_decay": 0.0,
     "schedule": "cosine",
     "top_k": 16,
@@ -44,7 +46,8 @@ def prepare(out: Path, data: Path, model: Path, seed: int) -> str:
 
 
 def begin(settings, device) -> None:
-    """Draw the scenes, train the base model and judge it, each only if it is not there yet."""
+    """Draw the scenes, train a base model if asked to, and judge it, each only if it is not there
+    yet."""
     out = Path(settings.out)
     took = prepare(out, Path(settings.data), Path(settings.model), settings.seed)
     if not (out / "seconds.json").exists():

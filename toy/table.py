@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from tqdm import tqdm
 
 from storage.files import read_json, read_jsonl
-from toy.demonstration import prepare
+from toy.demonstration import BASE, prepare
 
 VARIANTS = {  # what one would add to train.py --toy
     "vision-opd": "",
@@ -47,7 +47,7 @@ JUDGED = {  # column: benchmark and view
 def run_variants(out: Path, seeds: list[int], variants: list[str], jobs: int, steps: int) -> None:
     """Train every variant with every seed, `jobs` at a time; runs that have ended are kept. The
     first variant, vision-opd, goes first: the others take its judgement of the base model."""
-    prepare(out, out / "data", out / "base", 0)
+    prepare(out, out / "data", BASE, 0)
     with (
         ThreadPoolExecutor(jobs) as pool,
         tqdm(total=len(variants) * len(seeds), unit="run") as bar,
@@ -76,7 +76,6 @@ def run_variant(out: Path, variant: str, seed: int, steps: int) -> None:
         f"--seed={seed}",
         f"--steps={steps}",
         f"--out={folder}",
-        f"--model={out / 'base'}",
         f"--data={out / 'data'}",
         *VARIANTS[variant].split(),
     ]
