@@ -13,15 +13,14 @@ from typing import TextIO
 
 @contextmanager
 def naming_full_disks(folder: Path):
-    """Turns 'no space left' under `folder` into an error that says where, how much is free, and
-    what to do."""
+    """Turns 'no space left' under `folder`, which must exist, into an error that says where, how
+    much is free, and what to do."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        free = shutil.disk_usage(there).free / 1e6
+        free = shutil.disk_usage(folder).free / 1e6
         raise OSError(
             error.errno,
             f"no space left for {folder} ({free:,.0f} MB free, less with a quota). Nothing is "
@@ -109,9 +108,8 @@ def read_jsonl(path: Path, notes: list[str]) -> list[dict]:
     torn = 0
     for _, line in numbered_lines(path):
         try:
-            text = line.decode(errors="replace")
-            rows.append(json.loads(text, parse_constant=lambda name: None))
-        except json.JSONDecodeError:
+            rows.append(json.loads(line, parse_constant=lambda name: None))
+        except ValueError:
             torn += 1
     if torn:
         plural = "s" if torn > 1 else ""

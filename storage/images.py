@@ -18,15 +18,14 @@ def load_image(path: str | Path) -> Image.Image:
     Raises FileNotFoundError, or ValueError for what is no picture or not whole.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "not there"
-        raise FileNotFoundError(f"{path} is {found}. Expected an image file.")
     try:
         # opened here: given a path, Pillow maps the file and garbles rotated TIFFs
         with path.open("rb") as file, Image.open(file) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return in_rgb(image)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # decoders raise errors of any kind
         size = path.stat().st_size
         raise ValueError(
@@ -60,8 +59,5 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def save_image(image: Image.Image, path: Path):
     """PNG, or JPEG at quality 95 with full colour resolution, by the suffix; never with the colour
     profile of its source."""
-    options = {"icc_profile": None}
-    if path.suffix != ".png":
-        options |= {"quality": 95, "subsampling": 0}
-    with whole(path) as scratch:
-        image.save(scratch, **options)
+    with whole(path) as scratch:  # a PNG has no use for the last two
+        image.save(scratch, icc_profile=None, quality=95, subsampling=0)

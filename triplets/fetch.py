@@ -31,17 +31,11 @@ def fetch_triplets(data: str | Path) -> Path:
                 "or copy a data set with train.jsonl here.",
                 repo_type="dataset",
                 local_dir=folder,
-                allow_patterns=["train.jsonl", *(f"{key}/*" for key in FOLDERS)],
+                allow_patterns=["train.jsonl", "images/*", "teacher_images/*"],
             )
-        if (folder / "train.jsonl").is_file():
-            unpack_archives(folder)
+        for key in FOLDERS:
+            parts = sorted((folder / key).glob(f"{key}.tar.gz*"))
+            if parts:
+                unpack(parts, folder / key)
         read_triplets(folder)
     return folder
-
-
-def unpack_archives(folder: Path):
-    """images/images.tar.gz* and teacher_images/teacher_images.tar.gz*, each into its folder."""
-    for key in FOLDERS:
-        parts = sorted((folder / key).glob(f"{key}.tar.gz*"))
-        if parts:
-            unpack(parts, folder / key)

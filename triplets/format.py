@@ -52,28 +52,22 @@ def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> 
     folder = Path(folder)
     path = folder / "train.jsonl"
     if not path.is_file():
-        there = "no such folder"
-        if folder.is_dir():
-            there = sorted(entry.name for entry in folder.iterdir())[:10]
         raise FileNotFoundError(
-            f"{folder} has no train.jsonl ({there}). Expected a data set: give the folder that "
-            "holds it."
+            f"{folder} is no folder with a train.jsonl. Give the folder that holds the data set's."
         )
 
     @cache
-    def names_in(place: Path) -> set[str]:  # listed once, instead of a stat for every file
-        return set(os.listdir(place)) if place.is_dir() else set()
+    def names_in(place):  # listed once, instead of a stat for every file
+        return set(os.listdir(place))
 
-    lines = list(numbered_lines(path))
-    if not lines:
-        raise ValueError(
-            f"{path} holds no rows. Expected an object a line; fetch or write the data set again."
-        )
     triplets = []
     line_of = {}  # id -> the line that has it
-    for number, (n, line) in enumerate(lines):
+    for number, (n, line) in enumerate(numbered_lines(path)):
         try:
-            triplet = read_row(line, number, folder, names_in)
+            triplet = read_row(line, number, folder)
+            for file in (triplet.image, triplet.crop):
+                if file.name not in names_in(file.parent):
+                    raise FileNotFoundError(f"no such file: {file}. Unpack the archives first.")
             first = line_of.setdefault(triplet.id, n)
             if first != n:
                 raise ValueError(
@@ -86,74 +80,57 @@ def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> 
             if errors is None:
                 raise named from error
             errors.append(named)
+    if not triplets and not errors:
+        raise ValueError(
+            f"{path} holds no rows. Expected an object a line; fetch or write the data set again."
+        )
     return triplets
 
 
-def read_row(line: bytes, number: int, folder: Path, names_in) -> Triplet:
-    """The triplet of a line of train.jsonl, the `number`-th. names_in: a folder -> its files."""
-    row = read_object(line)
-    problem = str(row["problem"])
-    question = problem.removeprefix("<image>")
+def read_row(line, number, folder) -> Triplet:
+    """The triplet of a line of train.jsonl, the `number`-th."""
+    try:
+        row = json.loads(line)
+        problem, *names = (row[key] for key in ("problem", *FOLDERS))
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"no JSON object with problem, images and teacher_images ({error!r}): {line[:60]!r}. "
+            "Correct it, or fetch the file again if it is cut off or a git-lfs pointer."
+        ) from error
+    tag, _, question = str(problem).partition("<image>")
+    expected = "<image>, a newline and the question, without another image tag"
+    expect(row, "problem", not tag and is_question(question), expected)
+    for key, named in zip(FOLDERS, names, strict=True):
+        is_one = isinstance(named, list) and [type(name) for name in named] == [str]
+        expect(row, key, is_one and Path(named[0]).suffix, "a list of one file name")
     box = row.get("bbox")
-    answer = row.get("answer")
-    extra = row.get("extra_info") or {}
-    tags = IMAGE_TAG.findall(problem)
-    good = tags == ["<image>"] and question != problem and question.strip()
-    expected = "one <image>, at the start, then a newline and the question"
-    expect(row, "problem", good, f"{expected}; found the image tags {tags}")
     numbers = isinstance(box, list) and [isinstance(v, int | float) for v in box]
     good = box is None or numbers == [True] * 4
     expect(row, "bbox", good, "[x1, y1, x2, y2] in pixels, or null")
+    extra = row.get("extra_info") or {}
     expect(row, "extra_info", isinstance(extra, dict), "an object, or nothing")
-    image, crop = (find_image(row, key, folder, names_in) for key in FOLDERS)
     name = extra.get("id")
+    answer = row.get("answer")
     return Triplet(
         id=f"{number:06d}" if name is None else str(name),
         question=question.removeprefix("\n"),
-        image=image,
-        crop=crop,
+        image=folder / names[0][0],
+        crop=folder / names[1][0],
         bbox=box,
         answer=None if answer in (None, "") else str(answer),
         extra=extra,
     )
 
 
-def read_object(line: bytes) -> dict:
-    """A line's object, with the three keys that every row has."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"no JSON ({error}): {line[:60]!r}. Expected an object a line; fetch the file again if "
-            "it is cut off, or if these are the lines of a git-lfs pointer."
-        ) from error
-    if not isinstance(row, dict) or not {"problem", *FOLDERS} <= row.keys():
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(
-            f"found {found}. Expected the keys problem, images and teacher_images: add them."
-        )
-    return row
+def is_question(text):
+    return bool(text.strip()) and not IMAGE_TAG.search(text)
 
 
-def expect(row: dict, key: str, good: bool, expected: str):
+def expect(row, key, good, expected):
     if not good:
         raise ValueError(
             f"{key} is {row[key]!r:.90}. Expected {expected}: correct or remove the line."
         )
-
-
-def find_image(row: dict, key: str, folder: Path, names_in) -> Path:
-    """The file that row[key], a list of one name relative to `folder`, names."""
-    names = row[key]
-    is_one = isinstance(names, list) and [type(name) for name in names] == [str]
-    expect(row, key, is_one and Path(names[0]).suffix, "a list of one file name")
-    path = folder / names[0]
-    if path.name not in names_in(path.parent):
-        raise FileNotFoundError(
-            f"{key}[0] is {names[0]!r}, and no such file is under {folder}. Unpack the archives "
-            "first, or give the folder that holds train.jsonl."
-        )
-    return path
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -162,17 +139,11 @@ def find_image(row: dict, key: str, folder: Path, names_in) -> Path:
 def write_sample(folder: Path, sample: Triplet, suffix: str) -> dict:
     """Saves image and crop of a sample (see write_triplets) and returns its row of train.jsonl.
     suffix: of the full image, ".png" or ".jpg". Raises ValueError."""
-    name = sample.id
-    question = sample.question
-    answer = sample.answer or ""
-    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+    name, question, answer = sample.id, sample.question, sample.answer or ""
+    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII) or not is_question(question):
         raise ValueError(
-            f"sample {name!r}: the id is no plain file name. Choose letters, digits, '.', '_' and "
-            "'-'."
-        )
-    if IMAGE_TAG.search(question) or not question.strip():
-        raise ValueError(
-            f"sample {name!r}: {question[:80]!r} is empty or holds an image tag. Leave it out."
+            f"sample {name!r}: {question[:80]!r}. Expected an id that is a plain file name, and a "
+            "question without image tag: leave it out."
         )
     image = f"images/{name}{suffix}"
     crop = f"teacher_images/{name}.png"
@@ -198,13 +169,13 @@ def write_triplets(folder: str | Path, samples: Iterable[Triplet]) -> int:
     """
     folder = Path(folder)
     path = folder / "train.jsonl"
+    names = set()
     if path.exists():
         raise FileExistsError(
             f"{path} is there already. Choose another folder, or delete this one to write it anew."
         )
     for key in FOLDERS:
         (folder / key).mkdir(parents=True, exist_ok=True)
-    names = set()
 
     def rows():
         for sample in samples:
