@@ -5,8 +5,8 @@ import os
 import shutil
 import tarfile
 import zlib
-from contextlib import ExitStack
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 from storage.files import naming_full_disks
 
@@ -30,58 +30,37 @@ def download(hub_id: str, what: str, way_out: str, **options) -> Path:
         ) from error
 
 
-class Joined:
-    """The bytes of open files, one after the other: split archives need no joined copy on disk."""
-
-    def __init__(self, files: list):
-        self.files = files
-
-    def read(self, size: int) -> bytes:
-        for file in self.files:
-            if data := file.read(size):  # one at its end gives b""
-                return data
-        return b""
-
-
-def plain_files(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-    if not (member.isreg() or member.isdir()):  # a link or a device
+def plain_files(member, folder):
+    """A filter for tarfile: raises for links, devices, and what leads out of the folder."""
+    if not (member.isreg() or member.isdir()):
         raise tarfile.SpecialFileError(member)
-    return tarfile.data_filter(member, folder)  # refuses what leads out of the folder
-
-
-def extract(parts: list[Path], folder: Path):
-    """The files of a .tar.gz, given in parts, into `folder`, read to the last byte and checksum."""
-    with ExitStack() as stack:
-        files = [stack.enter_context(part.open("rb")) for part in parts]
-        stream = stack.enter_context(gzip.GzipFile(fileobj=Joined(files), mode="rb"))
-        with tarfile.open(fileobj=stream, mode="r|") as archive:
-            archive.extractall(folder, filter=plain_files)
-        while stream.read(1 << 20):  # what follows the tar's end: the checksum
-            pass
+    return tarfile.data_filter(member, folder)
 
 
 def unpack(parts: list[Path], target: Path):
     """The files of a .tar.gz, given in parts, into `target`; its members may be `x.png` or `<name
     of target>/x.png`. They are unpacked beside it, then moved in: killed at any moment, it holds
     whole files only. Raises ValueError for a damaged or unsafe archive, OSError (disk full)."""
-    size = sum(part.stat().st_size for part in parts)
-    print(f"unpacking {len(parts)} archive part(s), {size / 1e9:.1f} GB, into {target}", flush=True)
+    print(f"unpacking {len(parts)} archive part(s) into {target}", flush=True)
     scratch = target.with_name(f".unpacking-{target.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        with naming_full_disks(target):
-            extract(parts, scratch)
+        with (
+            naming_full_disks(target.parent),
+            Popen(["cat", *parts], stdout=PIPE) as joined,  # no joined copy on disk
+            gzip.GzipFile(fileobj=joined.stdout) as stream,
+        ):
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                archive.extractall(scratch, filter=plain_files)
+            while stream.read(1 << 20):  # what follows the tar's end: the checksum
+                pass
             inner = scratch / target.name
             root = inner if inner.is_dir() else scratch
-            for path in filter(Path.is_file, root.rglob("*")):
-                place = target / path.relative_to(root)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, place)
+            shutil.copytree(root, target, copy_function=os.replace, dirs_exist_ok=True)
     except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(
-            f"{parts[0]} ({len(parts)} part(s), {size:,} bytes) cannot be unpacked: {error}. "
-            "Expected a whole .tar.gz of plain files: fetch it again (git without LFS gives "
-            "pointers), or unpack it."
+            f"{parts[0]} ({len(parts)} part(s)) cannot be unpacked: {error}. Expected a whole "
+            ".tar.gz of plain files: fetch it again (git without LFS gives pointers)."
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

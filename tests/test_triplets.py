@@ -566,7 +566,7 @@ def test_the_contact_sheet_takes_any_data_set(tmp_path):
 )
 def test_the_contact_sheet_wraps_by_width_in_any_script(text):
     font = ImageFont.load_default(18)
-    lines = wrap(text, font, 630, 12)
+    lines = wrap(text, font, 12)
     assert len(lines) <= 12
     assert all(font.getlength(line) <= 640 for line in lines)
     if font.getlength(text) < 3000:

@@ -1,7 +1,6 @@
 """A contact sheet of a data set: look before you train."""
 
 import re
-from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -11,89 +10,73 @@ from triplets.format import Triplet, read_triplets
 
 WIDTH, HEIGHT = 360, 256  # px: the room of a full image; a crop has HEIGHT x HEIGHT
 GAP = 14  # px, between all things
-LINE = 24  # px, a line of text
+TEXT = WIDTH + GAP + HEIGHT  # px, a line of text: under both
+LINE = 24  # px from line to line
+GREY = "#e3e6ea"  # between the triplets
 
 
 def draw_preview(folder: str | Path, font: Path | None = None) -> Path:
     """Draw folder/preview.png: up to 24 triplets from all over the file, three a row. Returns its
     path. font: a file; Pillow's own has Latin, Greek and Cyrillic letters only and draws empty
     rectangles for other scripts."""
-
-    @cache
-    def typeface(size: int):
-        return ImageFont.truetype(font, size) if font else ImageFont.load_default(size)
-
+    face = ImageFont.truetype(font, 17) if font else ImageFont.load_default(17)
     rows = read_triplets(folder)
-    count = min(24, len(rows))
-    tiles = [tile(rows[n * len(rows) // count], typeface) for n in range(count)]
-    columns = min(3, count)
-    width = tiles[0].width + GAP
-    height = max(each.height for each in tiles) + GAP
-    sheet_size = (columns * width + GAP, -(-count // columns) * height + GAP)
-    sheet = Image.new("RGB", sheet_size, "#e3e6ea")
+    step = -(-len(rows) // 24)
+    tiles = [tile(row, face) for row in rows[::step]]
+    width = tiles[0].width
+    height = max(each.height for each in tiles)
+    sheet = Image.new("RGB", (min(3, len(tiles)) * width, -(-len(tiles) // 3) * height), GREY)
     for n, drawn in enumerate(tiles):
-        line, column = divmod(n, columns)
-        sheet.paste(drawn, (GAP + column * width, GAP + line * height))
+        line, column = divmod(n, 3)
+        sheet.paste(drawn, (column * width, line * height))
     path = Path(folder) / "preview.png"
     save_image(sheet, path)
     return path
 
 
-def tile(triplet: Triplet, typeface):
+def tile(triplet: Triplet, font) -> Image.Image:
     """One triplet to look at: image (bbox marked yellow) and crop, below them question, answer,
-    sizes and the box's share. typeface: size -> font."""
+    sizes and the box's share."""
     image = load_image(triplet.image)
     crop = load_image(triplet.crop)
+    shown = ImageOps.contain(image, (WIDTH, HEIGHT))
     noted = "no box noted"
     if triplet.bbox:
-        x1, y1, x2, y2 = triplet.bbox
-        noted = f"box {(x2 - x1) * (y2 - y1) / (image.width * image.height):.2%} of it"
-    facts = (
-        f"image {image.width} x {image.height}, {noted}, crop {crop.width} x {crop.height}   "
-        f"{triplet.id[:28]}"
-    )
-    lines = []  # (text, ink, font)
-    for text, ink, size, most in (
-        (triplet.question, "#202124", 18, 12),
-        (f"answer: {triplet.answer or 'unknown'}", "#137333", 18, 3),
-        (facts, "#5f6368", 15, 1),
-    ):
-        font = typeface(size)
-        lines += [(line, ink, font) for line in wrap(text, font, WIDTH + HEIGHT + GAP, most)]
-
-    size = (WIDTH + HEIGHT + 3 * GAP, HEIGHT + 3 * GAP + LINE * len(lines))
-    drawn = Image.new("RGB", size, "white")
-    shown = fitted(image, WIDTH)
+        left, right = sorted(triplet.bbox[::2])
+        top, bottom = sorted(triplet.bbox[1::2])
+        noted = f"box {(right - left) * (bottom - top) / (image.width * image.height):.2%} of it"
+        scale = shown.width / image.width
+        # round the red frame, which may be under a pixel wide here
+        mark = (left * scale - 4, top * scale - 4, right * scale + 4, bottom * scale + 4)
+        ImageDraw.Draw(shown).rectangle(mark, outline="yellow", width=2)
+    facts = f"{triplet.id[:28]}: image {image.size} px, {noted}, crop {crop.size}"
+    drawn = Image.new("RGB", (TEXT + 2 * GAP, HEIGHT + 20 * LINE), "white")
     drawn.paste(shown, (GAP, GAP))
-    drawn.paste(fitted(crop, HEIGHT), (WIDTH + 2 * GAP, GAP))
+    drawn.paste(ImageOps.contain(crop, (HEIGHT, HEIGHT)), (WIDTH + 2 * GAP, GAP))
     draw = ImageDraw.Draw(drawn)
-    if triplet.bbox:  # its red frame may be under a pixel wide here
-        x1, y1, x2, y2 = (GAP + v * shown.width / image.width for v in triplet.bbox)
-        corners = (min(x1, x2) - 4, min(y1, y2) - 4, max(x1, x2) + 4, max(y1, y2) + 4)
-        draw.rectangle(corners, outline="yellow", width=2)
-    for n, line in enumerate(lines):
-        draw.text((GAP, HEIGHT + 2 * GAP + n * LINE), *line)
-    return drawn
+    y = HEIGHT + 2 * GAP
+    for text, ink, most in (
+        (triplet.question, "#202124", 12),
+        (f"answer: {triplet.answer or 'unknown'}", "#137333", 3),
+        (facts, "#5f6368", 2),
+    ):
+        for line in wrap(text, font, most):
+            draw.text((GAP, y), line, ink, font)
+            y += LINE
+    drawn = drawn.crop((0, 0, drawn.width, y + GAP))
+    return ImageOps.expand(drawn, GAP // 2, GREY)
 
 
-def fitted(picture, width: int):
-    """The picture as large as fits into width x HEIGHT px; small ones show their pixels."""
-    tiny = 2 * picture.width <= width
-    method = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
-    return ImageOps.contain(picture, (width, HEIGHT), method)
-
-
-def wrap(text: str, font, width: int, most: int) -> list[str]:
-    """Up to `most` lines of at most `width` px as drawn; long words, and scripts without spaces,
-    break anywhere."""
+def wrap(text: str, font, most: int) -> list[str]:
+    """Up to `most` lines of at most TEXT px as drawn; long words, and scripts without spaces, may
+    break after every 30th letter."""
     lines = []
     for paragraph in filter(str.strip, text[:2000].split("\n")):
         lines.append("")
-        for word in re.findall(r"\s*\S+", paragraph):
-            for piece in [word] if font.getlength(word) <= width else word:
-                if font.getlength(lines[-1] + piece) > width:
-                    lines.append("")
-                lines[-1] = (lines[-1] + piece).lstrip()
+        for piece in re.findall(r"\s*\S{1,30}", paragraph):
+            if font.getlength(lines[-1] + piece) > TEXT:
+                lines.append("")
+            lines[-1] = (lines[-1] + piece).lstrip()
     if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1][:-2] + " …"]
+        lines[most - 1 :] = [lines[most - 1][:-2] + " …"]
     return lines
