@@ -74,7 +74,7 @@ class Settings:
 
     # what to train, on what
     toy: bool = setting(
-        False, "drawn scenes, a tiny Qwen3.5 trained on the spot, and a table", bool
+        False, "drawn scenes, a tiny Qwen3.5, and a table", bool
     )
     retrain_base: bool = setting(
         False, "with --toy: train a new base model, into OUT/base (default: toy/base-model)", bool
