@@ -174,35 +174,40 @@ def claim_results(out: Path, path: str, model, how: Asking) -> None:
 def drop_stale(out: Path, name: str, questions: list[Question]) -> None:
     """Take the answers to rows of a benchmark that have changed since, or are gone, out of `out`,
     so that they are asked again. Raises ValueError where that would be all of them."""
-    asked, stale = {question.id: question for question in questions}, Counter()
-    lines_of = {}
+    asked, lines_of = {question.id: question for question in questions}, {}
+    same = changed = gone = 0
     for path in out.glob(f"answers-{name}-[0-9]*.jsonl"):
         lines_of[path] = []
         for line in read_jsonl(path, []):
             question = asked.get(line["id"])
             if line["bench"] != name:
-                state = "another's"
-            elif question is None:
-                state = "gone"
-            elif line.get("digest") in (None, question.fingerprint(line["view"])):
-                state = "same"
-            else:
-                state = "changed"
-            stale[state] += 1
-            if state in ("another's", "same"):
                 lines_of[path].append(line)
-    left_out = stale["gone"] + stale["changed"]
-    if left_out and not stale["same"]:
+            elif question is None:
+                gone += 1
+            elif answers_it(line, question):
+                same += 1
+                lines_of[path].append(line)
+            else:
+                changed += 1
+    if changed + gone == 0:
+        return
+    if same == 0:
         raise ValueError(
             f"{out} holds answers to another benchmark that is called {name}. Choose another --out."
         )
-    if left_out:
-        print(
-            f"{name}: {stale['changed']} answers are to rows that have changed, asked again now; "
-            f"{stale['gone']} to rows that are gone"
-        )
-        for path, lines in lines_of.items():
-            write_jsonl(path, lines)
+    print(
+        f"{name}: {changed} answers are to rows that have changed, asked again now; {gone} to rows "
+        "that are gone"
+    )
+    for path, lines in lines_of.items():
+        write_jsonl(path, lines)
+
+
+def answers_it(line: dict, question: Question) -> bool:
+    """Whether a saved line is an answer to this question; older ones have no digest of it."""
+    if line.get("digest"):
+        return line["digest"] == question.fingerprint(line["view"])
+    return (line["prompt"], line["answer"]) == (question.prompt, question.answer)
 
 
 def answer_all(

@@ -73,9 +73,7 @@ class Settings:
     """The flags. Defaults are the official run script's, or say (ours: why)."""
 
     # what to train, on what
-    toy: bool = setting(
-        False, "drawn scenes, a tiny Qwen3.5, and a table", bool
-    )
+    toy: bool = setting(False, "drawn scenes, a tiny Qwen3.5, and a table", bool)
     retrain_base: bool = setting(
         False, "with --toy: train a new base model, into OUT/base (default: toy/base-model)", bool
     )

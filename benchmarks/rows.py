@@ -26,7 +26,8 @@ class Question:
         bytes included."""
         shown = self.image if view == "full" else self.crop
         told = [self.prompt, self.answer, self.kind, self.options, self.group, self.pair]
-        return hashlib.sha256(repr([told, file_digest(shown)]).encode()).hexdigest()[:20]
+        seen = file_digest(shown) if shown else None
+        return hashlib.sha256(repr([told, seen]).encode()).hexdigest()[:20]
 
 
 def file_digest(path: Path) -> str | None:

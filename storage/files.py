@@ -47,6 +47,8 @@ def hold(folder: Path, name: str = ".lock") -> None:
             f"{folder} is in use by {file.read() or 'another process'}. Wait for its end, stop it, "
             "or choose another folder."
         ) from error
+    except OSError as error:
+        print(f"{folder} is on a disk without locks ({error}): see that no other run uses it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

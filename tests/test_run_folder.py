@@ -1,5 +1,7 @@
 """A run's folder: held by one process, its own names only, its settings and logs as they were."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -135,3 +137,12 @@ def test_a_killed_image_worker_ends_the_run_in_words(run, monkeypatch):
     monkeypatch.setattr(methods, "encode", lambda *args, **how: os.kill(os.getpid(), 9))
     with pytest.raises(OSError, match="--workers"):
         run("x", "--workers 1")
+
+
+def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    hold(tmp_path / "x")
+    assert "without locks" in capsys.readouterr().out
