@@ -36,7 +36,7 @@ from benchmarks.sources import BENCHES, GROUPS, read_benchmark
 from benchmarks.zoom import answer_with_zoom
 from launch import script
 from launch.flags import device_name, natural, positive_int, setting, settings_parser
-from storage.files import appending, hold, read_json, read_jsonl, write, write_jsonl
+from storage.files import appending, hold, numbered, read_json, read_jsonl, write, write_jsonl
 from storage.images import load_image
 from toy.scenes import held_out
 
@@ -313,7 +313,7 @@ def without_crops(view: str, benches: dict[str, list[Question]]) -> list[str]:
 def models_of_run(run: Path, out: Path) -> dict[Path, str]:
     """{folder of results: model} of a training run's base and checkpoints."""
     base = read_json(run / "args.json", []).get("model")
-    kept = sorted(run.glob("checkpoint-??????"))
+    kept = numbered(run, "checkpoint")
     if not base or not kept:
         raise FileNotFoundError(
             f"--checkpoints {run}: no args.json with a model, or no checkpoints. Expected the "

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from model import shared_layer
 from storage.checkpoint import save
-from storage.files import flush
+from storage.files import flush, numbered
 
 # ------------------------------------------------------------------------------------------ ranks
 
@@ -250,14 +250,9 @@ def save_checkpoint(out: Path, step: int, processor, shards: Shards) -> None:
     if first:
         partial.rename(final)
         flush(out, inside=False)
-        for older in checkpoints(out):
+        for older in numbered(out, "checkpoint"):
             if older != final:
                 shutil.rmtree(older / "state", ignore_errors=True)
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """Those of a run, oldest first: folders of our own names, not copies with others."""
-    return sorted(out.glob("checkpoint-" + 6 * "[0-9]"))
 
 
 def newest_step(out: Path) -> int:
@@ -265,9 +260,9 @@ def newest_step(out: Path) -> int:
 
     Raises ValueError where later ones have lost their state: theirs would be written over.
     """
-    whole = [path for path in checkpoints(out) if (path / "state").is_dir()]
+    whole = [path for path in numbered(out, "checkpoint") if (path / "state").is_dir()]
     step = int(whole[-1].name[-6:]) if whole else 0
-    lost = [path.name for path in checkpoints(out) if int(path.name[-6:]) > step]
+    lost = [path.name for path in numbered(out, "checkpoint") if int(path.name[-6:]) > step]
     if lost:
         raise ValueError(
             f"{out} holds {', '.join(lost)}, but not the state to resume from, which the newest "

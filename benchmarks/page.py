@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.figures import scored_answers, scorer_of, table
 from benchmarks.sources import BENCHES
-from storage.files import read_json, read_jsonl, write
+from storage.files import numbered, read_json, read_jsonl, write
 from storage.images import load_image
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -32,7 +32,7 @@ def write_page(out: Path) -> Path:
     FileNotFoundError for any other folder."""
     name, notes = out.resolve().name, []
     training = (out / "log.jsonl").is_file()
-    steps = sorted(path.parent for path in out.glob("step-*/result.json"))
+    steps = [step for step in numbered(out, "step") if (step / "result.json").is_file()]
     compared = read_json(out / "compare.json", [])
     folders, tables = {name: out}, {}
     if training:

@@ -55,6 +55,11 @@ def hold(folder: Path, name: str = ".lock") -> None:
     HELD.append(file)
 
 
+def numbered(folder: Path, kind: str) -> list[Path]:
+    """Our own folders of a kind, such as checkpoint-000020, lowest first: not copies of them."""
+    return sorted(folder.glob(f"{kind}-" + 6 * "[0-9]"))
+
+
 # ------------------------------------------------------------------------------------ whole files
 
 

@@ -71,6 +71,9 @@ def test_only_our_own_names_are_ours(run, tmp_path):
     mine = tmp_path / "x" / "checkpoint-000001-backup"
     shutil.copytree(tmp_path / "x" / "checkpoint-000001", mine)
     run("x", "--steps 2 --save-every 1")
+    (tmp_path / "x" / "checkpoint-backup").mkdir()
+    models = evaluate.models_of_run(tmp_path / "x", tmp_path / "out")
+    assert [step.name for step in models] == ["step-000000", "step-000001", "step-000002"]
     assert (mine / "state" / ".metadata").exists()
     assert not (tmp_path / "x" / "checkpoint-000001" / "state").exists()
 
