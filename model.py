@@ -147,6 +147,7 @@ def encode(processor, images: list, texts: list, *, max_tokens: int | None = Non
                 "images, or of turns. Remove it."
             )
         chats.append(chat(processor, text))
+        chats[-1].encode()  # a ValueError for half a character, which no tokenizer takes
         small = image if max_tokens is None else fit(processor, image, chats[-1], max_tokens)
         fitted += small if isinstance(small, list) else [small]
         shrunk.append(small is not image)

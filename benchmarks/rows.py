@@ -27,7 +27,7 @@ class Question:
         shown = self.image if view == "full" else self.crop
         told = [self.prompt, self.answer, self.kind, self.options, self.group, self.pair]
         seen = file_digest(shown) if shown else None
-        return hashlib.sha256(repr([told, seen]).encode()).hexdigest()[:20]
+        return hashlib.sha256(ascii([told, seen]).encode()).hexdigest()[:20]
 
 
 def file_digest(path: Path) -> str | None:

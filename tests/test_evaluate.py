@@ -403,6 +403,16 @@ def test_broken_weights_are_never_scored(checkpoint, tmp_path):
     assert not (tmp_path / "out" / "result.json").exists()
 
 
+def test_a_question_with_half_a_character_is_a_row_with_an_error(checkpoint, tmp_path):
+    path = own(tmp_path, ["A", "A"], crops=False)
+    path.write_text(path.read_text().replace("question 1", "question \\ud83d"))
+    flags = "--bench {path} --model {model} --out {out} --max-new-tokens 2"
+    for _ in range(2):
+        run(flags, path=path, model=checkpoint, out=tmp_path / "out")
+        full = saved_benches(tmp_path / "out")["mine"]["full"]
+        assert (full["n"], full["errors"]) == (1, 1)
+
+
 def test_an_image_that_would_fill_the_memory_is_a_row_with_an_error(model, tmp_path):
     """74 bytes that say 60,000 x 60,000 px."""
     path = own(tmp_path, ["A", "A"])
