@@ -11,7 +11,6 @@ import json
 import re
 import tomllib
 from ast import literal_eval
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
@@ -29,7 +28,6 @@ BENCHES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="
 GROUPS = BENCHES.pop("groups")
 GROUPS["all"] = list(BENCHES)
 LETTERS = "ABCDEFGH"
-TEXTS = ("id", "prompt", "answer", "group", "pair")  # of a question; numbers may stand there too
 
 
 def read_benchmark(name: str, root: Path) -> list[Question]:
@@ -64,7 +62,7 @@ def read_benchmark(name: str, root: Path) -> list[Question]:
 # ----------------------------------------------------------------------------------- neutral form
 
 
-def neutral_question(row: dict, name: str, place: Callable) -> Question:
+def neutral_question(row, name, place) -> Question:
     """The question of a row with the keys of the neutral form, checked. Its id is `name` unless the
     row has one. place: what the row says of a picture -> its file. Raises ValueError."""
     for key in ("image", "prompt", "answer"):
@@ -73,13 +71,15 @@ def neutral_question(row: dict, name: str, place: Callable) -> Question:
                 f"no {key} in {row!r:.60}. Expected an object with image, prompt and answer "
                 "(triplets get one from synth.py --labels)"
             )
-    texts = {key: str(row[key]) for key in TEXTS if row.get(key) is not None}
+    texts = {}
+    for key in ("id", "prompt", "answer", "group", "pair"):
+        if row.get(key) is not None:
+            texts[key] = str(row[key])  # numbers may stand there too
     kind, answer = row.get("kind") or "mc", texts.pop("answer")
     options = row.get("options") or {}
     if not set(ascii_letters).issuperset(options):
         raise ValueError(
-            f"options are called {options!r:.60}. Expected letters and texts, such as "
-            '{"A": "red", "B": "blue"}'
+            f"options are called {options!r:.60}. Expected letters: {{'A': 'red', 'B': 'blue'}}"
         )
     options = {letter.upper(): str(text) for letter, text in options.items()}
     allowed = ()
@@ -132,12 +132,16 @@ def inline_options(text: str) -> dict[str, str]:
 def triplet_question(triplet: Triplet) -> Question:
     """The question of a triplet. The toy's answers are compared word for word."""
     options = inline_options(triplet.question)
-    row = vars(triplet) | {"prompt": triplet.question, "options": options}
-    row["group"] = triplet.extra.get("toy")
-    row["kind"] = "mc" if triplet.answer in options else "free"
-    if row["group"]:
-        row["kind"] = "exact"
-    return neutral_question(row, triplet.id, Path)
+    kind = "mc" if triplet.answer in options else "free"
+    if "toy" in triplet.extra:
+        kind = "exact"
+    row = {
+        "prompt": triplet.question,
+        "options": options,
+        "kind": kind,
+        "group": triplet.extra.get("toy"),
+    }
+    return neutral_question(vars(triplet) | row, triplet.id, Path)
 
 
 # ---------------------------------------------------------------------------------------- sources
@@ -246,7 +250,7 @@ def plain(value):
     return value.strip() if isinstance(value, str) else value
 
 
-def records(path: Path) -> Iterator[dict]:
+def records(path):
     """The rows of a source file, whatever its form."""
     if path.suffix == ".parquet":
         try:

@@ -20,11 +20,11 @@ def naming_full_disks(folder: Path):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(folder).free / 1e6
         raise OSError(
             error.errno,
-            f"no space left for {folder} ({free:,.0f} MB free, less with a quota). Nothing is "
-            "half-written: make room or choose another disk, and run again",
+            f"no space left for {folder} ({shutil.disk_usage(folder).free / 1e6:,.0f} MB free, "
+            "less with a quota). Nothing is half-written: make room or choose another disk, and "
+            "run again",
         ) from error
 
 
@@ -35,8 +35,8 @@ def naming_full_disks(folder: Path):
 def whole(path: Path):
     """Gives a temporary path to write to, which then becomes `path`, or is removed on an error: no
     file is half-written."""
-    unique = os.urandom(6).hex()  # ranks may write a file of the same name
-    scratch = path.with_name(f".tmp-{unique}-{path.name}")
+    # ranks may write a file of the same name
+    scratch = path.with_name(f".tmp-{os.urandom(6).hex()}-{path.name}")
     try:
         with naming_full_disks(path.parent):
             yield scratch
@@ -112,12 +112,11 @@ def read_jsonl(path: Path, notes: list[str]) -> list[dict]:
         except ValueError:
             torn += 1
     if torn:
-        plural = "s" if torn > 1 else ""
-        notes.append(f"{path.name}: {torn} unreadable line{plural} left out")
+        notes.append(f"{path.name}: {torn} unreadable line{'s' if torn > 1 else ''} left out")
     return rows
 
 
-def flush(folder: Path, inside: bool = True) -> None:
+def flush(folder: Path, inside: bool = True):
     """Returns when `folder` (and, unless told otherwise, all that lies in it) is safely on disk:
     a rename alone may reach the disk before the contents do."""
     paths = [*folder.rglob("*"), folder] if inside else [folder]

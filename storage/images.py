@@ -27,13 +27,13 @@ def load_image(path: str | Path) -> Image.Image:
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders raise errors of any kind
-        size = path.stat().st_size
         raise ValueError(
-            f"{path} ({size:,} bytes) cannot be read whole as a picture: {error}. {AGAIN}"
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as a whole picture: {error}. "
+            + AGAIN
         ) from error
 
 
-def in_rgb(image: Image.Image) -> Image.Image:
+def in_rgb(image) -> Image.Image:
     """A picture of any mode as 8-bit RGB."""
     if image.mode == "F":
         raise ValueError("floating point pixels of unknown range; expected 8 or 16 bits a channel")

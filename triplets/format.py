@@ -53,7 +53,7 @@ def read_triplets(folder: str | Path, errors: list[Exception] | None = None) -> 
     path = folder / "train.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} is no folder with a train.jsonl. Give the folder that holds the data set's."
+            f"{folder} is no folder with a train.jsonl. Give the folder of a data set."
         )
 
     @cache
