@@ -34,12 +34,13 @@ HINT = "\n\nOnly focus on the objects inside the red bounding box in the image."
 
 
 def sample(name="a", **changes):
+    seed = sum(name.encode())
     fields = {
         "id": name,
         "question": f"What colour is the sign?{HINT}\n\nA. grün\nB. red",
         "answer": "A",
-        "image": noise(40, 40, ord(name[-1:] or "x")),
-        "crop": noise(16, 16, ord(name[-1:] or "x")),
+        "image": noise(40, 40, seed),
+        "crop": noise(16, 16, seed),
         "bbox": [1, 2, 9, 10],
         "extra": {"source": "x"},
     }
@@ -72,8 +73,9 @@ def files_in(folder):
 # ------------------------------------------------------------------------------ the format on disk
 
 
-def test_a_written_data_set_has_the_released_keys_and_layout(tmp_path):
-    assert write_triplets(tmp_path, [sample("a"), sample("b", answer=None, bbox=None)]) == 2
+def test_a_data_set_has_the_released_keys_and_layout_and_is_read_as_it_was_written(tmp_path):
+    written = [sample("a"), sample("b", answer=None, bbox=None)]
+    assert write_triplets(tmp_path, iter(written)) == 2
     first, second = map(json.loads, (tmp_path / "train.jsonl").open(encoding="utf-8"))
     question = sample().question
     assert first == {
@@ -85,14 +87,9 @@ def test_a_written_data_set_has_the_released_keys_and_layout(tmp_path):
         "extra_info": {"source": "x", "id": "a", "question": question, "answer": "A"},
     }
     assert second["answer"] == second["extra_info"]["answer"] == ""
-    assert second["bbox"] is None
     pictures = [f"{key}/{name}.png" for key in FOLDERS for name in "ab"]
     assert files_in(tmp_path) == [*pictures, "train.jsonl"]
 
-
-def test_what_is_written_is_read_back(tmp_path):
-    written = [sample("b"), sample("a", answer=None, bbox=None)]
-    write_triplets(tmp_path, iter(written))
     read = read_triplets(str(tmp_path))
     for triplet in read:
         triplet.extra = {"source": triplet.extra["source"]}
@@ -323,13 +320,6 @@ def test_archives_that_reach_out_of_their_folder_are_refused(folder, extra):
         fetch_triplets(folder)
     assert not list(folder.parent.rglob("evil.png"))
     assert_nothing_unpacked(folder)
-
-
-def test_absolute_member_names_stay_inside(folder):
-    evil = folder.parent / "evil.png"
-    hub_layout(folder, extra=member(str(evil)))
-    fetch_triplets(folder)
-    assert not evil.exists()
 
 
 @pytest.mark.parametrize("damage", [0, 1, 2, "checksum", "pointer"])

@@ -12,7 +12,6 @@ WIDTH, HEIGHT = 360, 256  # px: the room of a full image; a crop has HEIGHT x HE
 GAP = 14  # px, between all things
 TEXT = WIDTH + GAP + HEIGHT  # px, a line of text: under both
 LINE = 24  # px from line to line
-GREY = "#e3e6ea"  # between the triplets
 
 
 def draw_preview(folder: str | Path, font: Path | None = None) -> Path:
@@ -23,9 +22,9 @@ def draw_preview(folder: str | Path, font: Path | None = None) -> Path:
     rows = read_triplets(folder)
     step = -(-len(rows) // 24)
     tiles = [tile(row, face) for row in rows[::step]]
-    width = tiles[0].width
-    height = max(each.height for each in tiles)
-    sheet = Image.new("RGB", (min(3, len(tiles)) * width, -(-len(tiles) // 3) * height), GREY)
+    width = tiles[0].width + GAP
+    height = max(each.height for each in tiles) + GAP
+    sheet = Image.new("RGB", (min(3, len(tiles)) * width, -(-len(tiles) // 3) * height), "#e3e6ea")
     for n, drawn in enumerate(tiles):
         line, column = divmod(n, 3)
         sheet.paste(drawn, (column * width, line * height))
@@ -34,7 +33,7 @@ def draw_preview(folder: str | Path, font: Path | None = None) -> Path:
     return path
 
 
-def tile(triplet: Triplet, font) -> Image.Image:
+def tile(triplet: Triplet, font):
     """One triplet to look at: image (bbox marked yellow) and crop, below them question, answer,
     sizes and the box's share."""
     image = load_image(triplet.image)
@@ -63,11 +62,10 @@ def tile(triplet: Triplet, font) -> Image.Image:
         for line in wrap(text, font, most):
             draw.text((GAP, y), line, ink, font)
             y += LINE
-    drawn = drawn.crop((0, 0, drawn.width, y + GAP))
-    return ImageOps.expand(drawn, GAP // 2, GREY)
+    return drawn.crop((0, 0, drawn.width, y + GAP))
 
 
-def wrap(text: str, font, most: int) -> list[str]:
+def wrap(text, font, most) -> list[str]:
     """Up to `most` lines of at most TEXT px as drawn; long words, and scripts without spaces, may
     break after every 30th letter."""
     lines = []
