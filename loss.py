@@ -11,7 +11,9 @@ are 1 GB, of student and teacher each, and autograd would keep several copies. t
 holds the two together.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOG_ZERO = -1e30  # stands for log 0: finite, so that 0 log 0 is 0 and never inf - inf
+BLOCK = 128  # neighbours in the vocabulary that `largest` searches together
 TAIL_LIMIT = -1e-7  # the top K hold at most exp(this): the tail keeps 1e-7 (official code)
 
 # ------------------------------------------------------------------------------------ divergences
@@ -140,23 +143,22 @@ class TopKDivergence(torch.autograd.Function):
         size = (min(options.chunk, len(rows)), len(head))
         student_buffer = head.new_empty(size)
         teacher_buffer = teachers[0][1].new_empty(size)
-        exp_buffer = head.new_empty(size, dtype=dtype)
 
         for number, r in enumerate(rows.split(options.chunk)):  # r (c,)
-            x, exp = hidden[r], exp_buffer[: len(r)]  # (c, D), (c, V)
+            x = hidden[r]  # (c, D)
             student = torch.mm(x, head.t(), out=student_buffer[: len(r)])  # (c, V)
             teacher = mixed_logits(teachers, r, teacher_buffer[: len(r)])  # (c, V)
-            top, ids = student.topk(options.k)  # (c, K)
-            log_t, _ = log_probs(teacher, teacher.amax(-1, keepdim=True), ids, exp)
-            log_s, total = log_probs(student, top[:, :1], ids, exp)  # exp / total: the student's p
-            agree[r] = log_t.argmax(-1) == 0  # topk sorts: 0 is the likeliest
-            log_s = with_tail(log_s, len(head))  # (c, K + 1)
-            log_t = with_tail(log_t, len(head))
+            top, ids = largest(student, options.k)  # (c, K), the likeliest first
+            peak = top[:, :1].to(dtype)  # (c, 1)
+            total = sum_exp(student, peak)  # (c, 1)
+            log_s = with_tail(top.to(dtype) - peak - total.log(), len(head))  # (c, K + 1)
+            log_t = with_tail(log_probs(teacher, ids), len(head))  # (c, K + 1)
+            agree[r] = log_t[:, : options.k].argmax(-1) == 0
             per_token[r], slope = DIVERGENCES[options.kind](log_s, log_t, options.beta)
             if not options.with_grad:
                 continue
             slope *= weights[r, None]
-            d_logits = logits_gradient(slope, log_s, exp, total, ids, out=student)
+            d_logits = logits_gradient(slope, log_s, student, peak, total, ids)  # in its place
             d_hidden[r] = d_logits @ head
             if d_head is not None:
                 add_head_gradient(d_head, d_logits, x, first=number == 0)
@@ -179,31 +181,75 @@ def mixed_logits(teachers: list[tuple], rows: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def log_probs(logits: Tensor, peak: Tensor, ids: Tensor, exp: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax(logits) at ids, (c, K), and the normaliser (c, 1); leaves exp(logits - peak),
-    (c, V), in the buffer `exp`."""
-    peak = peak.to(exp.dtype)  # (c, 1)
-    total = torch.sub(logits, peak, out=exp).exp_().sum(-1, keepdim=True)  # (c, 1)
-    return logits.gather(-1, ids).to(exp.dtype) - peak - total.log(), total
+def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`logits.topk(k)`, values and ids (c, k), of the (c, V) logits.
+
+    The k blocks with the largest peaks hold the k largest logits. To find the peaks reads all
+    logits once; topk of all would read them several times.
+    """
+    count = logits.shape[-1] // BLOCK
+    if logits.shape[-1] % BLOCK or count < 2 * k:
+        return logits.topk(k)
+    blocks = logits.unflatten(-1, (count, BLOCK))  # (c, V / BLOCK, BLOCK)
+    near = blocks.amax(-1).topk(k).indices  # (c, k)
+    candidates = blocks.gather(1, near[..., None].expand(-1, -1, BLOCK))  # (c, k, BLOCK)
+    top, at = candidates.flatten(1).topk(k)
+    return top, near.gather(1, at // BLOCK) * BLOCK + at % BLOCK
 
 
-def logits_gradient(slope, log_s, exp, total, ids, *, out: Tensor) -> Tensor:
-    """d loss / d logits, (c, V), from the slope h = d loss / dlog_s over the K + 1 events.
+def log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    """log softmax(logits) at ids, (c, K), in at least fp32."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    peak = logits.amax(-1, keepdim=True).to(dtype)  # (c, 1)
+    return logits.gather(-1, ids).to(dtype) - peak - sum_exp(logits, peak).log()
+
+
+def one_kernel(function: Callable) -> Callable:
+    """On a GPU `function` is compiled: its operations one by one would each read and write all
+    logits, which takes longer than a matmul. (TORCHDYNAMO_DISABLE=1 switches that off.)"""
+
+    @functools.cache
+    def compiled() -> Callable:
+        return torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def either(logits: Tensor, *others: Tensor) -> Tensor:
+        return (compiled() if logits.is_cuda else function)(logits, *others)
+
+    return either
+
+
+@one_kernel
+def sum_exp(logits: Tensor, peak: Tensor) -> Tensor:
+    """The sum of exp(logits - peak) over the vocabulary, (c, 1), in the dtype of peak (c, 1)."""
+    return (logits - peak).exp_().sum(-1, keepdim=True)
+
+
+@one_kernel
+def scale_exp_(logits: Tensor, peak: Tensor, scale: Tensor) -> Tensor:
+    """scale * exp(logits - peak), computed in the dtype of peak and scale (c, 1), in place of the
+    logits (c, V)."""
+    return logits.copy_((logits - peak).exp_().mul_(scale))
+
+
+def logits_gradient(slope, log_s, logits, peak, total, ids) -> Tensor:
+    """d loss / d logits, (c, V), in place of the student's logits, from the slope
+    h = d loss / dlog_s over the K + 1 events.
 
     With H = sum(h), and the tail's log-probability a function of the others, the chain rule through
     log-softmax gives
         h_j - p_j H                      for j in the top K
         p_j (h_tail / p_tail - H)        for every other token
     which is the usual scatter(h) - p H without its cancellation. Where the tail is clamped, h_tail
-    counts as 0. `exp` / `total` are the student's probabilities.
+    counts as 0. p = exp(logits - peak) / total.
     """
     k = ids.shape[-1]
     log_top = log_s[:, :k].logsumexp(-1, keepdim=True)
     slope[:, k:].masked_fill_(log_top > TAIL_LIMIT, 0.0)  # nothing to do if k = V
     p, slope_sum = log_s.exp(), slope.sum(-1, keepdim=True)
     ratio = (slope[:, k:] / p[:, k:]).sum(-1, keepdim=True)  # (c, 1), 0 if k = V
-    torch.mul(exp, (ratio - slope_sum) / total, out=out)
-    return out.scatter_(-1, ids, (slope - p * slope_sum)[:, :k].to(out.dtype))
+    scale_exp_(logits, peak, (ratio - slope_sum) / total)
+    return logits.scatter_(-1, ids, (slope - p * slope_sum)[:, :k].to(logits.dtype))
 
 
 def add_head_gradient(d_head: Tensor, d_logits: Tensor, x: Tensor, first: bool) -> None:
@@ -224,7 +270,7 @@ def topk_divergence(
     k: int = 100,
     beta: float = 0.5,
     kind: str = "jsd",
-    chunk: int = 512,
+    chunk: int = 1024,
     agreement: bool = False,
 ) -> tuple[Tensor, ...]:
     """sum_i weights_i D_i from final hidden states and language-model heads, without ever holding
@@ -242,7 +288,8 @@ def topk_divergence(
     Returns loss, scalar fp32, and per_token (n,) fp32 without gradient (float64 for float64
     inputs); with `agreement` also (n,) bool: whether, among the student's top k, teacher and
     student prefer the same token. D_i, k, beta, kind: see `divergence`. Matmuls run in the heads'
-    dtype, everything else in fp32. Memory: dhidden, dhead in fp32, and three (chunk, V) buffers.
+    dtype, everything else in fp32. Memory: dhidden, dhead in fp32, and two (chunk, V) buffers; on a
+    CPU a third, in fp32.
     Both gradients are ready when this returns; the loss can be backpropagated once.
     """
     check_options(kind, beta, k, chunk)

@@ -372,7 +372,7 @@ def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
 # ------------------------------------------------------------- losses on the sampled tokens alone
 
 
-def token_log_probs(sides: list[tuple], ids: Tensor, chunk: int = 512) -> Tensor:
+def token_log_probs(sides: list[tuple], ids: Tensor, chunk: int = 1024) -> Tensor:
     """Log-probabilities of the tokens `ids` (n,) under the logits that `sides` give, as `teachers`
     do in loss.topk_divergence.
 

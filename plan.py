@@ -167,7 +167,8 @@ class Memory:
         gathered = (model.root + 2 * model.gathered) * number
         reduced = model.gathered * (number + 4)
         chunk = min(settings.chunk, rows * self.longest) * model.vocab
-        loss = model.vocab * model.hidden * 4 + chunk * (2 * number + 4)
+        in_work = 0 if settings.device == "cuda" else 4
+        loss = model.vocab * model.hidden * 4 + chunk * (2 * number + in_work)
         # The root's gradients are the last: then there are no activations any more.
         working = max(activations + reduced + loss, model.root * (number + 4))
         return 4 * model.weights / self.ranks + gathered + working + self.targets()

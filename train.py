@@ -150,7 +150,7 @@ class Settings:
         "4B; 12 is faster where there is room)",
         positive_int,
     )
-    chunk: int = setting(512, "response tokens whose logits exist at once", positive_int)
+    chunk: int = setting(1024, "response tokens whose logits exist at once", positive_int)
     checkpointing: bool = setting(
         True, "recompute each layer's activations in the backward pass", bool
     )

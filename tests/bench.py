@@ -444,7 +444,7 @@ COUNTS = {  # flag: (default, meaning)
     "--tokens": (1024, "loss: response tokens"),
     "--vocab": (248320, "loss: Qwen3.5's"),
     "--hidden": (2560, "loss: Qwen3.5-4B's"),
-    "--chunk": (512, "loss: tokens at once, for ours and Liger-Kernel"),
+    "--chunk": (1024, "loss: tokens at once, for ours and Liger-Kernel"),
     "--warmup": (0, "loss: runs that are not timed; 1 or more on a GPU"),
 }
 CHOICES = {  # flag: (choices, the first is the default; meaning)
@@ -461,14 +461,15 @@ def parse():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("what", nargs="*", choices=[*GOALS, "synth"], help="default: all but synth")
+    names = [*GOALS, "synth", "goals"]
+    p.add_argument("what", nargs="*", default="goals", choices=names, help="goals: all but synth")
     for flag, (default, meaning) in COUNTS.items():
         p.add_argument(flag, type=int, default=default, help=meaning)
     for flag, (choices, meaning) in CHOICES.items():
         p.add_argument(flag, choices=choices, default=choices[0], help=meaning)
-    names = list(bench_loss.CONTENDERS)
-    p.add_argument("--contenders", nargs="+", default=names, choices=names, help="loss: these")
-    p.add_argument("--only", choices=names, help="used by the script itself: measure this one here")
+    each = list(bench_loss.CONTENDERS)
+    p.add_argument("--contenders", nargs="+", default=each, choices=each, help="loss: these")
+    p.add_argument("--only", choices=each, help="used by the script itself: measure this one here")
     if p.parse_known_args()[0].device == "cuda":
         p.set_defaults(**SHAPES["cuda"])
     return p.parse_args()
@@ -494,12 +495,13 @@ def main():
         f"{args.size} Qwen3.5, {args.dtype}, {bench_loss.machine(args)}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}"
     )
-    asked, found = args.what or GOALS, {}  # found: the numbers that the goals are about
+    asked = set(GOALS) if "goals" in args.what else {*args.what}
+    found = {}  # the numbers that the goals are about
     if "synth" in asked:
         bench_synth(args)
     if "loss" in asked:  # first: its processes need the GPU's memory
         found["loss"] = bench_loss.run(args)
-    if {"generate", "step"} & set(asked):
+    if {"generate", "step"} & asked:
         dtype = getattr(torch, args.dtype)
         model, processor = build(args.size, args.model_vocab, args.device, dtype)
         measured = speeds(model, args)

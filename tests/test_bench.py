@@ -28,6 +28,12 @@ def bench_main(monkeypatch, capsys, flags):
     return [line for line in lines if line.startswith("  ") and "x floor" not in line]
 
 
+@pytest.mark.parametrize("asked, what", [([], "goals"), (["loss", "step"], ["loss", "step"])])
+def test_what_is_not_asked_for_is_all_that_the_goals_are_about(monkeypatch, asked, what):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *asked])
+    assert bench.parse().what == what
+
+
 def test_flops_of_a_pass_are_those_that_torch_counts_exactly(tiny, dense_mask):
     model, prompt = tiny
     (B, L), N, T = prompt["input_ids"].shape, 6, 7

@@ -7,6 +7,7 @@ of the reference's norm.
 
 import contextlib
 import copy
+import importlib.util
 import inspect
 
 import bench
@@ -65,7 +66,8 @@ def error(got, want, least=0.0) -> float:
 def test_kernels_give_the_hidden_states_and_gradients_of_transformers_own(subject, padded):
     """The reference: a plain forward of each sequence on the CPU. In fp32 every weight's gradient
     is held to it; in bf16, where those of small weights are noise, all together, by how far a
-    plain forward in bf16 on this device is from it."""
+    plain forward in bf16 on this device is from it. (fla solves its triangular systems in TF32,
+    whatever is asked for; wrong gradients would be off by far more than that.)"""
     model, _, prompt = subject
     prompt = prompt if padded else alone(prompt, 0)
     draw = torch.Generator().manual_seed(0)
@@ -76,6 +78,7 @@ def test_kernels_give_the_hidden_states_and_gradients_of_transformers_own(subjec
     def backward(model, hidden):
         return gradients(model, (hidden * target.to(hidden)).sum()) | {"hidden": hidden.detach()}
 
+    limit = 2e-2 if DEVICE == "cuda" and importlib.util.find_spec("fla") else 2e-3
     here, at = to_device(prompt, DEVICE), ids.to(DEVICE)
     whole, half = moved(model), moved(model, torch.bfloat16)
     with transformers_own():
@@ -92,9 +95,9 @@ def test_kernels_give_the_hidden_states_and_gradients_of_transformers_own(subjec
     for checkpoint in (True, False):
         found = backward(whole, response_hidden(whole, here, at, checkpoint=checkpoint))
         assert found.keys() == want.keys() | {"hidden"}
-        assert error(found["hidden"], hidden) < 2e-3
+        assert error(found["hidden"], hidden) < limit
         for name in want:
-            assert error(found[name], want[name], least) < 2e-3, name
+            assert error(found[name], want[name], least) < limit, name
         found = backward(half, response_hidden(half, here, at, checkpoint=checkpoint))
         for mine, its in zip(errors(found), errors(usual), strict=True):
             assert mine <= 1.5 * its + 2e-3

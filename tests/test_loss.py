@@ -1,6 +1,7 @@
 """loss.py, both of its forms, against the formula in float64 on full logits, left to autograd."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import bfloat16, float32, float64, ones
 from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss import DIVERGENCES, divergence, topk_divergence
+from loss import BLOCK, DIVERGENCES, divergence, largest, scale_exp_, sum_exp, topk_divergence
 
 pytestmark = pytest.mark.core
 
@@ -180,6 +181,38 @@ def test_the_jsd_is_at_most_log_2():
     same(value, torch.full((4,), math.log(2)), 1e-5)
 
 
+@every_kind
+@pytest.mark.parametrize("vocab", [2560, 2561])  # whole blocks of 128, and not
+def test_a_large_vocabulary_is_searched_in_blocks_with_the_same_result(kind, vocab):
+    given = inputs(vocab=vocab)
+    expected = by_autograd(formula, given, kind=kind, k=9)
+    same(fused(given, kind=kind, k=9, chunk=3), expected)
+
+
+@pytest.mark.parametrize("dtype", [float32, bfloat16])
+def test_the_largest_logits_are_those_of_topk_equal_and_infinite_ones_too(dtype):
+    logits = torch.randn(50, 20 * BLOCK).to(dtype)  # in bf16 many are equal
+    logits[1:9, ::2] = -math.inf
+    logits[9, 7:] = -math.inf  # fewer than asked for
+    logits[10, 3] = math.inf
+    top, ids = largest(logits, 10)
+    assert torch.equal(top, logits.topk(10).values)
+    assert torch.equal(top, logits.gather(-1, ids))
+    assert all(len(set(row)) == 10 for row in ids.tolist())
+
+
+@pytest.mark.parametrize("dtype", [float32, bfloat16])
+def test_what_a_gpu_compiles_computes_the_same(dtype):
+    """Traced here, and run by the CPU's operations; test_gpu.py runs the kernels."""
+    logits = torch.randn(5, 300).to(dtype)
+    peak = logits.amax(-1, keepdim=True).float()
+    scale = torch.rand(5, 1)
+    for function, others in ((sum_exp, [peak]), (scale_exp_, [peak, scale])):
+        traced = torch.compile(function.__wrapped__, dynamic=True, backend="aot_eager")
+        found = traced(logits.clone(), *others)
+        assert torch.equal(found, function(logits.clone(), *others))
+
+
 # ------------------------------------------------------------------------------------- few tokens
 
 
@@ -308,13 +341,15 @@ def test_what_needs_no_gradient_gets_none_and_the_other_stays_right(frozen, othe
 
 
 class Watch(TorchDispatchMode):
-    """Counts matmuls, and the tensors at least as big as one chunk's logits by their memory."""
+    """Counts matmuls, and the most tensors alive at once that are at least as big as one chunk's
+    logits."""
 
     def __init__(self, big):
         super().__init__()
         self.big = big
         self.largest = 0
-        self.storages = set()
+        self.alive = {}
+        self.most = 0
         self.matmuls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -324,17 +359,21 @@ class Watch(TorchDispatchMode):
             if isinstance(each, torch.Tensor):
                 self.largest = max(self.largest, each.numel())
                 if each.numel() >= self.big:
-                    self.storages.add(each.untyped_storage().data_ptr())
+                    storage = each.untyped_storage()
+                    key = storage._cdata
+                    self.alive[key] = weakref.ref(storage, lambda _, key=key: self.alive.pop(key))
+        self.most = max(self.most, len(self.alive))
         return out
 
 
 @pytest.mark.parametrize("n", [16, 500])
 def test_only_three_chunks_of_logits_exist_whatever_the_number_of_tokens(n):
+    """Two of them, and on a CPU one that is in work."""
     given = inputs(n=n + 2, vocab=400)  # two have weight 0
     with Watch(16 * 400) as watch:
         topk_divergence(**given, k=5, chunk=16)[0].backward()
     assert watch.largest == 16 * 400
-    assert len(watch.storages) == 3
+    assert watch.most == 3
     assert watch.matmuls == 4 * math.ceil(n / 16)
 
 
