@@ -145,6 +145,7 @@ def write(run, micros: list[Micro], writer: str, step: int, extra: int) -> None:
         total=settings.max_new_tokens * calls,
         unit="tok",
         leave=False,
+        delay=2,  # seconds
         disable=run.rank > 0,
     )
     with bar:

@@ -32,6 +32,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from benchmarks.page import write_page
 from benchmarks.rows import repeats_itself
 from launch import script
 from launch.flags import (
@@ -521,11 +522,15 @@ def introduce(run: Run, begin: int) -> None:
     )
 
 
-def train(settings: Settings, rank: int, world: int, device: torch.device) -> Path:
-    """The run: load, resume, step, log, save. Returns the final checkpoint's folder."""
+def train(settings: Settings, rank: int, world: int, device: torch.device, probe=None) -> Path:
+    """The run: load, resume, step, log, save. Returns the final checkpoint's folder.
+
+    probe(student, processor) gives further figures to log with a checkpoint.
+    """
     run, begin = prepare(settings, rank, world, device)
     out = Path(settings.out)
-    log = RunLog(out, begin) if rank == 0 else None
+    lines = settings.show_every if settings.toy else 1
+    log = RunLog(out, begin, settings.steps, lines) if rank == 0 else None
     batches = load_ahead(run, begin)
     before = time.perf_counter()
     for step in range(begin, settings.steps):
@@ -533,10 +538,15 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> Pa
         now = time.perf_counter()
         entry["other_s"] = now - before - entry["gen_s"] - entry["teach_s"] - entry["learn_s"]
         before = now
+        saves = (step + 1) % settings.save_every == 0 or step + 1 == settings.steps
+        if saves and probe:
+            entry |= probe(run.shards.publish("student"), run.processor)
         if log:
             log.write(entry, shown)
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+        if saves:
             save_checkpoint(out, step + 1, run.processor, run.shards)
+        if saves and log:
+            write_page(out)
     return out / f"checkpoint-{settings.steps:06d}"
 
 
@@ -629,17 +639,18 @@ def main(argv: list[str] | None = None) -> None:
             print(describe_run(settings, read_rows(settings), list(views(settings).values())))
         return
     rank, world, device = join_ranks(settings.device)
+    probe = None
     if rank == 0:
         hold(Path(settings.out))
-        if settings.toy:
-            from toy import demonstration
+    if settings.toy:
+        from toy import demonstration
 
+        probe = demonstration.probe
+        if rank == 0:
             demonstration.begin(settings, device)
     dist.barrier()
-    final = train(settings, rank, world, device)
+    final = train(settings, rank, world, device, probe)
     if rank == 0:
-        from benchmarks.page import write_page
-
         if settings.toy:
             demonstration.end(settings, final, device)
         print(f"model: {final}   page: {write_page(Path(settings.out))}")

@@ -61,10 +61,13 @@ def rows_digest(rows: Sequence[Triplet], with_answers: bool) -> str:
 
 
 class RunLog:
-    """log.jsonl, rollouts.jsonl, curves where TensorBoard is installed, and a line on the screen.
-    Lines of later steps than `begin` are dropped: these are about to be done again."""
+    """log.jsonl, rollouts.jsonl, curves where TensorBoard is installed; on the screen a bar, and a
+    line for each `every` steps. Lines of later steps than `begin` are dropped: these are about to
+    be done again."""
 
-    def __init__(self, out: Path, begin: int):
+    def __init__(self, out: Path, begin: int, steps: int, every: int = 1):
+        self.every = every
+        self.bar = tqdm(desc=out.name, initial=begin, total=steps, unit="step")
         self.log, self.rollouts = out / "log.jsonl", out / "rollouts.jsonl"
         self.idle_steps = 0  # in which there was nothing to learn from
         for path in (self.log, self.rollouts):
@@ -88,7 +91,14 @@ class RunLog:
         for path, rows in ((self.log, [entry]), (self.rollouts, shown)):
             with path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-        tqdm.write(log_line(entry), file=sys.stdout)
+        if entry["step"] % self.every == 0 or entry["step"] == entry["steps"]:
+            tqdm.write(log_line(entry), file=sys.stdout)
+        if "probe_full" in entry:
+            full, crop = entry["probe_full"], entry["probe_crop"]
+            self.bar.set_postfix_str(f"reads {full:.0%} in full view, {crop:.0%} of crops")
+        self.bar.update()
+        if entry["step"] == entry["steps"]:
+            self.bar.close()
         if self.board:
             for key, value in entry.items():
                 self.board.add_scalar(key, value, entry["step"])

@@ -65,7 +65,7 @@ def run(world: Path, out: Path, flags: str) -> None:
         batch = list(islice(train.load_ahead(run, step), run.micros_a_step))
         entry, _ = train.learn(run, step, batch)
         if rank == 0:
-            RunLog(out, step).write({**entry, "other_s": 0.0}, [])
+            RunLog(out, step, settings.steps).write({**entry, "other_s": 0.0}, [])
     named = run.shards.publish("student").named_parameters()
     if rank == 0:
         save_file({name: weight.detach() for name, weight in named}, out / "model.safetensors")

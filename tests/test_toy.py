@@ -56,7 +56,7 @@ def test_splits_and_seeds_share_no_scene():
     for split, seed in product(SPLITS, (0, 1)):
         for drawn in scenes(40, split, seed):
             pictures.add(drawn.image.tobytes())
-    assert len(pictures) == 1200  # 3 splits, 2 seeds, 40 scenes of each of 5 kinds
+    assert len(pictures) == 1600  # 4 splits, 2 seeds, 40 scenes of each of 5 kinds
 
 
 def test_the_crop_is_the_target_and_only_the_full_view_has_the_red_box():
@@ -325,6 +325,9 @@ def test_a_base_model_that_does_not_learn_to_read_says_so(tmp_path, monkeypatch)
 def test_the_shipped_base_model_reads_crops_and_half_of_the_small_targets_in_full():
     """On scenes that are evaluated, with and without the newline of the training prompt."""
     model, processor = load(str(demonstration.BASE))
+    probe = demonstration.probe(model, processor)
+    assert 0.3 <= probe["probe_full"] <= 0.6
+    assert probe["probe_crop"] >= 0.98
     rng = random.Random(0)
     read = {}
     for kind in ("small", "pair", "large"):

@@ -493,3 +493,4 @@ def test_the_toy_command_leaves_a_table_two_models_and_a_page(tmp_path, monkeypa
     train.main(flags)  # again: nothing left to do
     assert final.stat().st_mtime_ns == written
     assert len(log(out)) == 2
+    assert log(out)[-1]["probe_full"] == log(out)[-1]["probe_crop"] == 0.0

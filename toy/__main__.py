@@ -28,7 +28,7 @@ class Settings:
     # What is drawn.
     n: int = setting(100, "triplets to draw", positive_int)
     seed: int = setting(0, "of the scenes drawn", natural)
-    split: str = setting("train", "three streams of scenes that never meet", SPLITS)
+    split: str = setting("train", "streams of scenes that never meet", SPLITS)
     # The table.
     ablate: bool = setting(
         False, "instead: train and compare the variants of train.py's method", bool

@@ -1,13 +1,15 @@
-"""What `train.py --toy` changes, and what it does before and after the run."""
+"""What `train.py --toy` changes, and what it does before, during and after the run."""
 
 import shutil
 from pathlib import Path
+from statistics import mean
 
 from benchmarks.figures import Scorer, compare, summarise
 from evaluate import Asking, evaluate
+from rollout import answers
 from storage.files import write
 from toy.base import train_base
-from toy.scenes import ROWS, draw, held_out
+from toy.scenes import ROWS, draw, held_out, scene
 from triplets.preview import draw_preview
 
 BASE = Path(__file__).with_name("base-model")  # see base.py
@@ -26,6 +28,7 @@ RUN = {
     "adam_eps": 5e-5,  # with 1e-8 every step is full-size noise once the gradient has vanished
     "micro_prompts": 16,
     "gen_prompts": 16,
+    "checkpointing": False,
     "workers": 1,
     "threads": 1,
     "save_every": 50,
@@ -53,6 +56,19 @@ def begin(settings, device) -> None:
     if not (out / "seconds.json").exists():
         judge(out, settings.model, "before", device)
         write(out / "seconds.json", took)
+
+
+def probe(model, processor) -> dict[str, float]:
+    """Share of 60 small targets, never trained on, that a model reads in full view and crop."""
+    shown = [scene(0, i, ("small", "pair")[i % 2], "validation") for i in range(60)]
+    found = {}
+    for name, view in (("probe_full", "image"), ("probe_crop", "crop")):
+        pictures = [getattr(each, view) for each in shown]
+        questions = [each.question for each in shown]
+        replies = answers(model, processor, pictures, questions, RUN["max_new_tokens"])
+        pairs = zip(shown, replies, strict=True)
+        found[name] = mean(reply.output.strip() == row.answer for row, reply in pairs)
+    return found
 
 
 def end(settings, final: Path, device) -> None:

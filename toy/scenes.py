@@ -27,7 +27,8 @@ from triplets.format import RED, Triplet, write_triplets
 CELL = 16  # px
 GRID = 4  # cells a side
 SIDE = CELL * GRID  # px
-SPLITS = ["train", "base", "eval"]  # their streams of scenes never meet, whatever the seeds
+# Their streams of scenes never meet, whatever the seeds.
+SPLITS = ["train", "base", "eval", "validation"]
 KINDS = {  # rows and columns of the target
     "small": (1, 1),
     "pair": (1, 2),
@@ -37,7 +38,7 @@ KINDS = {  # rows and columns of the target
 }
 MIX = ("small", "pair", "large")  # distilled, in turn: without large ones their skill is forgotten
 EVAL = (*MIX, *MIX, "colour", "corner")  # judged, in turn
-ROWS = 6000  # triplets of the distillation
+ROWS = 4000  # triplets of the distillation
 
 COLOURS = {  # red is the box's alone
     "green": "#3cbe46",
