@@ -6,6 +6,8 @@ the shortest. A new one is one class and one line in METHODS.
     opsd         student, full image  full image, and the answer  the same
     sft          teacher, crop        -                           cross-entropy, if right
     grpo, dapo   student, full image  -                           policy gradient, reward 1 if right
+    off-policy   teacher, crop        the crop                    divergence
+    crops        the label, a crop    -                           cross-entropy
 
 A method decides three things, in this order, within train.py's step:
 
@@ -81,11 +83,12 @@ class VisionOPD:
     """The student answers from the full image and is pulled, token by token, toward what the
     teacher says about the same answer when it is shown the crop (paper, Eq. 3 and 4)."""
 
+    student_view = View("image")
     teacher_view = View("crop")
     default_teacher = "ema"
     distils = True  # there are targets: the teacher reads the responses
     needs_answers = False
-    writer = "student"  # whose weights answer, to a prompt of its own
+    writer = "student"  # whose weights answer, to a prompt of its own; None: nobody's
 
     def __init__(self, settings):
         self.settings = settings
@@ -290,7 +293,55 @@ class DAPO(GRPO):
         return (groups.any(1) & ~groups.all(1)).float().tolist()
 
 
-METHODS = {"vision-opd": VisionOPD, "opsd": OPSD, "sft": SFT, "grpo": GRPO, "dapo": DAPO}
+# ---------------------------------------------------------------------------------------- controls
+
+
+class OffPolicy(VisionOPD):
+    """Vision-OPD but for who answers: the teacher, from the crop. What is left of the difference is
+    what on-policy sampling does (ours)."""
+
+    writer = "teacher"
+
+
+class Crops(Graded):
+    """Plain crop augmentation: the student learns the label from the crop, by cross-entropy.
+    Nothing is sampled, and --group must be 1 (ours)."""
+
+    student_view = View("crop")
+    teacher_view = None
+    default_teacher = None
+    writer = None
+
+    def respond(self, run, micros, step, extra=0):
+        tokenizer = run.processor.tokenizer
+        for micro in micros:
+            texts = [row.answer + tokenizer.eos_token for row in micro.rows]
+            micro.rollout = written(tokenizer, texts, self.settings.max_new_tokens, run.device)
+            micro.keep = torch.ones_like(micro.rollout.ended)
+
+    loss = SFT.loss
+
+    def figures(self, count, agreement):
+        return {}
+
+
+def written(tokenizer, texts: list[str], most: int, device) -> Rollout:
+    """Responses that are given, each cut off after `most` tokens."""
+    found = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(device)
+    ids, mask = found["input_ids"][:, :most], found["attention_mask"][:, :most].bool()
+    ended = found["attention_mask"].sum(1) <= most
+    return Rollout(ids, mask, ended, torch.full(ids.shape, torch.nan, device=device))
+
+
+METHODS = {
+    "vision-opd": VisionOPD,
+    "opsd": OPSD,
+    "sft": SFT,
+    "grpo": GRPO,
+    "dapo": DAPO,
+    "off-policy": OffPolicy,
+    "crops": Crops,
+}
 
 
 # --------------------------------------------------------------- what student and teacher are shown
@@ -330,10 +381,10 @@ def refuse_unanswered(method: str, rows: list[Triplet]) -> None:
 
 def views(settings) -> dict[str, tuple[View, int]]:
     """What student and, if there is one, teacher are shown, in how many tokens at most."""
-    shown = {"student": (View("image"), settings.max_prompt)}
-    teacher_view = METHODS[settings.method].teacher_view
-    if teacher_view:
-        shown["teacher"] = (teacher_view, settings.max_crop_prompt)
+    method = METHODS[settings.method]
+    shown = {"student": (method.student_view, settings.max_prompt)}
+    if method.teacher_view:
+        shown["teacher"] = (method.teacher_view, settings.max_crop_prompt)
     return shown
 
 

@@ -116,6 +116,7 @@ class Memory:
         self.longest = settings.max_new_tokens
         self.prompts = settings.prompts // ranks  # a rank's
         self.distils = METHODS[settings.method].distils
+        self.samples = METHODS[settings.method].writer is not None
 
     def phases(self) -> dict[str, float]:
         """`stays`, and what each phase of a step adds to it, one at a time."""
@@ -127,7 +128,7 @@ class Memory:
         batch = self.batch()
         return {
             "stays": stays,
-            "sampling": copy + batch + self.sampling(),
+            "sampling": (copy + batch + self.sampling()) if self.samples else 0,
             "teacher": (copy + batch + self.teaching()) if self.distils else 0,
             "student": batch + self.student(),
         }
@@ -233,8 +234,8 @@ def decoded_at_once(settings, ranks: int) -> int:
 
 
 def answered_prompt(settings, full: int, seen: int) -> tuple[int, int]:
-    """(tokens, most tokens) of the prompts that are answered: the student's, or sft's teacher's."""
-    if settings.method == "sft":
+    """(tokens, most tokens) of the prompts that are answered: the student's, or the teacher's."""
+    if METHODS[settings.method].writer == "teacher":
         return seen, settings.max_crop_prompt
     return full, settings.max_prompt
 
@@ -256,10 +257,11 @@ def seconds(settings, model: Outline, ranks: int, full: int, seen: int) -> dict[
     token = max(0.0 if settings.compile else 0.035, read / 2e12)
     forward = 2 * model.active * mine / 400e12  # of a token of every prompt
     responses = settings.group * longest / 4
-    distils = METHODS[settings.method].distils
+    method = METHODS[settings.method]
+    sampling = forward * asked + math.ceil(mine / decoded) * longest * token
     return {
-        "sampling": forward * asked + math.ceil(mine / decoded) * longest * token,
-        "teacher": forward * (seen + responses) if distils else 0,
+        "sampling": sampling if method.writer else 0,
+        "teacher": forward * (seen + responses) if method.distils else 0,
         "student": 4 * forward * (full + responses),  # forward twice, backward
     }
 

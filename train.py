@@ -227,7 +227,7 @@ class Run:
         """Tokens a row of the cache in which compiled decoding works; 0: not compiled."""
         if not self.settings.compile:
             return 0
-        _, longest = views(self.settings)[self.method.writer]
+        _, longest = views(self.settings)[self.method.writer or "student"]
         return longest + self.settings.max_new_tokens
 
     def further_micros(self, step: int, i: int) -> list[Micro]:
@@ -603,8 +603,10 @@ def described(settings: Settings) -> str:
 def why_not(settings: Settings) -> str | None:
     """Why flags that are each in order make no run together; None where they do."""
     method, ranks = settings.method, settings.plan or int(os.environ.get("WORLD_SIZE", 1))
-    if method == "sft" and settings.teacher == "trust-region":
-        return "--method sft samples from one set of weights: --teacher trust-region is a mixture"
+    if METHODS[method].writer == "teacher" and settings.teacher == "trust-region":
+        return f"--method {method} samples from one set of weights, trust-region is a mixture"
+    if METHODS[method].writer is None and settings.group > 1:
+        return f"--method {method} samples nothing, a prompt has one label: add --group 1"
     if method in ("grpo", "dapo") and settings.group < 2:
         return f"--method {method} compares the responses to a prompt: --group must be at least 2"
     if settings.toy and settings.plan:

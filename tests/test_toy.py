@@ -8,6 +8,7 @@ import sys
 import time
 from itertools import product
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from conftest import ROOT
 
 import train
 from model import load
-from toy import base, demonstration, table
+from toy import base, curves, demonstration, table
 from toy.scenes import COLOURS, KINDS, SHAPES, SPLITS, draw, scene, sprite
 from toy.tiny import WORDS, tiny
 from triplets.format import RED, read_triplets
@@ -227,64 +228,105 @@ def test_what_asks_for_nothing_or_too_little_is_refused(toy, started, flags, nam
 # ------------------------------------------------------------------------------------------- table
 
 
-def leave_results(folder, full, seconds):
-    """What train.py --toy leaves of a run, as far as the table reads it."""
-    for when, share in {"before": 0.1, "after": full}.items():
-        benches = {
-            "toy": {"full": {"accuracy": share}, "crop": {"accuracy": 0.9}},
-            "toy-large": {"full": {"accuracy": 1}},
-            "toy-holdout": {"full": {"accuracy": 0.5}},
-        }
-        result = folder / f"eval-{when}" / "result.json"
-        result.parent.mkdir(exist_ok=True)
-        result.write_text(json.dumps({"benches": benches}))
-    (folder / "seconds.json").write_text("{}")
-    row = {"length": 9, "gen_s": seconds, "teach_s": 1, "learn_s": 2, "other_s": 3}
-    rows = [row | {"length": 900}, *[row] * 29]  # the end of training is told
-    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+def leave_judgement(folder, when, full):
+    """What an evaluation leaves, as far as the table reads it: 10 rows, a share `full` right."""
+    benches = {
+        "toy": {"full": {"accuracy": full}, "crop": {"accuracy": 0.9}},
+        "toy-large": {"full": {"accuracy": 1}},
+        "toy-holdout": {"full": {"accuracy": 0.5}},
+    }
+    out = folder / f"eval-{when}"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "result.json").write_text(json.dumps({"benches": benches}))
+    asked = {"image": "", "prompt": "?", "answer": "a", "kind": "exact", "bench": "toy"}
+    lines = []
+    for index in range(10):
+        output = "a" if index < 10 * full else "b"
+        row = asked | {"id": str(index), "view": "full", "output": output}
+        lines.append(json.dumps(row))
+    (out / "answers-toy-0.jsonl").write_text("\n".join(lines))
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """Names of the runs of train.py that were started; results are all that is left by them."""
-    names = []
+    """Runs of train.py that were started: their folder and learning rate; results are all that is
+    left by them. In the search 0.0006 reads most."""
+    runs = []
 
     def run(command, **_):
         flags = dict(part.split("=") for part in command if "=" in part)
-        folder = Path(flags["--out"])
-        seed = int(flags["--seed"])
+        folder, rate = Path(flags["--out"]), float(flags["--lr"])
         assert Path(flags["--data"], "train.jsonl").is_file()
-        if "grpo" in command:
-            assert (folder / "eval-before" / "result.json").exists()
+        assert (folder / "eval-before" / "result.json").exists()
         time.sleep(0.1)  # what does not wait for another runs beside it
-        names.append(folder.name)
-        leave_results(folder, 0.4 if "grpo" in command else 0.5 + seed / 10, 6 * seed)
-        (folder / "args.json").write_text(json.dumps({"steps": int(flags["--steps"])}))
+        runs.append((folder.name, rate))
+        full = 0.4 if "grpo" in command else 0.6 + int(flags["--seed"]) / 20
+        leave_judgement(folder, "after", full)
+        seconds = 6 * int(flags["--seed"])
+        row = {"length": 9, "gen_s": seconds, "teach_s": 1, "learn_s": 2, "other_s": 3}
+        rows = [row | {"length": 900}, *[row] * 29]  # the end of training is told
+        for step, read in ((15, 0.5), (30, 1.0)):
+            probe = {"probe_full": read - abs(rate - 6e-4), "probe_crop": 1}
+            rows[step - 1] = row | probe | {"step": step}
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        args = {"steps": int(flags["--steps"]), "lr": rate}
+        (folder / "args.json").write_text(json.dumps(args))
         return subprocess.CompletedProcess(command, 0)
 
+    def judge(out, model, when, device):
+        leave_judgement(out, when, 0.1)
+
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(table, "judge", judge)
     monkeypatch.setattr(demonstration, "ROWS", 4)
-    return names
+    return runs
 
 
-def test_the_table_has_mean_and_deviation_over_the_seeds(toy, started, tmp_path):
-    toy("--ablate", "--out", tmp_path, "--variants", "grpo", "--seeds", 0, 2, 0, "--jobs", 4)
-    assert set(started[:2]) == {"vision-opd-0", "vision-opd-2"}
-    assert set(started[2:]) == {"grpo-0", "grpo-2"}
+def test_the_table_has_each_variants_rate_its_spread_and_a_paired_test(toy, started, tmp_path):
+    toy("--ablate", "--out", tmp_path, "--variants", "grpo", "--seeds", 0, 4, 0, "--jobs", 4)
+    names = {f"{variant}-{rate:g}" for variant in ("vision-opd", "grpo") for rate in table.RATES}
+    assert {name for name, _ in started[:8]} == names
+    assert set(started[8:]) == {
+        (f"{variant}-{seed}", 6e-4) for variant in ("vision-opd", "grpo") for seed in (0, 4)
+    }
     alike = "90.0 ± 0.0 | 100.0 ± 0.0 | 50.0 ± 0.0"
-    assert (tmp_path / "table.md").read_text().splitlines() == [
-        "| variant | full | crop | large | holdout | length | minutes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        f"| base | 10.0 ± 0.0 | {alike} |  |  |",
-        f"| vision-opd | 60.0 ± 14.1 | {alike} | 9.0 ± 0.0 | 6.0 ± 4.2 |",
-        f"| grpo | 40.0 ± 0.0 | {alike} | 9.0 ± 0.0 | 6.0 ± 4.2 |",
+    assert (tmp_path / "table.md").read_text().splitlines()[2:] == [
+        "| base |  | 10.0 | 90.0 | 100.0 | 50.0 |  |  |  |",
+        f"| vision-opd | 0.0006 | 70.0 ± 14.1 | {alike} |  | 9.0 ± 0.0 | 9.0 ± 8.5 |",
+        # of 20 rows vision-opd alone has 6 right: p = 2 / 2^6
+        f"| grpo | 0.0006 | 40.0 ± 0.0 | {alike} | -30.0, p 0.03 | 9.0 ± 0.0 | 9.0 ± 8.5 |",
     ]
+
+
+def test_the_curves_show_each_variant_from_its_first_to_its_last_probe(toy, started, tmp_path):
+    toy("--ablate", "--out", tmp_path, "--variants", "grpo", "--seeds", 0, 1, "--jobs", 4)
+    drawn = ElementTree.parse(tmp_path / "curves.svg").getroot()
+    texts = [text.text for text in drawn.findall(".//{*}text")]
+    assert [text for text in texts if "%" not in text and "steps" not in text] == [
+        "vision-opd",
+        "grpo",
+    ]
+    line = [each for each in drawn.findall(".//{*}polyline") if each.get("class") == "line"][1]
+    (left, low), (right, high) = (point.split(",") for point in line.get("points").split())
+    assert (float(left), float(right)) == curves.PLOT[0::2]
+    assert float(high) == curves.PLOT[1]  # 100%
+    assert float(low) == pytest.approx((curves.PLOT[1] + curves.PLOT[3]) / 2)
 
 
 def test_what_has_ended_is_not_run_again(toy, started, tmp_path):
     for steps in (5, 5, 6):
-        toy("--ablate", "--out", tmp_path, "--variants", "grpo", "--seeds", 0, "--steps", steps)
-    assert started == ["vision-opd-0", "grpo-0"] * 2
+        toy(
+            "--ablate",
+            "--out",
+            tmp_path,
+            "--variants",
+            "vision-opd",
+            "--seeds",
+            0,
+            "--steps",
+            steps,
+        )
+    assert [name for name, _ in started[4:]] == ["vision-opd-0"] * 2
     assert "±" not in (tmp_path / "table.md").read_text()  # of one seed
 
 
@@ -292,8 +334,8 @@ def test_a_variant_that_fails_is_named_with_its_output(toy, started, tmp_path, m
     failed = subprocess.CompletedProcess([], 1)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SystemExit):
-        toy("--ablate", "--out", tmp_path, "--seeds", 2)
-    assert "vision-opd-2/output.txt" in capsys.readouterr().err
+        toy("--ablate", "--out", tmp_path, "--variants", "grpo", "--seeds", 2, "--jobs", 1)
+    assert "vision-opd-0.0001/output.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", table.VARIANTS)

@@ -1,7 +1,7 @@
 """Draw triplets of the toy world, or train and compare train.py's methods on it.
 
 python -m toy --out data/toy --n 100            draw triplets: no model, no labels needed
-python -m toy --ablate --out runs/ablate        the table: every method, several seeds
+python -m toy --ablate --out runs/ablate        the table: every method, several seeds; an hour
 """
 
 import launch.environment  # noqa: F401  (first: it sets what torch and transformers read)
@@ -17,6 +17,7 @@ import torch
 from launch import script
 from launch.flags import natural, positive_int, refuse_idle, setting, settings_parser
 from storage.files import write
+from toy.curves import draw_curves
 from toy.scenes import SPLITS, draw
 from toy.table import VARIANTS, render, run_variants
 from triplets.preview import draw_preview
@@ -37,7 +38,7 @@ class Settings:
         tuple(VARIANTS), "rows of the table (default: all)", list(VARIANTS), nargs="+"
     )
     seeds: list = setting((0, 1, 2), "runs a variant (default: 0 1 2)", natural, nargs="+")
-    steps: int = setting(400, "steps a run", positive_int)
+    steps: int = setting(250, "steps a run", positive_int)
     jobs: int = setting(2, "runs at a time, a CPU core each", positive_int)
 
 
@@ -65,7 +66,8 @@ def main(argv: list[str]) -> None:
     run_variants(settings.out, seeds, variants, settings.jobs, settings.steps)
     text = render(settings.out, seeds, variants)
     write(settings.out / "table.md", f"{text}\n")
-    print(text)
+    draw_curves(settings.out, seeds, variants)
+    print(f"{text}\nover the steps: {settings.out / 'curves.svg'}")
 
 
 if __name__ == "__main__":

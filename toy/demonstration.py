@@ -59,8 +59,8 @@ def begin(settings, device) -> None:
 
 
 def probe(model, processor) -> dict[str, float]:
-    """Share of 60 small targets, never trained on, that a model reads in full view and crop."""
-    shown = [scene(0, i, ("small", "pair")[i % 2], "validation") for i in range(60)]
+    """Share of 100 small targets, never trained on, that a model reads in full view and crop."""
+    shown = [scene(0, i, ("small", "pair")[i % 2], "validation") for i in range(100)]
     found = {}
     for name, view in (("probe_full", "image"), ("probe_crop", "crop")):
         pictures = [getattr(each, view) for each in shown]

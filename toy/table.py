@@ -1,7 +1,11 @@
-"""The table of methods: train.py's teachers, objectives and baselines, from one base model on one
-data set, with several seeds each.
+"""The table of methods: train.py's teachers, objectives, baselines and controls, from one base
+model on one data set, each with a learning rate of its own and several seeds.
 
-A run lies in OUT/VARIANT-SEED; the seed is that of the batches and of all that is sampled.
+A variant's learning rate is the one of RATES with which a short run, with a seed that is not in the
+table, reads most of the validation scenes: full view and crop together, after SEARCH_STEPS.
+
+A run lies in OUT/VARIANT-SEED, those of the search in OUT/search/VARIANT-RATE; the seed is that of
+the batches and of all that is sampled.
 """
 
 import json
@@ -9,14 +13,16 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
 from tqdm import tqdm
 
-from storage.files import read_json, read_jsonl
-from toy.demonstration import BASE, prepare
+from benchmarks.figures import Scorer, paired, scored_answers
+from storage.files import read_json, read_jsonl, write
+from toy.demonstration import BASE, judge, prepare
 
 VARIANTS = {  # what one would add to train.py --toy
     "vision-opd": "",
@@ -27,12 +33,17 @@ VARIANTS = {  # what one would add to train.py --toy
     "reverse-kl": "--divergence reverse_kl",
     "8-tokens": "--max-new-tokens 8",
     "sampled-token": "--objective sampled-token",
+    "off-policy": "--method off-policy",
     "opsd": "--method opsd",
     "sft": "--method sft",
-    # as many responses a step as the others, in groups as large as the paper's
+    # As many responses a step as the others, in groups as large as the paper's.
     "grpo": "--method grpo --prompts 4 --group 8",
     "dapo": "--method dapo --prompts 4 --group 8 --resample 2",
+    "crops": "--method crops --prompts 32 --group 1",
 }
+RATES = (1e-4, 2.5e-4, 6e-4, 1.5e-3)
+SEARCH_STEPS = 100
+SEARCH_SEED = 99
 JUDGED = {  # column: benchmark and view
     "full": ("toy", "full"),
     "crop": ("toy", "crop"),
@@ -44,64 +55,118 @@ JUDGED = {  # column: benchmark and view
 # -------------------------------------------------------------------------------------- the runs
 
 
+@dataclass(frozen=True)
+class Job:
+    """A run of train.py --toy."""
+
+    folder: Path
+    variant: str
+    rate: float
+    seed: int
+    steps: int
+
+
 def run_variants(out: Path, seeds: list[int], variants: list[str], jobs: int, steps: int) -> None:
-    """Train every variant with every seed, `jobs` at a time; runs that have ended are kept. The
-    first variant, vision-opd, goes first: the others take its judgement of the base model."""
+    """Search every variant's learning rate, then train it with every seed, `jobs` runs at a time;
+    runs that have ended are kept."""
     prepare(out, out / "data", BASE, 0)
-    with (
-        ThreadPoolExecutor(jobs) as pool,
-        tqdm(total=len(variants) * len(seeds), unit="run") as bar,
-    ):
-        for stage in (variants[:1], variants[1:]):
-            runs = product(stage, seeds)
-            for _ in pool.map(lambda run: run_variant(out, *run, steps), runs):
+    if not (out / "seconds.json").exists():
+        judge(out, BASE, "before", "cpu")
+        write(out / "seconds.json", "{}")
+    search = [
+        Job(out / "search" / f"{variant}-{rate:g}", variant, rate, SEARCH_SEED, SEARCH_STEPS)
+        for variant, rate in product(variants, RATES)
+    ]
+    total = len(search) + len(variants) * len(seeds)
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=total, unit="run") as bar:
+
+        def run_all(these: list[Job]) -> None:
+            for _ in pool.map(lambda job: run(out, job), these):
                 bar.update()
 
+        run_all(search)
+        rates = chosen_rates(out, variants)
+        run_all(
+            [
+                Job(out / f"{variant}-{seed}", variant, rates[variant], seed, steps)
+                for variant, seed in product(variants, seeds)
+            ]
+        )
 
-def run_variant(out: Path, variant: str, seed: int, steps: int) -> None:
-    """One run, in a process of its own. Raises OSError when that fails."""
-    folder = out / f"{variant}-{seed}"
-    judged = folder / "eval-after" / "result.json"
-    if judged.exists() and read_json(folder / "args.json", []).get("steps") == steps:
+
+def run(out: Path, job: Job) -> None:
+    """In a process of its own. Raises OSError when that fails."""
+    begun = read_json(job.folder / "args.json", [])
+    same = begun.get("steps") == job.steps and begun.get("lr") == job.rate
+    if same and (job.folder / "eval-after" / "result.json").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    first = out / f"vision-opd-{seed}"
-    if folder != first and not (folder / "seconds.json").exists():
-        shutil.copytree(first / "eval-before", folder / "eval-before", dirs_exist_ok=True)
-        shutil.copy(first / "seconds.json", folder)
+    if begun and not same:  # of another search
+        shutil.rmtree(job.folder)
+    if not (job.folder / "seconds.json").exists():  # as if it had judged the base model itself
+        shutil.copytree(out / "eval-before", job.folder / "eval-before", dirs_exist_ok=True)
+        shutil.copy(out / "seconds.json", job.folder)
     command = [
         sys.executable,
         str(Path(__file__).parent.parent / "train.py"),
         "--toy",
-        f"--seed={seed}",
-        f"--steps={steps}",
-        f"--out={folder}",
+        f"--lr={job.rate}",
+        f"--seed={job.seed}",
+        f"--steps={job.steps}",
+        f"--out={job.folder}",
         f"--data={out / 'data'}",
-        *VARIANTS[variant].split(),
+        *VARIANTS[job.variant].split(),
     ]
-    with (folder / "output.txt").open("a") as output:
+    with (job.folder / "output.txt").open("a") as output:
         if subprocess.run(command, stdout=output, stderr=output).returncode:
             raise OSError(
-                f"{variant} with seed {seed} failed: see {folder}/output.txt. Mend what it names, "
-                "then run the same command: it goes on from here."
+                f"{job.variant} with seed {job.seed} failed: see {job.folder}/output.txt. Mend "
+                "what it names, then run the same command: it goes on from here."
             )
+
+
+def chosen_rates(out: Path, variants: list[str]) -> dict[str, float]:
+    """The learning rate of each variant; of equal ones the smallest."""
+
+    def read(variant: str, rate: float) -> float:
+        last = read_jsonl(out / "search" / f"{variant}-{rate:g}" / "log.jsonl", [])[-1]
+        return last["probe_full"] + last["probe_crop"]
+
+    return {variant: max(RATES, key=lambda rate: read(variant, rate)) for variant in variants}
 
 
 # ------------------------------------------------------------------------------------- the table
 
 
 def render(out: Path, seeds: list[int], variants: list[str]) -> str:
-    """Mean and standard deviation over the seeds: % of exact answers to held-out scenes, tokens a
-    response at the end of training, and minutes of training."""
-    head = ["variant", *JUDGED, "length", "minutes"]
-    before = [accuracies(out / f"vision-opd-{seed}", "before") for seed in seeds]
+    """Means and standard deviations over the seeds: % of exact answers to held-out scenes, how much
+    better in full view than vision-opd on the same scenes (exact McNemar test over all seeds),
+    tokens a response at the end of training, and minutes of training."""
+    head = ["variant", "learning rate", *JUDGED, "against vision-opd, full", "length", "minutes"]
     rows = [head, ["---"] * len(head)]
-    rows.append(["base", *map(spread, zip(*before, strict=True)), "", ""])
+    rows.append(["base", "", *(f"{share:.1f}" for share in accuracies(out, "before")), "", "", ""])
+    rates = chosen_rates(out, variants)
+    first = full_answers(out, variants[0], seeds)
     for variant in variants:
         folders = [out / f"{variant}-{seed}" for seed in seeds]
-        after = [accuracies(folder, "after") + length_and_minutes(folder) for folder in folders]
-        rows.append([variant, *map(spread, zip(*after, strict=True))])
+        after = [accuracies(folder, "after") for folder in folders]
+        other = [length_and_minutes(folder) for folder in folders]
+        test = paired(first, full_answers(out, variant, seeds))
+        against = f"{100 * test.difference:+.1f}, p {test.p:.1g}" if variant != variants[0] else ""
+        cells = [*map(spread, zip(*after, strict=True)), against]
+        cells += map(spread, zip(*other, strict=True))
+        rows.append([variant, f"{rates[variant]:g}", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def full_answers(out: Path, variant: str, seeds: list[int]) -> list:
+    """The answers in full view of all seeds' trained models, as rows of their own."""
+    bench, view = JUDGED["full"]
+    rows = []
+    for seed in seeds:
+        for row in scored_answers(out / f"{variant}-{seed}" / "eval-after", Scorer()):
+            if (row.bench, row.view) == (bench, view):
+                rows.append(replace(row, id=f"{seed}/{row.id}"))
+    return rows
 
 
 def accuracies(folder: Path, when: str) -> list[float]:
