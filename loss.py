@@ -48,7 +48,19 @@ def jensen_shannon(log_s: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, T
     return beta * (t * (log_t - log_m)).sum(-1) + slope.sum(-1), slope
 
 
-DIVERGENCES = {"jsd": jensen_shannon, "forward_kl": forward_kl, "reverse_kl": reverse_kl}
+def soft_forward_kl(log_s: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """4 KL(T || S) of both at temperature 2 (VCSD)."""
+    log_s, log_t = (log_s / 2).log_softmax(-1), (log_t / 2).log_softmax(-1)
+    t = log_t.exp()
+    return 4 * (t * (log_t - log_s)).sum(-1), 2 * (log_s.exp() - t)
+
+
+DIVERGENCES = {
+    "jsd": jensen_shannon,
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "soft_forward_kl": soft_forward_kl,
+}
 
 
 # ------------------------------------------------------------------------------------ the equation
@@ -112,6 +124,11 @@ def divergence(
 # --------------------------------------------------------- the same from hidden states, in chunks
 
 
+# What the student is pulled toward: log-probabilities over the K + 1 events of student, teacher and
+# extra view, (c, K + 1) each, and the K tokens' ids (c, K) -> [(log-probabilities, weight (c,))].
+Target = Callable[[Tensor, Tensor, Tensor, Tensor], list[tuple[Tensor, Tensor]]]
+
+
 @dataclass
 class Options:
     """Of a divergence, and of how it is computed."""
@@ -121,6 +138,9 @@ class Options:
     kind: str
     chunk: int  # tokens whose logits exist at once
     with_grad: bool  # whether there will be a backward pass
+    extra: list  # [(hidden (n, Dx), head (V, Dx), share)]: another view's logits
+    target: Target | None  # None: the teacher itself, with weight 1
+    teachers_top: bool  # compare the teacher's K likeliest tokens, renormalised, without a tail
 
 
 class TopKDivergence(torch.autograd.Function):
@@ -151,10 +171,17 @@ class TopKDivergence(torch.autograd.Function):
             top, ids = largest(student, options.k)  # (c, K), the likeliest first
             peak = top[:, :1].to(dtype)  # (c, 1)
             total = sum_exp(student, peak)  # (c, 1)
-            log_s = with_tail(top.to(dtype) - peak - total.log(), len(head))  # (c, K + 1)
-            log_t = with_tail(log_probs(teacher, ids), len(head))  # (c, K + 1)
-            agree[r] = log_t[:, : options.k].argmax(-1) == 0
-            per_token[r], slope = DIVERGENCES[options.kind](log_s, log_t, options.beta)
+            agree[r] = teacher.gather(-1, ids).argmax(-1) == 0
+            if options.teachers_top:
+                _, ids = largest(teacher, options.k)
+            log_s = student.gather(-1, ids).to(dtype) - peak - total.log()  # (c, K)
+            log_s = events(log_s, len(head), options)  # (c, K + 1)
+            log_t = events(log_probs(teacher, ids), len(head), options)  # (c, K + 1)
+            log_x = None
+            if options.extra:  # the teacher's logits are not needed any more
+                extra = mixed_logits(options.extra, r, teacher_buffer[: len(r)])
+                log_x = events(log_probs(extra, ids), len(head), options)  # (c, K + 1)
+            per_token[r], slope = pull(log_s, log_t, log_x, ids, options)
             if not options.with_grad:
                 continue
             slope *= weights[r, None]
@@ -172,6 +199,25 @@ class TopKDivergence(torch.autograd.Function):
         # In place, d_head being gigabytes; autograd notices a second backward and refuses it.
         grads = [g if g is None else g.mul_(d_loss) for g in ctx.saved_tensors]
         return *grads, None, None, None
+
+
+def events(log_p: Tensor, vocab: int, options: Options) -> Tensor:
+    """Log-probabilities at K tokens, (c, K), as those of K + 1 events; or renormalised, (c, K)."""
+    return log_p.log_softmax(-1) if options.teachers_top else with_tail(log_p, vocab)
+
+
+def pull(log_s, log_t, log_x, ids, options: Options) -> tuple[Tensor, Tensor]:
+    """The value (c,) and its slope dD / dlog_s (c, K + 1): of the teacher's divergence, or the sum
+    over the targets that are made of it."""
+    divergence = DIVERGENCES[options.kind]
+    if options.target is None:
+        return divergence(log_s, log_t, options.beta)
+    value, slope = 0.0, 0.0
+    for log_q, weight in options.target(log_s, log_t, log_x, ids):
+        each, its_slope = divergence(log_s, log_q, options.beta)
+        value = value + weight * each
+        slope = slope + weight[:, None] * its_slope
+    return value, slope
 
 
 def mixed_logits(teachers: list[tuple], rows: Tensor, out: Tensor) -> Tensor:
@@ -242,13 +288,17 @@ def logits_gradient(slope, log_s, logits, peak, total, ids) -> Tensor:
         p_j (h_tail / p_tail - H)        for every other token
     which is the usual scatter(h) - p H without its cancellation. Where the tail is clamped, h_tail
     counts as 0. p = exp(logits - peak) / total.
+
+    Without a tail there is no other token, or its gradient is 0: the top K are renormalised.
     """
     k = ids.shape[-1]
     log_top = log_s[:, :k].logsumexp(-1, keepdim=True)
-    slope[:, k:].masked_fill_(log_top > TAIL_LIMIT, 0.0)  # nothing to do if k = V
+    slope[:, k:].masked_fill_(log_top > TAIL_LIMIT, 0.0)  # nothing to do without a tail
     p, slope_sum = log_s.exp(), slope.sum(-1, keepdim=True)
-    ratio = (slope[:, k:] / p[:, k:]).sum(-1, keepdim=True)  # (c, 1), 0 if k = V
-    scale_exp_(logits, peak, (ratio - slope_sum) / total)
+    if slope.shape[-1] > k:
+        scale_exp_(logits, peak, (slope[:, k:] / p[:, k:] - slope_sum) / total)
+    else:
+        logits.zero_()
     return logits.scatter_(-1, ids, (slope - p * slope_sum)[:, :k].to(logits.dtype))
 
 
@@ -272,6 +322,9 @@ def topk_divergence(
     kind: str = "jsd",
     chunk: int = 1024,
     agreement: bool = False,
+    extra: list[tuple[Tensor, Tensor, float]] = (),
+    target: Target | None = None,
+    teachers_top: bool = False,
 ) -> tuple[Tensor, ...]:
     """sum_i weights_i D_i from final hidden states and language-model heads, without ever holding
     all logits.
@@ -284,6 +337,10 @@ def topk_divergence(
     weights          (n,), for a global token mean 1 / tokens in the whole batch. A token of weight
                      0 is skipped: no work, no gradient, per_token 0, whatever its hidden states.
     chunk            tokens whose logits exist at once: changes memory and speed, never results
+    extra            another view's hidden states and head, as `teachers`; no gradient either
+    target           what the student is pulled toward instead of the teacher: see `Target`. Then
+                     D_i is the sum over its (log q, w) of w D(Q || S).
+    teachers_top     compare the teacher's k likeliest tokens, renormalised and without a tail
 
     Returns loss, scalar fp32, and per_token (n,) fp32 without gradient (float64 for float64
     inputs); with `agreement` also (n,) bool: whether, among the student's top k, teacher and
@@ -293,10 +350,12 @@ def topk_divergence(
     Both gradients are ready when this returns; the loss can be backpropagated once.
     """
     check_options(kind, beta, k, chunk)
-    check_shapes(student_hidden, student_head, teachers, weights)
+    check_shapes(student_hidden, student_head, [*teachers, *extra], weights)
     trained = student_hidden.requires_grad or student_head.requires_grad
     with_grad = trained and torch.is_grad_enabled()
-    options = Options(min(k, len(student_head)), beta, kind, chunk, with_grad)
+    options = Options(
+        min(k, len(student_head)), beta, kind, chunk, with_grad, extra, target, teachers_top
+    )
     loss, per_token, agree = TopKDivergence.apply(
         student_hidden, student_head, weights, teachers, options
     )

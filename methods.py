@@ -9,6 +9,10 @@ the shortest. A new one is one class and one line in METHODS.
     off-policy   teacher, crop        the crop                    divergence
     crops        the label, a crop    -                           cross-entropy
 
+Its successors are classes too: what one more view of the row makes of the target, or of a token's
+weight (opd-aha, ead, vad, opd-v, vcsd, va-opd, v-zero, cv-opd), or another view for the student
+(s2vopd).
+
 A method decides three things, in this order, within train.py's step:
 
     respond(run, micros, step)    who answers what: sets each micro-batch's rollout
@@ -18,22 +22,25 @@ A method decides three things, in this order, within train.py's step:
 
 import math
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize, pad
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from benchmarks.scoring import is_right
 from benchmarks.sources import triplet_question
-from loss import topk_divergence
-from model import Prompt, encode, join, to_device
+from loss import DIVERGENCES, topk_divergence
+from model import Prompt, encode, join, response_hidden, to_device
 from rollout import Rollout, sample
 from sharding import over_ranks
 from storage.images import load_image
+from triplets import views
 from triplets.format import Triplet
 
 OPSD_HINT = (
@@ -44,10 +51,18 @@ OPSD_HINT = (
 
 @dataclass
 class View:
-    """What the teacher is shown beside the question."""
+    """What a model is shown beside the question."""
 
     image: str  # of a triplet: "image" (the full one) or "crop"
     hint: str = ""  # added to the question; {answer} is the label
+    change: Callable | None = None  # of triplets/views.py: (picture, row, draw) -> picture
+
+    def picture(self, row: Triplet, seed: int) -> Image:
+        """The same for the same seed and row."""
+        picture = load_image(getattr(row, self.image))
+        if self.change is None:
+            return picture
+        return self.change(picture, row, random.Random(f"{seed}/{row.id}"))
 
     def text(self, row: Triplet) -> str:
         """What stands after the image. The newline is the official training prompt's; its
@@ -63,12 +78,13 @@ class Micro:
     """
 
     rows: list[Triplet]  # B
-    prompts: dict[str, Prompt]  # the student's, of the full images; the teacher's, if it has a view
+    prompts: dict[str, Prompt]  # the student's; the teacher's and the extra one, if they have views
     rollout: Rollout | None = None  # set by respond
     keep: Tensor | None = None  # (N,) bool, which responses are trained on
     right: Tensor | None = None  # (N,) bool, which match the label
     advantages: Tensor | None = None  # (N,) fp32, what a response is worth (grpo, dapo)
-    targets: list | None = None  # [(hidden (n, D), head (V, D), share)]: the teacher's logits
+    # [(hidden (n, D), head (V, D), share)] a view: the logits of "teacher", and of "extra"
+    sides: dict[str, list] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def sampled(self) -> Tensor:
@@ -85,13 +101,22 @@ class VisionOPD:
 
     student_view = View("image")
     teacher_view = View("crop")
+    extra_view = None  # one more view, which the responses are read under
+    extra_by = "teacher"  # whose weights read them
+    target = None  # what is made of it: see loss.Target; None: the teacher itself
+    teachers_top = False  # compare the teacher's top K, renormalised, not the student's and a tail
     default_teacher = "ema"
+    default_divergence = "jsd"
+    tilt_floor = 0.0
+    needs_boxes = False
     distils = True  # there are targets: the teacher reads the responses
     needs_answers = False
     writer = "student"  # whose weights answer, to a prompt of its own; None: nobody's
 
     def __init__(self, settings):
         self.settings = settings
+        if settings.tilt_floor is not None:
+            self.tilt_floor = settings.tilt_floor
 
     def teacher_sides(self) -> dict[str, float]:
         """Whose weights make the teacher's logits, and their shares."""
@@ -105,6 +130,15 @@ class VisionOPD:
     def select(self, run, micros: list[Micro], step: int) -> list[Micro]:
         return micros
 
+    def extra_sides(self) -> dict[str, float]:
+        """Whose weights make the logits under the extra view, and their shares."""
+        if self.extra_view is None:
+            return {}
+        return self.teacher_sides() if self.extra_by == "teacher" else {"student": 1.0}
+
+    def survey(self, run, micros: list[Micro]) -> None:
+        """What needs all of a step's micro-batches once the teacher has read them."""
+
     def loss(self, micro: Micro, hidden: Tensor, head: Tensor, weights: Tensor) -> tuple:
         """hidden (n, D) and head (V, D) of the student, weights (n,) -> the weighted sum, scalar;
         each token's loss (n,); whether teacher and student agree on it (n,), or None."""
@@ -114,13 +148,16 @@ class VisionOPD:
         return topk_divergence(
             hidden,
             head,
-            micro.targets,
+            micro.sides["teacher"],
             weights,
             k=settings.top_k,
             beta=settings.beta,
             kind=settings.divergence,
             chunk=settings.chunk,
             agreement=True,
+            extra=micro.sides["extra"],
+            target=self.target,
+            teachers_top=self.teachers_top,
         )
 
     def token_weights(self, micro: Micro, count) -> Tensor:
@@ -333,6 +370,213 @@ def written(tokenizer, texts: list[str], most: int, device) -> Rollout:
     return Rollout(ids, mask, ended, torch.full(ids.shape, torch.nan, device=device))
 
 
+# -------------------------------------------------------------------------------------- the family
+# What came after Vision-OPD, on its step. Constants are the sources', where nothing says (ours). Of
+# a token's K + 1 events p_S, p_T and p_x are the probabilities under the student, the teacher and
+# the extra view x; y is the sampled token. Only p_S has a gradient.
+
+
+class OPDAha(VisionOPD):
+    """log q = log_softmax(log p_T + 4 (log p_T - log p_x)), x the crop in its own mean colour; the
+    teacher is frozen; JSD(q, p_S). (arXiv 2609.16459, public code)"""
+
+    extra_view = View("crop", change=views.mean_colour)
+    default_teacher = "initial"
+
+    def target(self, log_s, log_t, log_x, ids):
+        return [(tilted(log_t, log_x, 4.0, self.tilt_floor), torch.ones_like(log_t[:, 0]))]
+
+
+class EAD(VisionOPD):
+    """w JSD(p_T, p_S), a mean in a response, then over responses; w = max(cos(u_c, u_e), 0) with
+    u_c = (p_T - p_S) / sqrt(p_S) and u_e = (p_S - p_x) / sqrt(p_S), x the full image with the box
+    filled, read by the current student. (paper; p_S at least 1e-8 under the root: ours)"""
+
+    extra_view = View("image", change=views.masked_box)
+    extra_by = "student"
+    needs_boxes = True
+
+    def target(self, log_s, log_t, log_x, ids):
+        s, t, x = log_s.exp(), log_t.exp(), log_x.exp()
+        root = s.clamp(min=1e-8).sqrt()
+        weight = cosine_similarity((t - s) / root, (s - x) / root, dim=-1)  # 0 if one vanishes
+        return [(log_t, weight.clamp(min=0.0))]
+
+    token_weights = GRPO.token_weights
+
+
+class VAD(VisionOPD):
+    """JSD(q, p_S) + 0.1 clip(1 - |r'| / |r|, 0, 1) JSD(p_T, p_S): of the way r from student to
+    teacher the part that the crop explains, x being the crop at a tenth of its size; the teacher is
+    frozen. (arXiv 2607.28590, second hand; --tau 0.8 for 4B, 0.7 for 9B)
+
+    With f(p) = log(p + 1e-8) - mean (the 1e-8: ours), r = f(p_T) - f(p_S), u = f(p_T) - f(p_x),
+    B = |u| max(<r, u>, 0) / (|u|^2 + 1e-3); u+ and u- the positive and negative parts of u,
+    s = max(<r, u>, 0) of each, w+ = min(s+ / (s+ + s-), tau), w- = s- / (s+ + s-):
+    r' = B (w+ u+ / |u+| + w- u- / |u-|), q = softmax(f(p_S) + clip(r', -20, 20)).
+    """
+
+    extra_view = View("crop", change=views.coarse)
+    default_teacher = "initial"
+
+    def target(self, log_s, log_t, log_x, ids):
+        f_s, f_t, f_x = (centred((log_p.exp() + 1e-8).log()) for log_p in (log_s, log_t, log_x))
+        r, u = f_t - f_s, f_t - f_x
+        norm = u.norm(dim=-1, keepdim=True)  # (c, 1)
+        length = norm * dot(r, u).clamp(min=0) / (norm.square() + 1e-3)  # B
+        up, down = u.clamp(min=0), u.clamp(max=0)
+        s_up, s_down = dot(r, up).clamp(min=0), dot(r, down).clamp(min=0)
+        both = s_up + s_down + 1e-8
+        w_up = (s_up / both).clamp(max=self.settings.tau)
+        explained = length * (
+            w_up * normalize(up, dim=-1) + s_down / both * normalize(down, dim=-1)
+        )
+        log_q = (f_s + explained.clamp(-20, 20)).log_softmax(-1)
+        left = 1 - explained.norm(dim=-1) / r.norm(dim=-1).clamp(min=1e-8)
+        return [(log_q, torch.ones_like(left)), (log_t, 0.1 * left.clamp(0, 1))]
+
+
+class OPDV(VisionOPD):
+    """A token counts max(log p_T(y) - log p_x(y), 0), x the crop with its middle masked. (arXiv
+    2608.05131, second hand; the mask's geometry: ours)"""
+
+    extra_view = View("crop", change=views.masked_crop)
+
+    def token_weights(self, micro, count):
+        return super().token_weights(micro, count) * evidence(micro, self.settings).clamp(min=0)
+
+
+class VCSD(VisionOPD):
+    """log q = log_softmax(2 log p_T - log p_x) where p_T is at least 0.1 of its largest (elsewhere
+    log p_T stays, as does that of an end token), x a black image; the teacher sees the full image;
+    forward KL at temperature 2, times 4. (arXiv 2607.21556, public code)"""
+
+    teacher_view = View("image")
+    extra_view = View("image", change=views.black)
+    default_divergence = "soft_forward_kl"
+    tilt_floor = 0.1
+
+    def survey(self, run, micros):
+        self.ends = torch.tensor(run.shards.plain.generation_config.eos_token_id, device=run.device)
+
+    def target(self, log_s, log_t, log_x, ids):
+        is_end = pad(torch.isin(ids, self.ends), (0, log_t.shape[-1] - ids.shape[-1]))
+        log_x = torch.where(is_end, log_t, log_x)  # no tilt
+        return [(tilted(log_t, log_x, 1.0, self.tilt_floor), torch.ones_like(log_t[:, 0]))]
+
+
+class VAOPD(VisionOPD):
+    """With a = max(log p_T(y) - log p_x(y), 0), x the crop at a tenth of its size: of a prompt's
+    responses each counts softmax(z), z the z-score of its mean a; the 20% of its tokens with the
+    largest a have half of that, the others the other half. (arXiv 2605.21924, public code)"""
+
+    extra_view = View("crop", change=views.coarse)
+
+    def token_weights(self, micro, count):
+        mask, group = micro.rollout.mask, self.settings.group
+        gained = evidence(micro, self.settings).clamp(min=0)  # (N, T)
+        lengths = mask.sum(1, keepdim=True)  # (N, 1)
+        means = gained.sum(1, keepdim=True) / lengths.clamp(min=1)
+        shares = z_scores(means.view(-1, group)).softmax(1).view(-1, 1)  # (N, 1)
+        count_top = (0.2 * lengths).ceil()  # (N, 1)
+        order = gained.masked_fill(~mask, -1.0).argsort(dim=1, descending=True, stable=True)
+        is_top = order.argsort(1) < count_top  # (N, T)
+        count_other = (lengths - count_top).clamp(min=1)
+        each = torch.where(is_top, 0.5 / count_top.clamp(min=1), 0.5 / count_other)
+        return mask * each * shares * group / max(1, count["responses"])
+
+
+class VZero(VisionOPD):
+    """A response counts clip(1 + 0.5 z, 0, 2), z the z-score among its prompt's responses of its
+    mean log p_T(y) - log p_x(y), x another part of the image. (second hand)"""
+
+    extra_view = View("image", change=views.unrelated_crop)
+    needs_boxes = True
+
+    def token_weights(self, micro, count):
+        lengths = micro.rollout.mask.sum(1).clamp(min=1)
+        means = evidence(micro, self.settings).sum(1) / lengths  # (N,)
+        z = z_scores(means.view(-1, self.settings.group)).view(-1, 1)
+        return super().token_weights(micro, count) * (1 + 0.5 * z).clamp(0, 2)
+
+
+class CVOPD(VisionOPD):
+    """JSD(p_T, p_S) + 0.1 max(0.1 + JSD(p_T, p_S) - JSD(p_x, p_S), 0), the second for tokens whose
+    JSD(p_T, p_S) is above the batch's mean, x another part of the image. (arXiv 2610.13264, paper
+    page; the logged loss leaves the constant 0.01 out)"""
+
+    extra_view = View("image", change=views.unrelated_crop)
+    needs_boxes = True
+
+    @torch.no_grad()
+    def survey(self, run, micros):
+        """The batch's mean."""
+        student = run.shards.publish("student")
+        sums = torch.zeros(2, dtype=torch.float64)
+        for micro in micros:
+            mask = micro.rollout.mask
+            hidden = response_hidden(student, micro.prompts["student"], micro.rollout)[mask]
+            ones = torch.ones(len(hidden), device=run.device)
+            loss, *_ = VisionOPD(self.settings).loss(micro, hidden, student.lm_head.weight, ones)
+            sums += torch.tensor([loss.item(), len(hidden)])
+        total, tokens = over_ranks(sums.tolist(), run.device)
+        self.mean = total / max(1, tokens)
+
+    def target(self, log_s, log_t, log_x, ids):
+        divergence, beta = DIVERGENCES[self.settings.divergence], self.settings.beta
+        to_teacher, _ = divergence(log_s, log_t, beta)
+        to_other, _ = divergence(log_s, log_x, beta)
+        pushed = (to_teacher > self.mean) & (0.1 + to_teacher - to_other > 0)
+        weight = 0.1 * pushed.to(log_s.dtype)
+        return [(log_t, 1 + weight), (log_x, -weight)]
+
+
+class S2VOPD(VisionOPD):
+    """The student answers and reads from a smaller, sometimes noisy image; the teacher sees the
+    full one; JSD over the teacher's top K, renormalised. No crops, no boxes. (arXiv 2608.14144,
+    paper page)"""
+
+    student_view = View("image", change=views.scaled_and_noisy)
+    teacher_view = View("image")
+    teachers_top = True
+
+
+def tilted(log_t: Tensor, log_x: Tensor, strength: float, floor: float) -> Tensor:
+    """log_softmax(log_t + strength (log_t - log_x)), (c, K + 1); no tilt where the teacher's
+    probability is under `floor` of its largest."""
+    tilt = strength * (log_t - log_x)
+    if floor > 0:
+        likely = log_t >= log_t.amax(-1, keepdim=True) + math.log(floor)
+        tilt = torch.where(likely, tilt, 0.0)
+    return (log_t + tilt).log_softmax(-1)
+
+
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, keepdim=True)
+
+
+def z_scores(x: Tensor) -> Tensor:
+    """(x - mean) / standard deviation within each row: (B, G) -> (B, G); 0 where all are equal."""
+    spread = x.std(1, keepdim=True, correction=0)
+    return (x - x.mean(1, keepdim=True)) / (spread + 1e-6)
+
+
+@torch.no_grad()
+def evidence(micro: Micro, settings) -> Tensor:
+    """log p_T(y) - log p_x(y) of the sampled tokens over the whole vocabulary, (N, T) fp32; 0 where
+    there is none."""
+    mask = micro.rollout.mask
+    found = torch.zeros(mask.shape, device=mask.device)
+    log_t = token_log_probs(micro.sides["teacher"], micro.sampled, settings.chunk)
+    log_x = token_log_probs(micro.sides["extra"], micro.sampled, settings.chunk)
+    found[mask] = (log_t - log_x).to(found.dtype)
+    return found
+
+
 METHODS = {
     "vision-opd": VisionOPD,
     "opsd": OPSD,
@@ -341,6 +585,15 @@ METHODS = {
     "dapo": DAPO,
     "off-policy": OffPolicy,
     "crops": Crops,
+    "opd-aha": OPDAha,
+    "ead": EAD,
+    "vad": VAD,
+    "opd-v": OPDV,
+    "vcsd": VCSD,
+    "va-opd": VAOPD,
+    "v-zero": VZero,
+    "cv-opd": CVOPD,
+    "s2vopd": S2VOPD,
 }
 
 
@@ -353,15 +606,16 @@ class EncodedMicros(torch.utils.data.Dataset):
 
     def __init__(self, run):
         self.rows, self.processor, self.dtype = run.rows, run.processor, run.shards.plain.dtype
-        self.views, self.method = views(run.settings), run.settings.method
+        self.views, self.method = shown_views(run.settings), run.settings.method
+        self.seed = run.settings.seed
 
     def __getitem__(self, numbers: list[int]):
         rows, prompts = [], {}
         try:
             rows = [self.rows[j] for j in numbers]
-            refuse_unanswered(self.method, rows)
+            refuse_unfit(self.method, rows)
             for who, (view, most) in self.views.items():
-                images = [load_image(getattr(row, view.image)) for row in rows]
+                images = [view.picture(row, self.seed) for row in rows]
                 texts = [view.text(row) for row in rows]
                 prompt = encode(self.processor, images, texts, max_tokens=most)
                 prompts[who] = prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)}
@@ -370,7 +624,14 @@ class EncodedMicros(torch.utils.data.Dataset):
         return rows, prompts
 
 
-def refuse_unanswered(method: str, rows: list[Triplet]) -> None:
+def refuse_unfit(method: str, rows: list[Triplet]) -> None:
+    """ValueError where the method needs what rows do not have."""
+    boxless = [row.id for row in rows if row.bbox is None]
+    if boxless and METHODS[method].needs_boxes:
+        raise ValueError(
+            f"--method {method} needs the boxes of the data, and samples {boxless} have none. "
+            "Give bbox in extra_info, or train with a method that needs none."
+        )
     without = [row.id for row in rows if row.answer is None]
     if without and METHODS[method].needs_answers:
         raise ValueError(
@@ -379,12 +640,14 @@ def refuse_unanswered(method: str, rows: list[Triplet]) -> None:
         )
 
 
-def views(settings) -> dict[str, tuple[View, int]]:
-    """What student and, if there is one, teacher are shown, in how many tokens at most."""
+def shown_views(settings) -> dict[str, tuple[View, int]]:
+    """What student, teacher and extra view show, if there are these, in how many tokens at most."""
     method = METHODS[settings.method]
     shown = {"student": (method.student_view, settings.max_prompt)}
     if method.teacher_view:
         shown["teacher"] = (method.teacher_view, settings.max_crop_prompt)
+    if method.extra_view:
+        shown["extra"] = (method.extra_view, settings.max_crop_prompt)
     return shown
 
 
@@ -448,7 +711,7 @@ def token_log_probs(sides: list[tuple], ids: Tensor, chunk: int = 1024) -> Tenso
 def sampled_token_loss(micro: Micro, hidden: Tensor, head: Tensor, chunk: int) -> Tensor:
     """`sampled_token` of a micro-batch: hidden (n, D), head (V, D) -> (n,)."""
     log_s = token_log_probs([(hidden, head, 1.0)], micro.sampled, chunk)
-    log_t = token_log_probs(micro.targets, micro.sampled, chunk)
+    log_t = token_log_probs(micro.sides["teacher"], micro.sampled, chunk)
     return sampled_token(log_s, log_t, micro.rollout.log_probs[micro.rollout.mask])
 
 

@@ -187,10 +187,12 @@ class Memory:
         return held
 
     def targets(self) -> float:
-        """The teacher's hidden states and head; a trust-region teacher has two of each."""
+        """Hidden states and heads: of the teacher, a trust-region one has two of each, and as many
+        of an extra view."""
         if not self.distils:
             return 0
         sides = 2 if self.settings.teacher == "trust-region" else 1
+        sides *= 2 if METHODS[self.settings.method].extra_view else 1
         tokens = self.prompts * self.settings.group * self.longest
         return sides * (tokens + self.model.vocab) * self.model.hidden * self.number
 
@@ -258,10 +260,11 @@ def seconds(settings, model: Outline, ranks: int, full: int, seen: int) -> dict[
     forward = 2 * model.active * mine / 400e12  # of a token of every prompt
     responses = settings.group * longest / 4
     method = METHODS[settings.method]
+    views_read = method.distils + (method.extra_view is not None)
     sampling = forward * asked + math.ceil(mine / decoded) * longest * token
     return {
         "sampling": sampling if method.writer else 0,
-        "teacher": forward * (seen + responses) if method.distils else 0,
+        "teacher": views_read * forward * (seen + responses),
         "student": 4 * forward * (full + responses),  # forward twice, backward
     }
 
@@ -308,12 +311,13 @@ def describe_run(settings, rows: list[Triplet], views: list[tuple[View, int]]) -
         f"{steps} steps of {settings.prompts} prompts x {settings.group} responses on {ranks} "
         "rank(s)",
     ]
-    for name, each in zip(("student", "teacher"), lengths, strict=False):
+    for name, each in zip(("student", "teacher", "extra view"), lengths, strict=False):
         words = f"{each.mean:,} tokens on average, {each.longest:,} the longest"
         if each.shrunk:
             words += f"; {each.shrunk} images will be scaled down"
         told.append(f"{name}'s prompts: {words}")
-    full, seen = lengths if len(lengths) > 1 else (lengths[0], Lengths())
+    full, *others = lengths  # the teacher's view and the extra one take their turns
+    seen = max(others, key=lambda each: each.longest, default=Lengths())
     parts = Memory(settings, model, ranks, full.longest, seen.longest).phases()
     stays = parts.pop("stays")
     told.append(

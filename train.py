@@ -48,7 +48,7 @@ from launch.flags import (
 )
 from launch.run_folder import RunLog, claim, rows_digest, show
 from loss import DIVERGENCES
-from methods import METHODS, EncodedMicros, Micro, micros_on_device, refuse_unanswered, views
+from methods import METHODS, EncodedMicros, Micro, micros_on_device, refuse_unfit, shown_views
 from model import load, missing_kernels, response_hidden
 from sharding import (
     Shards,
@@ -121,11 +121,20 @@ class Settings:
         "sampled-token: policy gradient with the advantage log p_teacher - log p_student",
         ["topk", "sampled-token"],
     )
-    divergence: str = setting("jsd", "D(teacher || student)", list(DIVERGENCES))
+    divergence: str = setting(
+        None, "D(teacher || student) (default: jsd; of vcsd: soft_forward_kl)", list(DIVERGENCES)
+    )
     beta: float = setting(0.5, "JSD's weight of the teacher in the mixture, in (0, 1)", inner_share)
     top_k: int = setting(
         100, "student tokens compared one by one; the rest share a tail", positive_int
     )
+    tilt_floor: float = setting(
+        None,
+        "opd-aha, vcsd: no tilt where the teacher's probability is under this share of its largest "
+        "(default: theirs, 0 and 0.1; replications found collapse without one)",
+        share,
+    )
+    tau: float = setting(0.8, "vad: most weight of the positive part (9B: 0.7)", share)
     ema_rate: float = setting(
         0.05, "teacher <- (1 - rate) teacher + rate student, after each step", share
     )
@@ -227,7 +236,7 @@ class Run:
         """Tokens a row of the cache in which compiled decoding works; 0: not compiled."""
         if not self.settings.compile:
             return 0
-        _, longest = views(self.settings)[self.method.writer or "student"]
+        _, longest = shown_views(self.settings)[self.method.writer or "student"]
         return longest + self.settings.max_new_tokens
 
     def further_micros(self, step: int, i: int) -> list[Micro]:
@@ -262,18 +271,20 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
     clock.append(time.perf_counter())
 
     # 3. Learn: the student is pulled toward what the teacher would have said.
-    totals = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, agreement
+    # The loss; how many tokens count; on how many of them teacher and student agree.
+    totals = torch.zeros(3, dtype=torch.float64, device=run.device)
     shown, agree = [], None
     for micro in micros:
         weights = method.token_weights(micro, count)  # (N, T): 1 / the tokens of all ranks
         loss, per_token, agree = shards.student_pass(partial(student_loss, run, micro, weights))
         loss.backward()  # sums gradients over the ranks
         totals[0] += loss.detach()
+        totals[1] += (weights[micro.rollout.mask] != 0).sum()
         if agree is not None:
-            totals[1] += agree.double().sum() / count["tokens"]
+            totals[2] += agree.sum()
         if not shown and (step % settings.show_every == 0 or step + 1 == settings.steps):
             shown = show(run, step + 1, micro, per_token, scored=agree is not None)
-    loss, agreement = over_ranks(totals.tolist(), run.device)
+    loss, counted, agreed = over_ranks(totals.tolist(), run.device)
     norm = shards.gradient_norm()
     stop_if_not_finite(step, loss, norm, micros)
     lr = settings.lr * learning_rate(step, settings)
@@ -282,7 +293,8 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
     clock.append(time.perf_counter())
 
     entry = {"step": step + 1, "steps": settings.steps, "loss": loss, "grad_norm": norm, "lr": lr}
-    entry |= lengths(count) | method.figures(count, None if agree is None else agreement)
+    agreement = None if agree is None else agreed / max(1, counted)
+    entry |= lengths(count) | method.figures(count, agreement)
     for i, name in enumerate(("gen_s", "teach_s", "learn_s")):
         entry[name] = clock[i + 1] - clock[i]
     entry["mem_gb"] = over_ranks([peak_memory(run.device)], run.device, dist.ReduceOp.MAX)[0]
@@ -302,13 +314,17 @@ def student_loss(run: Run, micro: Micro, weights: Tensor, student) -> tuple:
 def teach(run: Run, micros: list[Micro]) -> None:
     """Sets what the student is pulled toward, where that is a teacher. It leaves hidden states, not
     logits; a trust-region one mixes the logits of initial weights and student (Table 3)."""
-    for who, share_of_logits in run.method.teacher_sides().items():
+    heads = {}
+    sides = [("teacher", *side) for side in run.method.teacher_sides().items()]
+    sides += [("extra", *side) for side in run.method.extra_sides().items()]
+    for view, who, share_of_logits in sides:
         model = run.shards.publish(who)
-        head = model.lm_head.weight.clone()  # the model is freed before the student's pass
+        if who not in heads:  # the model is freed before the student's pass
+            heads[who] = model.lm_head.weight.clone()
         for micro in micros:
-            hidden = response_hidden(model, micro.prompts["teacher"], micro.rollout)  # (N, T, D)
-            target = (hidden[micro.rollout.mask], head, share_of_logits)
-            micro.targets = [*(micro.targets or []), target]
+            hidden = response_hidden(model, micro.prompts[view], micro.rollout)  # (N, T, D)
+            micro.sides[view].append((hidden[micro.rollout.mask], heads[who], share_of_logits))
+    run.method.survey(run, micros)
 
 
 def teacher_rate(settings: Settings) -> float:
@@ -418,8 +434,8 @@ def check_rows(run: Run, begin: int) -> None:
     seconds) that this rank trains on, images by their headers. Raises ValueError."""
     for j in islice(chain.from_iterable(micros_from(run, begin)), 20_000):
         row = run.rows[j]
-        refuse_unanswered(run.settings.method, [row])
-        for view, _ in views(run.settings).values():
+        refuse_unfit(run.settings.method, [row])
+        for view, _ in shown_views(run.settings).values():
             image_size(getattr(row, view.image))
 
 
@@ -569,7 +585,9 @@ def parse(argv: list[str] | None = None) -> Settings:
     settings.out = os.path.normpath(settings.out)
     settings.model = os.path.normpath(settings.model or model)
     settings.data = os.path.normpath(settings.data or data)
-    settings.teacher = settings.teacher or METHODS[settings.method].default_teacher
+    method = METHODS[settings.method]
+    settings.teacher = settings.teacher or method.default_teacher
+    settings.divergence = settings.divergence or method.default_divergence
     refuse_idle(parser, argv, flags_with_effect(settings), f"with {described(settings)}")
     reason = why_not(settings)
     if reason:
@@ -581,16 +599,19 @@ def flags_with_effect(settings: Settings) -> dict[str, bool]:
     """The flags that only some methods, teachers and objectives read."""
     method = METHODS[settings.method]
     topk = method.distils and settings.objective == "topk"
+    whole = method.extra_view is not None or method.teachers_top  # needs the top-K loss
     return {
         "--retrain-base": settings.toy and settings.model == f"{settings.out}/base",
         "--teacher": method.default_teacher is not None,
         "--max-crop-prompt": method.teacher_view is not None,
         "--trust": settings.teacher == "trust-region",
-        "--objective": method.distils,
+        "--objective": method.distils and not whole,
         "--ema-rate": settings.teacher == "ema",
         "--divergence": topk,
+        "--tilt-floor": settings.method in ("opd-aha", "vcsd"),
+        "--tau": settings.method == "vad",
         "--top-k": topk,
-        "--beta": topk and settings.divergence not in ("forward_kl", "reverse_kl"),
+        "--beta": topk and not settings.divergence.endswith("_kl"),
         "--resample": settings.method == "dapo",
     }
 
@@ -638,7 +659,7 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             from plan import describe_run
 
-            print(describe_run(settings, read_rows(settings), list(views(settings).values())))
+            print(describe_run(settings, read_rows(settings), list(shown_views(settings).values())))
         return
     rank, world, device = join_ranks(settings.device)
     probe = None

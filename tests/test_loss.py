@@ -44,6 +44,9 @@ def formula(
         return kl(t, s)
     if kind == "reverse_kl":
         return kl(s, t)
+    if kind == "soft_forward_kl":
+        s, t = (p.sqrt() / p.sqrt().sum(-1, keepdim=True) for p in (s, t))
+        return 4 * kl(t, s)
     m = beta * t + (1 - beta) * s
     return beta * kl(t, m) + (1 - beta) * kl(s, m)
 

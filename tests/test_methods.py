@@ -252,7 +252,7 @@ class Squared(methods.VisionOPD):
     def loss(self, micro, hidden, head, weights):
         ids = micro.rollout.ids[micro.rollout.mask]
         log_s = methods.token_log_probs([(hidden, head, 1.0)], ids)
-        log_t = methods.token_log_probs(micro.targets, ids)
+        log_t = methods.token_log_probs(micro.sides["teacher"], ids)
         return methods.weighted((log_s - log_t).square(), weights)
 
 

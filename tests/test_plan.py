@@ -226,7 +226,7 @@ def test_other_families_are_planned_and_trained(family, build, text, vision, wor
     settings = train.parse([*flags, "--plan"])
     rows = train.read_rows(settings)
     assert "memory of a rank" in plan.describe_run(
-        settings, rows, list(methods.views(settings).values())
+        settings, rows, list(methods.shown_views(settings).values())
     )
     train.train(train.parse(flags), *join_ranks("cpu"))
     assert log(tmp_path / "run")[1]["loss"] > 0

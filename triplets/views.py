@@ -1,0 +1,108 @@
+"""Further views of a row's picture, which some methods show to student or teacher (methods.py).
+
+Each is a function (picture, row, draw) -> picture, the same for the same seed and row: `draw` is a
+random.Random of these. docs/views.png shows all of them.
+"""
+
+import random
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from storage.images import image_size
+from triplets.format import Triplet
+
+OVERLAP = 0.1  # of an unrelated crop with the box, intersection over union at most
+TRIES = 100  # places of an unrelated crop
+MASKED = 0.5  # of a masked crop's sides
+COARSE = 0.1  # of a coarse picture's sides, before it is enlarged again
+SCALES = (0.3, 0.6)  # of a scaled student's picture
+NOISE = 0.11  # its standard deviation, pixels being 0 to 1; in half of the pictures
+
+
+def mean_colour(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+    """All of it in its own mean colour (OPD-Aha)."""
+    return Image.new("RGB", picture.size, mean_of(picture))
+
+
+def black(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+    """VCSD."""
+    return Image.new("RGB", picture.size)
+
+
+def coarse(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+    """A tenth of its size, bilinear, and back, nearest (VAD, VA-OPD)."""
+    small = [max(1, round(COARSE * side)) for side in picture.size]
+    reduced = picture.resize(small, Image.Resampling.BILINEAR)
+    return reduced.resize(picture.size, Image.Resampling.NEAREST)
+
+
+def masked_box(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+    """The inside of the box in the mean colour of what is around it, the frame kept (EAD)."""
+    left, top, right, bottom = row.bbox
+    edge = max(1, round(0.02 * min(right - left, bottom - top)))  # ours: a frame's width
+    width, height = right - left, bottom - top
+    around = (left - width // 2, top - height // 2, right + width // 2, bottom + height // 2)
+    pixels = np.asarray(picture, dtype=float)
+    outside = np.zeros(pixels.shape[:2], bool)
+    outside[max(0, around[1]) : around[3], max(0, around[0]) : around[2]] = True
+    outside[top:bottom, left:right] = False
+    colour = pixels[outside].mean(0) if outside.any() else pixels.mean((0, 1))
+    masked = picture.copy()
+    inside = (left + edge, top + edge, right - edge - 1, bottom - edge - 1)
+    if inside[0] <= inside[2] and inside[1] <= inside[3]:
+        ImageDraw.Draw(masked).rectangle(inside, fill=tuple(colour.round().astype(int).tolist()))
+    return masked
+
+
+def masked_crop(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+    """The crop with its middle, half as wide and high, in its mean colour (OPD-V; the geometry is
+    ours, no source gives it)."""
+    size = [max(1, round(MASKED * side)) for side in picture.size]
+    corner = [(side - part) // 2 for side, part in zip(picture.size, size, strict=True)]
+    masked = picture.copy()
+    masked.paste(Image.new("RGB", size, mean_of(picture)), corner)
+    return masked
+
+
+def unrelated_crop(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+    """Another part of the full picture, as large as the box and enlarged like the crop, that shares
+    at most a tenth with the box (V-Zero, CV-OPD); where there is none, the least of what was
+    tried."""
+    left, top, right, bottom = row.bbox
+    width, height = right - left, bottom - top
+
+    def overlap(place: tuple[int, int]) -> float:
+        across = max(0, width - abs(place[0] - left))
+        down = max(0, height - abs(place[1] - top))
+        shared = across * down
+        return shared / (2 * width * height - shared)
+
+    places = []
+    for _ in range(TRIES):
+        x = draw.randint(0, max(0, picture.width - width))
+        y = draw.randint(0, max(0, picture.height - height))
+        places.append((x, y))
+        if overlap((x, y)) <= OVERLAP:
+            break
+    x, y = min(places, key=overlap)
+    size = row.crop.size if isinstance(row.crop, Image.Image) else image_size(row.crop)
+    return picture.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.LANCZOS)
+
+
+def scaled_and_noisy(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+    """Scaled by 0.3 to 0.6 and, half of the time, with Gaussian noise (S2VOPD)."""
+    scale = draw.uniform(*SCALES)
+    small = picture.resize([max(1, round(scale * side)) for side in picture.size])
+    if draw.random() < 0.5:
+        return small
+    noise = np.random.default_rng(draw.getrandbits(64)).normal(
+        0, 255 * NOISE, (*small.size[::-1], 3)
+    )
+    noisy = (np.asarray(small) + noise).round().clip(0, 255)
+    return Image.fromarray(noisy.astype(np.uint8))
+
+
+def mean_of(picture: Image.Image) -> tuple[int, int, int]:
+    colour = np.asarray(picture, dtype=float).mean((0, 1))
+    return tuple(colour.round().astype(int).tolist())
