@@ -283,7 +283,7 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
         if agree is not None:
             totals[2] += agree.sum()
         if not shown and (step % settings.show_every == 0 or step + 1 == settings.steps):
-            shown = show(run, step + 1, micro, per_token, scored=agree is not None)
+            shown = show(run, step + 1, micro, per_token, weights if agree is not None else None)
     loss, counted, agreed = over_ranks(totals.tolist(), run.device)
     norm = shards.gradient_norm()
     stop_if_not_finite(step, loss, norm, micros)

@@ -12,6 +12,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from launch.brakes import runaways
 from storage.files import read_json, read_jsonl, write, write_jsonl
 from triplets.format import LazyTriplets, Triplet
 
@@ -70,11 +71,14 @@ class RunLog:
         self.bar = tqdm(desc=out.name, initial=begin, total=steps, unit="step")
         self.log, self.rollouts = out / "log.jsonl", out / "rollouts.jsonl"
         self.idle_steps = 0  # in which there was nothing to learn from
+        self.entries, self.warned = [], set()
         for path in (self.log, self.rollouts):
             notes = []
             rows = [row for row in read_jsonl(path, notes) if row["step"] <= begin]
             write_jsonl(path, rows)
             self.idle_steps += sum(row.get("tokens") == 0 for row in rows)
+            if path == self.log:
+                self.entries = rows
             if begin and notes:
                 print(*notes, sep="\n", flush=True)
         try:
@@ -93,6 +97,11 @@ class RunLog:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         if entry["step"] % self.every == 0 or entry["step"] == entry["steps"]:
             tqdm.write(log_line(entry), file=sys.stdout)
+        self.entries.append(entry)
+        for key, warning in runaways(self.entries):
+            if key not in self.warned:
+                self.warned.add(key)
+                tqdm.write(warning, file=sys.stdout)
         if "probe_full" in entry:
             full, crop = entry["probe_full"], entry["probe_crop"]
             self.bar.set_postfix_str(f"reads {full:.0%} in full view, {crop:.0%} of crops")
@@ -104,11 +113,16 @@ class RunLog:
                 self.board.add_scalar(key, value, entry["step"])
 
 
-def show(run, step: int, micro, per_token: torch.Tensor, scored: bool) -> list[dict]:
-    """The first response to each of up to 4 prompts of a micro-batch for the report; where that is
-    the loss (`scored`), each token with the divergence. per_token: (n,)."""
+def show(
+    run, step: int, micro, per_token: torch.Tensor, weights: torch.Tensor | None
+) -> list[dict]:
+    """The first response to each of up to 4 prompts of a micro-batch for the report; where these
+    are divergences (weights is not None), each token with its own and, where they differ, with its
+    weight as a multiple of the mean one. per_token: (n,); weights: (N, T)."""
     shown, mask, folder = [], micro.rollout.mask, run.settings.out
     per_response = per_token.split(mask.sum(1).tolist())
+    scored = weights is not None
+    differ = scored and weights[mask].min() < weights[mask].max()
     for i, row in enumerate(micro.rows[:4]):
         first = i * run.settings.group
         ids = micro.rollout.ids[first][mask[first]].tolist()
@@ -126,6 +140,9 @@ def show(run, step: int, micro, per_token: torch.Tensor, scored: bool) -> list[d
                     "divergence": divergence if scored else [],
                 }
             )
+            if differ:
+                counts = weights[first][mask[first]] / weights[mask].mean()
+                shown[-1]["weights"] = [round(count, 3) for count in counts.tolist()]
     return shown
 
 
