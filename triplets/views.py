@@ -40,7 +40,7 @@ def coarse(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Ima
 def masked_box(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
     """The inside of the box in the mean colour of what is around it, the frame kept (EAD)."""
     left, top, right, bottom = row.bbox
-    edge = max(1, round(0.02 * min(right - left, bottom - top)))  # ours: a frame's width
+    edge = min(max(round(min(picture.size) / 300), 1), 16)  # the frame's width, as in synthesis
     width, height = right - left, bottom - top
     around = (left - width // 2, top - height // 2, right + width // 2, bottom + height // 2)
     pixels = np.asarray(picture, dtype=float)
