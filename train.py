@@ -20,7 +20,6 @@ import math
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,7 +32,6 @@ import transformers
 from torch import Tensor
 
 from benchmarks.page import write_page
-from benchmarks.rows import repeats_itself
 from launch import script
 from launch.flags import (
     inner_share,
@@ -46,6 +44,8 @@ from launch.flags import (
     settings_parser,
     share,
 )
+from launch.refusals import described, flags_with_effect, why_not
+from launch.responses import count_responses, lengths
 from launch.run_folder import RunLog, claim, rows_digest, show
 from loss import DIVERGENCES
 from methods import METHODS, EncodedMicros, Micro, micros_on_device, refuse_unfit, shown_views
@@ -343,49 +343,6 @@ def learning_rate(step: int, settings: Settings) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * done)
 
 
-def count_responses(run: Run, micros: list[Micro]) -> Counter:
-    """What was sampled in a step, summed over all ranks."""
-    count = Counter()
-    for micro in micros:
-        mask, keep = micro.rollout.mask, micro.keep
-        texts = micro.rollout.decode(run.processor.tokenizer)
-        count["responses"] += len(keep)
-        count["sampled"] += mask.sum()  # tokens, EOS included
-        count["ended"] += micro.rollout.ended.sum()  # by themselves
-        count["loops"] += sum(map(repeats_itself, texts))
-        count["kept"] += keep.sum()  # responses that are trained on
-        count["tokens"] += mask[keep].sum()  # and theirs
-        count["right"] += 0 if micro.right is None else micro.right.sum()
-        for prompt in micro.prompts.values():
-            count["shrunk"] += prompt["shrunk"].sum()  # images scaled down
-    values = over_ranks([*count.values()], run.device)
-    count = Counter(dict(zip(count, values, strict=True)))
-    count["length_p95"] = length_p95(run, micros)
-    return count
-
-
-def length_p95(run: Run, micros: list[Micro]) -> int:
-    """Tokens that 95% of all ranks' responses have at most."""
-    lengths = torch.cat([micro.rollout.mask.sum(1) for micro in micros])
-    histogram = torch.bincount(lengths, minlength=run.settings.max_new_tokens + 1)
-    shorter = torch.tensor(over_ranks(histogram.tolist(), run.device)).cumsum(0)
-    return int((shorter < 0.95 * shorter[-1]).sum())
-
-
-def lengths(count: Counter) -> dict[str, float]:
-    """What a step logs of its responses."""
-    ended = count["ended"] / count["responses"]
-    return {
-        "length": count["sampled"] / count["responses"],
-        "length_p95": count["length_p95"],
-        "eos": ended,
-        "truncated": 1 - ended,
-        "loops": count["loops"] / count["responses"],
-        "tokens": int(count["tokens"]),
-        "shrunk": int(count["shrunk"]),
-    }
-
-
 def micros_to_train_on(micros: list[Micro], device) -> list[Micro]:
     """The micro-batches with responses to train on, only these in their masks; and as many more,
     emptied, as the rank with the most has: every rank makes as many passes."""
@@ -593,60 +550,6 @@ def parse(argv: list[str] | None = None) -> Settings:
     if reason:
         parser.error(reason)
     return settings
-
-
-def flags_with_effect(settings: Settings) -> dict[str, bool]:
-    """The flags that only some methods, teachers and objectives read."""
-    method = METHODS[settings.method]
-    topk = method.distils and settings.objective == "topk"
-    whole = method.extra_view is not None or method.teachers_top  # needs the top-K loss
-    return {
-        "--retrain-base": settings.toy and settings.model == f"{settings.out}/base",
-        "--teacher": method.default_teacher is not None,
-        "--max-crop-prompt": method.teacher_view is not None,
-        "--trust": settings.teacher == "trust-region",
-        "--objective": method.distils and not whole,
-        "--ema-rate": settings.teacher == "ema",
-        "--divergence": topk,
-        "--tilt-floor": settings.method in ("opd-aha", "vcsd"),
-        "--tau": settings.method == "vad",
-        "--top-k": topk,
-        "--beta": topk and not settings.divergence.endswith("_kl"),
-        "--resample": settings.method == "dapo",
-    }
-
-
-def described(settings: Settings) -> str:
-    names = ("method", "teacher", "objective", "divergence")
-    return ", ".join(f"--{name} {getattr(settings, name)}" for name in names)
-
-
-def why_not(settings: Settings) -> str | None:
-    """Why flags that are each in order make no run together; None where they do."""
-    method, ranks = settings.method, settings.plan or int(os.environ.get("WORLD_SIZE", 1))
-    if METHODS[method].writer == "teacher" and settings.teacher == "trust-region":
-        return f"--method {method} samples from one set of weights, trust-region is a mixture"
-    if METHODS[method].writer is None and settings.group > 1:
-        return f"--method {method} samples nothing, a prompt has one label: add --group 1"
-    if method in ("grpo", "dapo") and settings.group < 2:
-        return f"--method {method} compares the responses to a prompt: --group must be at least 2"
-    if settings.toy and settings.plan:
-        return "--plan needs data and a model that are there: leave --toy out"
-    if settings.toy and settings.device == "cuda":
-        return "--toy is made for the CPU: leave --device cuda out"
-    if settings.prompts % ranks:
-        return (
-            f"--prompts {settings.prompts} cannot be shared evenly by {ranks} ranks. Choose a "
-            f"multiple of {ranks}."
-        )
-    if settings.compile and settings.device == "cpu":
-        return "--compile is about CUDA graphs: leave it out with --device cpu"
-    if settings.device == "cuda" and not settings.plan and not torch.cuda.is_available():
-        return (
-            "--device cuda, but torch sees no GPU here. Use --device cpu, or install a CUDA build "
-            "of torch."
-        )
-    return None
 
 
 def main(argv: list[str] | None = None) -> None:
