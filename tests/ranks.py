@@ -12,7 +12,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import conftest  # first: it sets what torch reads
+import conftest  # first: it sets what torch reads, for the ranks too
 import torch
 from safetensors.torch import save_file
 
