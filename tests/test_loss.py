@@ -95,7 +95,7 @@ def by_autograd(on_logits, given, **options):
     return loss, per_token, *grad(loss, leaves)
 
 
-def same(found, wanted, tol=1e-10):
+def same(found, wanted, tol=1e-12):
     torch.testing.assert_close(
         found,
         wanted,
