@@ -141,13 +141,12 @@ def fork(ranks: int, function) -> None:
     started = []
     for rank in range(ranks):
         os.environ["RANK"] = str(rank)
-        started.append(multiprocessing.get_context("fork").Process(target=function))
-        started[-1].start()
+        process = multiprocessing.get_context("fork").Process(target=function)
+        process.start()
+        started.append(process)
     for process in started:
         process.join()
-    codes = [process.exitcode for process in started]
-    if any(codes):
-        raise SystemExit(f"{ranks} ranks ended with {codes}")
+        assert process.exitcode == 0, f"one of {ranks} ranks ended with an error"
 
 
 def main(world: str, folder: str, *names: str) -> None:
