@@ -82,39 +82,10 @@ def tiny_qwen3_vl():
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     donor, processor = tiny()
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": donor.config.text_config.vocab_size,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "eos_token_id": processor.tokenizer.eos_token_id,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [4, 2, 2],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "patch_size": 8,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        tie_word_embeddings=False,
-        image_token_id=donor.config.image_token_id,
-        video_token_id=donor.config.video_token_id,
-        vision_start_token_id=donor.config.vision_start_token_id,
-        vision_end_token_id=donor.config.vision_end_token_id,
-    )
+    ids = {key: getattr(donor.config, key) for key in bench.VISION_IDS}
+    config = Qwen3VLConfig(**bench.SHAPES["qwen3_vl"], **ids)
+    config.text_config.vocab_size = donor.config.text_config.vocab_size
+    config.text_config.eos_token_id = processor.tokenizer.eos_token_id
     torch.manual_seed(1)
     model = Qwen3VLForConditionalGeneration(config)
     return vision_model.prepare(model, processor), processor

@@ -168,13 +168,14 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(run, world, tmp_pat
     with (out / "log.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": 0.1')  # a line torn by the kill
     assert_equal(run("killed", flags), want)
-    told, kept = {}, {}
-    for name in ("killed", "straight"):
-        told[name] = [(entry["step"], entry["loss"]) for entry in log(tmp_path / name)]
-        kept[name] = state(tmp_path / name / "checkpoint-000006")
-    assert [step for step, _ in told["killed"]] == [1, 2, 3, 4, 5, 6]
-    assert told["killed"] == told["straight"]
-    assert_equal(kept["killed"], kept["straight"])
+
+    def told(name):
+        return [(entry["step"], entry["loss"]) for entry in log(tmp_path / name)]
+
+    assert told("killed") == told("straight")
+    assert [step for step, _ in told("killed")] == [1, 2, 3, 4, 5, 6]
+    killed, straight = (state(tmp_path / n / "checkpoint-000006") for n in ("killed", "straight"))
+    assert_equal(killed, straight)
 
 
 def test_a_checkpoint_half_written_is_as_if_it_were_not_there(run, tmp_path, monkeypatch):
