@@ -91,10 +91,13 @@ def tiny_qwen3_vl():
     return vision_model.prepare(model, processor), processor
 
 
-@pytest.fixture(params=["qwen3_5", "qwen3_vl"])
+FAMILIES = {"qwen3_5": tiny, "qwen3_vl": tiny_qwen3_vl}
+
+
+@pytest.fixture(params=FAMILIES)
 def lively(request):
     """(model, processor), of both families."""
-    model, processor = tiny(0) if request.param == "qwen3_5" else tiny_qwen3_vl()
+    model, processor = FAMILIES[request.param]()
     return livelier(model), processor
 
 

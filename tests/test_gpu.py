@@ -15,7 +15,7 @@ import bench
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DEVICE, alone, livelier, noise, tiny_qwen3_vl
+from conftest import DEVICE, FAMILIES, alone, livelier, noise
 from test_model import gradients, plain_hidden
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
@@ -25,13 +25,12 @@ import train
 from loss import divergence, topk_divergence
 from model import encode, response_hidden, to_device
 from rollout import sample
-from toy.tiny import tiny
 
 torch.backends.cudnn.allow_tf32 = False  # in convolutions; in kernels: see conftest.py
 QUESTION = "what is in the red box ?"
-FAMILIES = {"qwen3_5": tiny, "qwen3_vl": tiny_qwen3_vl}
+SUBJECTS = dict(FAMILIES)
 if DEVICE == "cuda":
-    FAMILIES["real heads"] = partial(
+    SUBJECTS["real heads"] = partial(
         bench.build,
         "small",
         512,
@@ -52,10 +51,10 @@ def transformers_own():
         yield
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=SUBJECTS)
 def subject(request):
     """(model, processor, prompts of different lengths), in fp32 on the CPU."""
-    model, processor = FAMILIES[request.param]()
+    model, processor = SUBJECTS[request.param]()
     if request.param != "real heads":
         livelier(model)
     images = [noise(64, 64, 1), noise(32, 48, 2)]

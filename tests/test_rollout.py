@@ -196,22 +196,21 @@ def test_an_answer_is_plain_generates_text_in_whatever_batch(lively):
         [first, noise(96, 32, 3)],
     ]
     texts = [question, "a ?", chat]
-    rows = [([image], [text]) for image, text in zip(images, texts, strict=True)]
 
-    def plain(row):
-        prompt = vision_model.encode(processor, *row)
+    def plain(image, text):
+        prompt = vision_model.encode(processor, [image], [text])
         return greedy(model, prompt, 12)[0].tolist()
 
     # One more end, so that a row ends early.
-    ends = [processor.tokenizer.eos_token_id, plain(rows[0])[8]]
+    ends = [processor.tokenizer.eos_token_id, plain(first, question)[8]]
     model.generation_config.eos_token_id = ends
     together = rollout.answers(model, processor, images, texts, 12)
-    for row, reply in zip(rows, together, strict=True):
-        ids = plain(row)
-        text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+    for image, text, reply in zip(images, texts, together, strict=True):
+        ids = plain(image, text)
+        output = processor.tokenizer.decode(ids, skip_special_tokens=True)
         truncated = ids[-1] not in ends
-        assert reply == rollout.Reply(text, len(ids), truncated)
-        assert rollout.answers(model, processor, *row, 12) == [reply]
+        assert reply == rollout.Reply(output, len(ids), truncated)
+        assert rollout.answers(model, processor, [image], [text], 12) == [reply]
     assert {reply.truncated for reply in together} == {True, False}
     assert len({reply.output for reply in together}) > 1
 

@@ -58,7 +58,9 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     student, processor = load(str(world / "base"))
     teacher, _ = load(str(world / "base"))
     rows = read_triplets(world / "data")
-    losses, agreed, ended, shown = [], 0, 0, {}
+    losses = []
+    agreed = ended = 0
+    shown = {}
     for number in batch_rows(len(rows), 4, 0, 0):
         row = rows[number]
         full = ask(processor, row.image, row.question)
@@ -94,8 +96,8 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     assert entry["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     kept = state(tmp_path / "fast" / "checkpoint-000001")
     for name, weight in student.named_parameters():
-        gradient = kept[f"exp_avg.{name}"]
-        torch.testing.assert_close(gradient, 0.1 * weight.grad, rtol=1e-3, atol=1e-7)
+        moment = kept[f"exp_avg.{name}"]
+        torch.testing.assert_close(moment, 0.1 * weight.grad, rtol=1e-3, atol=1e-7)
     torch.optim.AdamW(student.parameters(), 1e-3 / 2, eps=1e-4, weight_decay=0.1).step()
     start, want = dict(teacher.named_parameters()), dict(student.named_parameters())
     assert_same_update(got, want, start)
@@ -383,7 +385,8 @@ def test_help_tells_the_defaults(toy, lr, capsys):
         # no run together, or not here: two ranks, no GPU
         "--prompts=3",
         "--device=cuda",
-        "--device=cuda --toy",
+        "--toy --device=cuda",
+        "--compile --device=cpu",
         "--plan --toy",
         "--group=1 --method=grpo",
         "--teacher=trust-region --method=sft",
