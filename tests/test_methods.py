@@ -49,7 +49,10 @@ def test_token_log_probs_are_those_of_full_logits_and_so_are_their_gradients(n, 
     """Of a mixture of two, as a trust-region teacher is."""
     hidden = drawn(2, n, 6).requires_grad_()
     heads = drawn(2, 11, 6).requires_grad_()
-    sides = [(hidden[0], heads[0], 0.95), (hidden[1], heads[1], 0.05)]
+    sides = [
+        (hidden[0], heads[0], 0.95),
+        (hidden[1], heads[1], 0.05),
+    ]
     chunked = methods.token_log_probs(sides, IDS[:n], chunk)
     logits = hidden @ heads.mT  # (2, n, V)
     plain = picked(0.95 * logits[0] + 0.05 * logits[1], IDS[:n])
@@ -129,7 +132,14 @@ def test_the_overlong_penalty_falls_from_0_to_minus_1_over_the_buffer():
 PROCESSOR = tiny()[1]
 GOOD = "a green cross with 7 ."
 BAD = "a blue one ."
-ROW = Triplet("x", "what ?", "x", "x", answer=GOOD, extra={"toy": "small"})
+ROW = Triplet(
+    "x",
+    "what ?",
+    "x",
+    "x",
+    answer=GOOD,
+    extra={"toy": "small"},
+)
 
 
 def micro_of(texts: list[str], row: Triplet = ROW) -> methods.Micro:
