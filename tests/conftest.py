@@ -3,6 +3,7 @@ cuda), on one thread per process."""
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -10,10 +11,13 @@ DEVICE = "cuda" if "--device cuda" in " ".join(sys.argv).replace("=", " ") else 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", USE_HUB_KERNELS="NO")
 if DEVICE == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Before torch, which reads it once: also for what is forked or started from here.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRITON_F32_DEFAULT"] = "ieee"  # kernels would compute fp32 in TF32
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import bench  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -22,12 +26,12 @@ from safetensors.torch import load_file  # noqa: E402
 
 import model as vision_model  # noqa: E402
 import train  # noqa: E402
+from rollout import sample  # noqa: E402
 from sharding import join_ranks  # noqa: E402
 from storage.checkpoint import save  # noqa: E402
+from storage.images import load_image  # noqa: E402
 from toy.scenes import draw  # noqa: E402
 from toy.tiny import tiny  # noqa: E402
-
-torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
@@ -78,54 +82,22 @@ def tiny_qwen3_vl():
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     donor, processor = tiny()
-    ids = {
-        key: getattr(donor.config, key)
-        for key in (
-            "image_token_id",
-            "video_token_id",
-            "vision_start_token_id",
-            "vision_end_token_id",
-        )
-    }
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": donor.config.text_config.vocab_size,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "eos_token_id": processor.tokenizer.eos_token_id,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [4, 2, 2],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "patch_size": 8,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        tie_word_embeddings=False,
-        **ids,
-    )
+    ids = {key: getattr(donor.config, key) for key in bench.VISION_IDS}
+    config = Qwen3VLConfig(**bench.SHAPES["qwen3_vl"], **ids)
+    config.text_config.vocab_size = donor.config.text_config.vocab_size
+    config.text_config.eos_token_id = processor.tokenizer.eos_token_id
     torch.manual_seed(1)
     model = Qwen3VLForConditionalGeneration(config)
     return vision_model.prepare(model, processor), processor
 
 
-@pytest.fixture(params=["qwen3_5", "qwen3_vl"])
+FAMILIES = {"qwen3_5": tiny, "qwen3_vl": tiny_qwen3_vl}
+
+
+@pytest.fixture(params=FAMILIES)
 def lively(request):
     """(model, processor), of both families."""
-    model, processor = tiny(0) if request.param == "qwen3_5" else tiny_qwen3_vl()
+    model, processor = FAMILIES[request.param]()
     return livelier(model), processor
 
 
@@ -165,22 +137,22 @@ def alone(prompt, row: int) -> dict:
     }
 
 
+def ask(processor, image: Path, text: str) -> dict:
+    """The prompt of one image and question, as in training."""
+    return vision_model.encode(processor, [load_image(image)], ["\n" + text])
+
+
+def respond(model, processor, prompt, group: int, key: str) -> list[torch.Tensor]:
+    """The ids (T,) of each response to a prompt, sampled with the key's seed."""
+    seed = random.Random(key).getrandbits(63)
+    rollout = sample(model, processor, prompt, group, max_new_tokens=6, seeds=[seed])
+    return [ids[mask] for ids, mask in zip(rollout.ids, rollout.mask, strict=True)]
+
+
 def plain_logits(model, prompt, ids):
     """(T, V) logits that predict the tokens `ids` (T,) after a prompt of one row: a plain forward
     of the whole sequence."""
-    length, extra = prompt["input_ids"].shape[1], ids[None]
-    model.model.rope_deltas = None
-    out = model(
-        **{key: value for key, value in prompt.items() if key != "shrunk"}
-        | {
-            "input_ids": torch.cat([prompt["input_ids"], extra], 1),
-            "attention_mask": None,
-            "mm_token_type_ids": torch.cat(
-                [prompt["mm_token_type_ids"], torch.zeros_like(extra)], 1
-            ),
-        }
-    ).logits
-    return out[0, length - 1 : -1]
+    return model.lm_head(bench.plain_hidden(model, prompt, ids[None])[0])
 
 
 # Small eps: AdamW would make a full step of a gradient that is only noise.

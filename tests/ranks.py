@@ -9,17 +9,17 @@ import os
 import socket
 import sys
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
-import conftest  # first: it sets what torch reads
+import conftest  # first: it sets what torch reads, for the ranks too
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 import methods
 import model as vision_model
 import train
-from launch.run_folder import RunLog
 from sharding import Shards, join_ranks, resume, save_checkpoint
 from storage.checkpoint import save
 from toy.tiny import tiny
@@ -32,6 +32,8 @@ RUNS = {
     "current": "--steps 2 --teacher current",
     "opsd": "--method opsd",
     "sft": "--method sft --micro-prompts 1",
+    "va-opd": "--method va-opd",
+    "cv-opd": "--method cv-opd --micro-prompts 1",
     "grpo": "--method grpo",
     "dapo": "--method dapo --resample 2 --micro-prompts 2",
     "untied": "",
@@ -54,21 +56,19 @@ def make_models(world: Path) -> None:
         save(conftest.livelier(model, 3.0), processor, world / name)
 
 
+def save_weights(out: Path, step: int, processor, shards: Shards) -> None:
+    """In place of a checkpoint, which takes longer than a run's steps: OUT/model.safetensors."""
+    named = shards.publish("student").named_parameters()
+    if dist.get_rank() == 0:
+        save_file({name: weight.detach() for name, weight in named}, out / "model.safetensors")
+
+
 def run(world: Path, out: Path, flags: str) -> None:
-    """A run's steps, without the time that checkpoints take: OUT/log.jsonl, model.safetensors."""
     own = world / out.name  # a model
     model = ["--model", str(own)] if own.exists() else []
     settings = train.parse(conftest.small_run(world, out, SHORT, *model, flags))
-    rank, ranks, device = join_ranks("cpu")
-    run, _ = train.prepare(settings, rank, ranks, device)
-    for step in range(settings.steps):
-        batch = list(islice(train.load_ahead(run, step), run.micros_a_step))
-        entry, _ = train.learn(run, step, batch)
-        if rank == 0:
-            RunLog(out, step, settings.steps).write({**entry, "other_s": 0.0}, [])
-    named = run.shards.publish("student").named_parameters()
-    if rank == 0:
-        save_file({name: weight.detach() for name, weight in named}, out / "model.safetensors")
+    with patch.object(train, "save_checkpoint", save_weights):
+        train.train(settings, *join_ranks("cpu"))
 
 
 def whole(shards: Shards, path: Path) -> None:
@@ -141,13 +141,12 @@ def fork(ranks: int, function) -> None:
     started = []
     for rank in range(ranks):
         os.environ["RANK"] = str(rank)
-        started.append(multiprocessing.get_context("fork").Process(target=function))
-        started[-1].start()
+        process = multiprocessing.get_context("fork").Process(target=function)
+        process.start()
+        started.append(process)
     for process in started:
         process.join()
-    codes = [process.exitcode for process in started]
-    if any(codes):
-        raise SystemExit(f"{ranks} ranks ended with {codes}")
+        assert process.exitcode == 0, f"one of {ranks} ranks ended with an error"
 
 
 def main(world: str, folder: str, *names: str) -> None:

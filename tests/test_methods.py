@@ -3,7 +3,6 @@ few plain lines."""
 
 import copy
 import math
-import random
 import shutil
 import statistics
 from dataclasses import dataclass
@@ -12,18 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, plain_logits, small_run
+from conftest import SMALL, ask, plain_logits, respond, small_run
 from torch import Tensor
 
 import loss
 import methods
-import toy.tiny as tiny_model
 import train
-from model import VISION_TOKENS, encode, load
-from rollout import Rollout, sample
+from model import VISION_TOKENS
+from rollout import Rollout
 from sharding import join_ranks, save_checkpoint
-from storage.images import load_image
-from triplets.format import Triplet, read_triplets, write_triplets
+from toy.tiny import tiny
+from triplets.format import Triplet
 from triplets.order import batch_rows
 
 core = pytest.mark.core
@@ -33,11 +31,10 @@ core = pytest.mark.core
 
 
 def drawn(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
-HIDDEN = drawn(3, 7, 6)  # hidden states (n, D) of a student and two teachers
-HEADS = drawn(3, 11, 6)  # and their heads (V, D)
 IDS = torch.tensor([0, 3, 10, 3, 5, 1, 9])
 
 
@@ -47,32 +44,23 @@ def picked(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 @core
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_token_log_probs_are_those_of_full_logits_and_so_is_their_gradient(chunk):
-    hidden = HIDDEN[0].clone().requires_grad_()
-    head = HEADS[0].clone().requires_grad_()
-    chunked = methods.token_log_probs([(hidden, head, 1.0)], IDS, chunk)
-    plain = picked(hidden @ head.T, IDS)
+@pytest.mark.parametrize("n, chunk", [(7, 1), (7, 3), (7, 100), (0, 100)])
+def test_token_log_probs_are_those_of_full_logits_and_so_are_their_gradients(n, chunk):
+    """Of a mixture of two, as a trust-region teacher is."""
+    hidden = drawn(2, n, 6).requires_grad_()
+    heads = drawn(2, 11, 6).requires_grad_()
+    sides = [
+        (hidden[0], heads[0], 0.95),
+        (hidden[1], heads[1], 0.05),
+    ]
+    chunked = methods.token_log_probs(sides, IDS[:n], chunk)
+    logits = hidden @ heads.mT  # (2, n, V)
+    plain = picked(0.95 * logits[0] + 0.05 * logits[1], IDS[:n])
     torch.testing.assert_close(chunked, plain, rtol=1e-12, atol=1e-12)
-    weights = torch.linspace(-1, 2, len(IDS), dtype=torch.float64)
-    gradients = [torch.autograd.grad(weights @ of, [hidden, head]) for of in (chunked, plain)]
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-
-
-@core
-def test_token_log_probs_of_a_mixture_are_those_of_mixed_logits():
-    logits = HIDDEN @ HEADS.mT  # (3, n, V)
-    sides = [(HIDDEN[1], HEADS[1], 0.95), (HIDDEN[2], HEADS[2], 0.05)]
-    mixed = picked(0.95 * logits[1] + 0.05 * logits[2], IDS)
-    torch.testing.assert_close(methods.token_log_probs(sides, IDS, 2), mixed)
-
-
-@core
-def test_token_log_probs_of_no_tokens_are_none_and_have_a_gradient():
-    nobody = HIDDEN[0, :0].requires_grad_()
-    nothing = methods.token_log_probs([(nobody, HEADS[0], 1.0)], IDS[:0])
-    assert nothing.shape == (0,)
-    nothing.sum().backward()
+    weights = drawn(n)
+    got = torch.autograd.grad(chunked @ weights, [hidden, heads])
+    want = torch.autograd.grad(plain @ weights, [hidden, heads])
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @core
@@ -82,103 +70,108 @@ def test_sampled_token_is_the_reverse_kl_in_expectation_and_so_is_its_gradient()
     log_s, log_t = logits.log_softmax(-1)
     now = log_s.detach()
     kl = (log_s.exp() * (log_s - log_t.detach())).sum()
-    estimate = (now.exp() * methods.sampled_token(log_s, log_t, now)).sum()
+    losses = methods.sampled_token(log_s, log_t, now)
+    estimate = (now.exp() * losses).sum()
     torch.testing.assert_close(estimate, kl)
-    gradients = [torch.autograd.grad(of, logits, retain_graph=True) for of in (estimate, kl)]
-    torch.testing.assert_close(*gradients)
+    got = torch.autograd.grad(estimate, logits, retain_graph=True)
+    want = torch.autograd.grad(kl, logits)
+    torch.testing.assert_close(got, want)
 
 
-def value_and_slope(formula, ratio: float, *more) -> tuple[float, float]:
+def value_and_slope(formula, ratio: float, **more) -> tuple[float, float]:
     """Of a token whose probability is `ratio` times that at sampling."""
     log_s = torch.tensor([-1.0], requires_grad=True)
-    value = formula(log_s, log_s.detach() - math.log(ratio), *more)
+    rollout = log_s.detach() - math.log(ratio)
+    value = formula(log_s, rollout=rollout, **more)
     value.backward()
     return value.item(), log_s.grad.item()
 
 
 @core
-@pytest.mark.parametrize("ratio, used", [(0.5, 0.5), (1, 1), (1.9, 1.9), (2.1, 2), (50, 2)])
+@pytest.mark.parametrize("ratio, used", [(0.5, 0.5), (1.9, 1.9), (2.1, 2)])
 def test_the_importance_ratio_is_cut_off_at_two(ratio, used):
-    def loss_of(log_s, rollout):
-        return methods.sampled_token(log_s, torch.tensor([-3.0]), rollout)
-
-    advantage = -3 - -1
-    _, slope = value_and_slope(loss_of, ratio)
-    assert slope == pytest.approx(-used * advantage)
+    log_t = torch.tensor([-3.0])
+    _, slope = value_and_slope(methods.sampled_token, ratio, log_t=log_t)
+    assert slope == pytest.approx(2 * used)
 
 
 @core
 @pytest.mark.parametrize(
     "ratio, advantage, value, slope",
     [
-        (1.0, 2.0, -2.0, -2.0),
         (1.2, 2.0, -2.4, -2.4),
         (1.5, 2.0, -2.56, 0.0),
         (0.5, 2.0, -1.0, -1.0),
-        (0.9, -2.0, 1.8, 1.8),
         (0.5, -2.0, 1.6, 0.0),
         (1.5, -2.0, 3.0, 3.0),
-        (1.5, 0.0, 0.0, 0.0),
     ],
 )
 def test_the_policy_gradient_is_clipped_where_that_is_pessimistic(ratio, advantage, value, slope):
     """-min(r A, clip(r) A), clipped to [0.8, 1.28]."""
-    advantages = torch.tensor([advantage])
-    got = value_and_slope(methods.clipped_policy_gradient, ratio, advantages, 0.2, 0.28)
+    low, high = methods.DAPO.clip
+    got = value_and_slope(
+        methods.clipped_policy_gradient,
+        ratio,
+        advantages=torch.tensor([advantage]),
+        low=low,
+        high=high,
+    )
     assert got == pytest.approx((value, slope))
-
-
-@core
-@pytest.mark.parametrize("rewards", [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0.5, -0.5, 1, 0]])
-def test_advantages_are_standard_scores_within_a_group(rewards):
-    mean = statistics.mean(rewards)
-    spread = statistics.stdev(rewards) + 1e-6
-    other = [0, 0, 1, 1]
-    got = methods.group_advantages(torch.tensor([other, rewards], dtype=torch.float64))
-    assert got[1].tolist() == pytest.approx([(reward - mean) / spread for reward in rewards])
 
 
 @core
 def test_the_overlong_penalty_falls_from_0_to_minus_1_over_the_buffer():
     lengths = torch.tensor([1, 79, 80, 85, 90, 99, 100])
     want = [0, 0, 0, -0.25, -0.5, -0.95, -1]
-    assert methods.overlong_penalty(lengths, 100, 20).tolist() == pytest.approx(want)
+    penalty = methods.overlong_penalty(lengths, limit=100, buffer=20)
+    assert penalty.tolist() == pytest.approx(want)
 
 
 # --------------------------------------------------------------------------------- what is kept
 
-PROCESSOR = tiny_model.tiny()[1]
+PROCESSOR = tiny()[1]
 GOOD = "a green cross with 7 ."
 BAD = "a blue one ."
+ROW = Triplet(
+    "x",
+    "what ?",
+    "x",
+    "x",
+    answer=GOOD,
+    extra={"toy": "small"},
+)
 
 
-def settings_of(flags: str) -> train.Settings:
-    return train.parse([*SMALL, *flags.split()])
-
-
-def triplet(question="what is in the red box ?", answer=GOOD) -> Triplet:
-    return Triplet("x", question, "x", "x", answer=answer, extra={"toy": "small"})
-
-
-def micro_of(texts: list[str], row: Triplet | None = None) -> methods.Micro:
+def micro_of(texts: list[str], row: Triplet = ROW) -> methods.Micro:
     """A micro-batch of one prompt, whose responses are these texts."""
     ended = [text + "<|im_end|>" for text in texts]
-    batch = PROCESSOR.tokenizer(ended, return_tensors="pt", padding=True, padding_side="right")
+    batch = PROCESSOR.tokenizer(
+        ended,
+        return_tensors="pt",
+        padding=True,
+        padding_side="right",
+    )
     ids = batch["input_ids"]
     all_of_them = torch.ones(len(texts), dtype=torch.bool)
-    rollout = Rollout(ids, batch["attention_mask"].bool(), all_of_them, torch.zeros(ids.shape))
-    return methods.Micro([row or triplet()], {}, rollout, keep=all_of_them)
+    mask = batch["attention_mask"].bool()
+    rollout = Rollout(ids, mask, all_of_them, torch.zeros(ids.shape))
+    return methods.Micro([row], {}, rollout, keep=all_of_them)
 
 
 def select(micros: list, flags: str, further=()) -> tuple[list, list[int]]:
     """(micro-batches, the numbers of the further batches that were answered), as the method's
     select leaves them."""
     answered = []
-    settings = settings_of(f"--prompts {len(micros)} {flags}")
-    rank, world, device = join_ranks("cpu")
-    run = SimpleNamespace(settings=settings, rank=rank, world=world, device=device)
-    run.processor = PROCESSOR
-    run.further_micros = lambda step, i: further[i - 1]
+    settings = train.parse([*SMALL, "--prompts", str(len(micros)), *flags.split()])
+    run = SimpleNamespace(
+        settings=settings,
+        processor=PROCESSOR,
+        rank=0,
+        world=1,
+        device="cpu",
+        further_micros=lambda step, i: further[i - 1],
+    )
+    join_ranks("cpu")
     method = methods.METHODS[settings.method](settings)
     # They have their responses already.
     method.respond = lambda run, micros, step, extra: answered.append(extra)
@@ -186,22 +179,21 @@ def select(micros: list, flags: str, further=()) -> tuple[list, list[int]]:
 
 
 def test_sft_keeps_the_responses_that_match_the_label():
-    choice = triplet("Which?\n\nA. moss\nB. bark", "B")
-    choice.extra = {}
-    micros = [micro_of([GOOD, "a blue cross with 7 ."]), micro_of(["A", "It is (B)."], choice)]
-    select(micros, "--method sft")
-    for micro, right in zip(micros, [[True, False], [False, True]], strict=True):
-        assert micro.keep.tolist() == micro.right.tolist() == right
+    choice = Triplet("x", "Which?\n\nA. moss\nB. bark", "x", "x", answer="B")
+    micro = micro_of(["A", "It is (B)."], choice)
+    select([micro], "--method sft")
+    assert micro.keep.tolist() == [False, True]
 
 
 @pytest.mark.parametrize("flags", ["grpo", "dapo --resample 0"])
 def test_groups_that_are_all_right_or_all_wrong_are_left_out(flags):
-    micros = [micro_of(texts) for texts in ([GOOD, BAD], [GOOD, GOOD], [BAD, BAD])]
+    groups = [GOOD, BAD], [GOOD, GOOD], [BAD, BAD]
+    micros = [micro_of(texts) for texts in groups]
     select(micros, f"--max-new-tokens 100 --method {flags}")
     score = 0.5 / math.sqrt(0.5)  # 1 and 0: mean 1/2, deviation sqrt(1/2)
-    assert micros[0].advantages.tolist() == pytest.approx([score, -score], abs=1e-5)
-    for micro in micros[1:]:
-        assert not micro.advantages.any()
+    for micro, advantage in zip(micros, (score, 0, 0), strict=True):
+        found = micro.advantages.tolist()
+        assert found == pytest.approx([advantage, -advantage], abs=1e-5)
     kept = [bool(micro.keep.all()) for micro in micros]
     assert kept == [True, False, False]
 
@@ -209,11 +201,12 @@ def test_groups_that_are_all_right_or_all_wrong_are_left_out(flags):
 def test_dapo_counts_a_response_that_reaches_the_limit_as_worse():
     micro = micro_of([BAD] * 3)
     limit = int(micro.rollout.mask[0].sum())
-    for i, length in ((1, limit - 1), (2, 2)):
-        micro.rollout.mask[i, length:] = False
+    micro.rollout.mask[1, limit - 1 :] = False
+    micro.rollout.mask[2, 2:] = False
     select([micro], f"--method dapo --max-new-tokens {limit} --resample 0 --group 3")
     third = 1 / math.sqrt(3)  # rewards -1, 0, 0: deviation sqrt(1/3)
-    assert micro.advantages.tolist() == pytest.approx([-2 * third, third, third], abs=1e-5)
+    want = [-2 * third, third, third]
+    assert micro.advantages.tolist() == pytest.approx(want, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -232,18 +225,24 @@ def test_dapo_draws_until_enough_groups_are_mixed_and_leaves_the_last_ones_out(
 ):
     """1: a group of a right and a wrong response; 0: of two wrong ones."""
     texts = {"1": [GOOD, BAD], "0": [BAD, BAD]}
-    first, *further = [[micro_of(texts[group]) for group in batch] for batch in batches.split()]
+
+    def micros(batch):
+        return [micro_of(texts[group]) for group in batch]
+
+    first, *further = map(micros, batches.split())
     found, answered = select(first, f"--method dapo --resample {resample}", further)
-    assert answered == list(range(1, len(kept.split())))
-    assert [bool(micro.keep.all()) for micro in found] == [c == "1" for c in kept if c != " "]
+    first, *drawn_on = kept.split()
+    assert answered == list(range(1, len(drawn_on) + 1))
+    marks = ["1" if micro.keep.all() else "0" for micro in found]
+    assert "".join(marks) == kept.replace(" ", "")
 
 
 # ------------------------------------------------------------------------------- the whole step
 
 
-def parity(row: Triplet, text: str) -> bool:
-    """Random weights answer nothing right: every third text counts as right."""
-    return sum(map(ord, text)) % 3 == 0
+def parity(row, text: str) -> bool:
+    """Random weights answer nothing right: every fourth text counts as right."""
+    return sum(map(ord, row.id + text)) % 4 == 0
 
 
 class Squared(methods.VisionOPD):
@@ -262,7 +261,8 @@ def begin(world, tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "is_right", parity)
     monkeypatch.setitem(methods.METHODS, "squared", Squared)
     flag = train.Settings.__dataclass_fields__["method"]
-    monkeypatch.setattr(flag, "metadata", flag.metadata | {"choices": list(methods.METHODS)})
+    metadata = flag.metadata | {"choices": list(methods.METHODS)}
+    monkeypatch.setattr(flag, "metadata", metadata)
 
     def go(flags):
         settings = train.parse(small_run(world, tmp_path / "run", flags))
@@ -273,7 +273,8 @@ def begin(world, tmp_path, monkeypatch):
 
 
 def learn(run, step: int) -> dict:
-    entry, _ = train.learn(run, step, list(islice(train.load_ahead(run, step), run.micros_a_step)))
+    batch = islice(train.load_ahead(run, step), run.micros_a_step)
+    entry, _ = train.learn(run, step, list(batch))
     return entry
 
 
@@ -319,27 +320,26 @@ def token_losses(settings, group: list[Answer]):
 def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
     """The answers to a row in the second step, and what student and teacher say about them."""
     settings, processor = run.settings, run.processor
-    hint = (
-        f"\n\nHere is a reference solution to this problem:\n{row.answer}\n\nAfter understanding "
-        "the reference solution, please try to solve this problem using your own approach below:"
-    )
-    full = encode(processor, [load_image(row.image)], ["\n" + row.question])
-    shown = encode(processor, [load_image(row.crop)], ["\n" + row.question])
+    full = ask(processor, row.image, row.question)
+    shown = ask(processor, row.crop, row.question)
     if settings.method == "opsd":
-        shown = encode(processor, [load_image(row.image)], ["\n" + row.question + hint])
+        hint = (
+            f"\n\nHere is a reference solution to this problem:\n{row.answer}\n\n"
+            "After understanding the reference solution, please try to solve this problem using "
+            "your own approach below:"
+        )
+        shown = ask(processor, row.image, row.question + hint)
     writer, asked = (initial, shown) if settings.method == "sft" else (student, full)
-    seeds = [random.Random(f"5/1/{row.id}").getrandbits(63)]
-    rollout = sample(writer, processor, asked, 3, max_new_tokens=6, seeds=seeds)
     group = []
-    for ids, mask in zip(rollout.ids, rollout.mask, strict=True):
-        ids = ids[mask]
+    for ids in respond(writer, processor, asked, 3, f"5/1/{row.id}"):
         with torch.no_grad():
             teacher = plain_logits(ema, shown, ids)
             if settings.teacher == "trust-region":
                 mixed = 0.7 * plain_logits(initial, shown, ids)
                 teacher = mixed + 0.3 * plain_logits(student, shown, ids)
         text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-        group.append(Answer(ids, plain_logits(student, full, ids), teacher, parity(row, text)))
+        logits = plain_logits(student, full, ids)
+        group.append(Answer(ids, logits, teacher, parity(row, text)))
     return group
 
 
@@ -349,7 +349,7 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
     [
         "--objective sampled-token",
         "--teacher trust-region --trust 0.3",
-        "--divergence forward_kl",
+        "--teacher current --divergence forward_kl",
         "--method opsd",
         "--method sft",
         "--method grpo",
@@ -365,8 +365,9 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags,
     learn(run, 0)  # moves the student away from where it began
     student = copy.deepcopy(shards.publish("student")).requires_grad_()
     ema = copy.deepcopy(initial)
+    rate = {"ema": 0.05, "current": 1.0}.get(settings.teacher, 0.0)
     for weight, now in zip(ema.parameters(), student.parameters(), strict=True):
-        weight.lerp_(now.detach(), settings.ema_rate if settings.teacher == "ema" else 0.0)
+        weight.lerp_(now.detach(), rate)
     shards.update = lambda *args: None  # the gradients stay
     entry = learn(run, 1)
 
@@ -382,108 +383,39 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags,
 
     assert entry["tokens"] == sum(map(len, kept))
     assert entry["loss"] == pytest.approx(total.item(), rel=1e-3, abs=1e-5)
-    gradient = torch.cat([weight.grad.flatten() for weight in student.parameters()])
-    got = torch.cat([weight.grad.full_tensor().flatten() for weight in shards.weights])
+    want = [weight.grad.flatten() for weight in student.parameters()]
+    got = [weight.grad.full_tensor().flatten() for weight in shards.weights]
+    gradient = torch.cat(want)
     assert gradient.norm() > 0
-    assert (got - gradient).norm() < 1e-3 * gradient.norm()
+    assert (torch.cat(got) - gradient).norm() < 1e-3 * gradient.norm()
     if not run.method.distils:
         right = sum(answer.right for group in groups for answer in group)
-        assert (entry["kept"], entry["right"]) == (len(kept) / 6, right / 6)
+        assert entry["right"] == right / 6
+        assert entry["kept"] == len(kept) / 6
         assert len(kept) < 6, "the filter must have work"
-
-
-@pytest.mark.parametrize("method", ["vision-opd", "opsd", "grpo"])
-def test_the_answer_reaches_opsds_teacher_only(method, world):
-    rows = read_triplets(world / "data")
-    processor = load(str(world / "base"))[1]
-    run = SimpleNamespace(rows=rows, settings=settings_of(f"--method {method}"))
-    run.processor, run.shards = processor, SimpleNamespace(plain=torch.zeros(1))
-    _, prompts = methods.EncodedMicros(run)[[3]]
-    student = prompts.pop("student")
-    assert rows[3].answer not in processor.tokenizer.decode(student["input_ids"][0])
-    if method == "grpo":
-        assert not prompts
-        return
-    teacher = prompts["teacher"]
-    said = processor.tokenizer.decode(teacher["input_ids"][0])
-    same_image = student["pixel_values"].shape == teacher["pixel_values"].shape
-    assert (rows[3].answer in said) == same_image == (method == "opsd")
-
-
-@pytest.mark.parametrize("teacher, rate", [("current", "1"), ("initial", "0")])
-def test_current_and_initial_teachers_are_the_ema_at_its_ends(teacher, rate, begin):
-    found = []
-    for flags in (f"--teacher {teacher}", f"--ema-rate {rate}"):
-        run = begin(flags)
-        start = [weight.clone() for weight in run.shards.teacher]
-        learn(run, 0)
-        assert learn(run, 1)["loss"] > 0
-        found.append([*run.shards.student, *run.shards.teacher])
-    torch.testing.assert_close(*found, rtol=0, atol=0)
-    want = start if teacher == "initial" else run.shards.student
-    torch.testing.assert_close(run.shards.teacher, want, rtol=0, atol=0)
-
-
-def test_sft_goes_on_when_no_response_of_a_step_is_right(begin, monkeypatch):
-    run = begin("--method sft")
-    monkeypatch.setattr(methods, "is_right", lambda row, text: False)
-    before = [weight.clone() for weight in run.shards.student]
-    entry = learn(run, 0)
-    assert [entry[key] for key in ("loss", "grad_norm", "tokens", "kept")] == [0, 0, 0, 0]
-    torch.testing.assert_close(run.shards.student, before, rtol=0, atol=0)
 
 
 # -------------------------------------------------------------------------------- wrong usage
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        ("--method grpo --teacher ema", "--teacher"),
-        ("--method sft --top-k 5", "--top-k"),
-        ("--trust 0.5", "--trust"),
-        ("--teacher initial --ema-rate 0.1", "--ema-rate"),
-        ("--resample 3", "--resample"),
-        ("--objective sampled-token --beta 0.3", "--beta"),
-        ("--objective sampled-token --divergence jsd", "--divergence"),
-        ("--divergence forward_kl --beta 0.3", "--beta"),
-        ("--method dapo --objective topk", "--objective"),
-        ("--method grpo --max-crop-prompt 99", "--max-crop-prompt"),
-        ("--method sft --teacher trust-region", "trust-region"),
-        ("--method grpo --group 1", "--group"),
-        ("--teacher trust-region --trust 1.5", "--trust"),
-        ("--method dapo --resample -1", "--resample"),
-        ("--method ppo", "ppo"),
-    ],
-)
-def test_flags_that_would_be_ignored_or_make_no_sense_are_refused(flags, named, capsys):
-    with pytest.raises(SystemExit):
-        settings_of(flags)
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert named in message.partition(" with ")[0]
-
-
 @pytest.mark.parametrize("method", ["opsd", "sft", "grpo", "dapo"])
 def test_methods_that_need_answers_say_so(method, begin, world, tmp_path):
-    picture = load_image(read_triplets(world / "data")[0].image)
-    answers = ["a", None, None, None]
-    rows = [Triplet(f"r{i}", "what ?", picture, picture, None, a) for i, a in enumerate(answers)]
-    write_triplets(tmp_path / "data", rows)
+    table = shutil.copytree(world / "data", tmp_path / "data") / "train.jsonl"
+    table.write_text(table.read_text().replace('"answer"', '"note"'))
     with pytest.raises(ValueError, match="needs answers, and samples"):
-        begin(f"--method {method} --data {tmp_path / 'data'}")
+        begin(f"--method {method} --data {table.parent}")
 
 
 def test_changed_answers_are_another_run_where_answers_matter(begin, world, tmp_path):
-    shutil.copytree(world / "data", tmp_path / "data")
+    table = shutil.copytree(world / "data", tmp_path / "data") / "train.jsonl"
 
     def begin_one(method):
         out = tmp_path / method
-        return begin(f"--data {tmp_path / 'data'} --out {out} --method {method}")
+        return begin(f"--data {table.parent} --out {out} --method {method}")
 
     for method in ("vision-opd", "sft"):
         run = begin_one(method)
         save_checkpoint(tmp_path / method, 1, run.processor, run.shards)
-    table = tmp_path / "data" / "train.jsonl"
     table.write_text(table.read_text().replace('"answer": "a ', '"answer": "one '))
     begin_one("vision-opd")
     with pytest.raises(ValueError, match="rows_sha256"):
