@@ -141,6 +141,7 @@ class Shards:
                 "exp_avg": torch.zeros_like(slice_),
                 "exp_avg_sq": torch.zeros_like(slice_),
             }
+        self.updates = torch.zeros((), device=self.student[0].device)  # fewer than steps: idle ones
 
     @torch.no_grad()
     def publish(self, who: str):
@@ -187,6 +188,7 @@ class Shards:
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         self.adam.zero_grad()
+        self.updates += 1
         torch._foreach_lerp_(
             self.teacher, self.student, ema_rate
         )  # (1 - rate) teacher + rate student
@@ -206,7 +208,7 @@ class Shards:
         ]
 
     def tensors(self) -> dict[str, DTensor]:
-        """What a run is resumed from, by name."""
+        """What a run is resumed from beside the number of updates, by name."""
         kinds = {"student": self.student, "teacher": self.teacher}
         for moment in ("exp_avg", "exp_avg_sq"):
             kinds[moment] = [self.adam.state[slice_][moment] for slice_ in self.student]
@@ -234,7 +236,7 @@ def save_checkpoint(out: Path, step: int, processor, shards: Shards) -> None:
         (partial / "state").mkdir(parents=True)
     dist.barrier()
     try:
-        dcp.save(shards.tensors(), checkpoint_id=partial / "state")
+        dcp.save({**shards.tensors(), "updates": shards.updates}, checkpoint_id=partial / "state")
         if first:
             save(model, processor, partial)
             flush(partial)
@@ -242,8 +244,8 @@ def save_checkpoint(out: Path, step: int, processor, shards: Shards) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"Could not write {final} ({shutil.disk_usage(out).free / 1e9:.1f} GB free on its "
-            f"disk): {error}. Earlier checkpoints are whole: make room, then start the same "
-            "command again."
+            f"disk): {last_line(error)}. Earlier checkpoints are whole: make room, then start the "
+            "same command again."
         ) from error
     shards.free()
     dist.barrier()
@@ -253,6 +255,11 @@ def save_checkpoint(out: Path, step: int, processor, shards: Shards) -> None:
         for older in numbered(out, "checkpoint"):
             if older != final:
                 shutil.rmtree(older / "state", ignore_errors=True)
+
+
+def last_line(error: Exception) -> str:
+    """Of an error that may hold a worker's whole traceback."""
+    return (str(error).strip().splitlines() or [repr(error)])[-1]
 
 
 def newest_step(out: Path) -> int:
@@ -279,13 +286,12 @@ def resume(out: Path, shards: Shards) -> int:
         return 0
     state = out / f"checkpoint-{step:06d}" / "state"
     try:
-        dcp.load(shards.tensors(), checkpoint_id=state)
+        dcp.load({**shards.tensors(), "updates": shards.updates}, checkpoint_id=state)
     except (ValueError, KeyError, OSError, dcp.CheckpointException) as error:
-        cause = str(error).strip().splitlines()[-1]
         raise ValueError(
-            f"{state} is damaged, or of another model or older code ({cause}). Put it back, or "
-            "choose another --out."
+            f"{state} is damaged, or of another model or older code ({last_line(error)}). Put it "
+            "back, or choose another --out."
         ) from error
     for moments in shards.adam.state.values():
-        moments["step"].fill_(step)
+        moments["step"].copy_(shards.updates)
     return step

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, assert_equal, log, noise, small_run, weights
@@ -24,6 +25,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 HOLDER = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from storage.files import hold
 hold(Path(sys.argv[1]))
 hold(Path(sys.argv[1]) / ".parts", ".00000.lock")
@@ -125,6 +127,29 @@ def test_a_step_with_nothing_to_learn_from_changes_nothing_and_is_counted(
     assert_equal(after, before)
     assert [entry["idle_steps"] for entry in log(tmp_path / "x")] == [1, 2]
     assert "2 such steps" in capsys.readouterr().out
+
+
+def test_a_run_resumed_after_idle_steps_is_the_same_run(world, tmp_path, monkeypatch):
+    """Adam counts updates, not steps."""
+    select = methods.SFT.select
+    monkeypatch.setattr(methods, "is_right", lambda row, text: begun.step >= 2)
+    begun = SimpleNamespace(step=0)
+
+    def selected(self, run, micros, step):
+        begun.step = step
+        return select(self, run, micros, step)
+
+    monkeypatch.setattr(methods.SFT, "select", selected)
+
+    def steps(name, count):
+        flags = f"--method sft --save-every 3 --steps {count}"
+        settings = train.parse(small_run(world, tmp_path / name, flags))
+        return weights(train.train(settings, *join_ranks("cpu")))
+
+    straight = steps("straight", 5)
+    steps("stopped", 3)
+    assert_equal(steps("stopped", 5), straight)
+    assert log(tmp_path / "stopped")[-1]["idle_steps"] == 2
 
 
 def test_images_that_no_processor_takes_are_named_before_the_run(run, world, tmp_path):
