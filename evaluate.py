@@ -32,7 +32,7 @@ from benchmarks.page import trajectory, write_page
 from benchmarks.rows import Answer, Question
 from benchmarks.scoring import score
 from benchmarks.sources import BENCHES, GROUPS, read_benchmark
-from benchmarks.zoom import answer_with_zoom
+from benchmarks.zoom import answer_with_zoom, neutralised
 from launch import script
 from launch.flags import device_name, natural, positive_int, setting, settings_parser
 from storage.files import appending, hold, numbered, read_json, read_jsonl, write, write_jsonl
@@ -269,7 +269,7 @@ def replies_to(model, processor, out: Path, how: Asking, batch: list[Answer]) ->
 
     paths = [out / (a.image if a.view == "full" else a.crop) for a in batch]
     images = [load_image(os.path.normpath(path)) for path in paths]
-    prompts = [answer.prompt.replace("<|", "< |") for answer in batch]  # no turn can be forged
+    prompts = [neutralised(answer.prompt) for answer in batch]  # no turn can be forged
     ask = partial(answers, model, processor, max_new_tokens=how.max_new_tokens)
     if how.zoom:
         return answer_with_zoom(ask, images, prompts, how.zoom)
