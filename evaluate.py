@@ -17,10 +17,9 @@ the same command goes on, on any number of ranks. Greedy, non-thinking, images a
 
 import json
 import os
-import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from benchmarks.page import trajectory, write_page
 from benchmarks.rows import Answer, Question
 from benchmarks.scoring import score
 from benchmarks.sources import BENCHES, GROUPS, read_benchmark
-from benchmarks.zoom import answer_with_zoom
+from benchmarks.zoom import answer_with_zoom, neutralised
 from launch import script
 from launch.flags import device_name, natural, positive_int, setting, settings_parser
 from storage.files import appending, hold, numbered, read_json, read_jsonl, write, write_jsonl
@@ -43,6 +42,7 @@ from toy.scenes import held_out
 # Pixels; Pillow refuses a picture of twice as many. The table's files are trusted, and some are
 # huge; one's own keep Pillow's limit.
 PILLOWS_LIMIT, TABLES_LIMIT = Image.MAX_IMAGE_PIXELS, 250_000_000
+KNOWN = (*BENCHES, *GROUPS["toy"])  # benchmarks that are no file of one's own
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Settings:
 class Asking:
     """How questions are put to a model, and which of them this rank puts."""
 
-    views: list[str] = field(default_factory=lambda: ["full"])
+    views: list[str]  # full, crop
     max_new_tokens: int = 4096
     batch: int = 16
     zoom: int = 0  # calls of the zoom-in tool; 0: there is none
@@ -224,7 +224,7 @@ def answer_all(
     n = min(how.limit or len(questions), len(questions))
     spread = [questions[i * len(questions) // n] for i in range(n)]
     asked = to_ask(name, spread[how.rank :: how.world], out, how.views)
-    done = {a.place(): a for a in saved_answers(out) if a.bench == name and a.error is None}
+    done = {a.place() for a in saved_answers(out) if a.bench == name and a.error is None}
     todo = [answer for answer in asked if answer.place() not in done]
     states, bar = Counter(), tqdm(total=len(asked), desc=name, unit="row", disable=how.rank > 0)
     work = partial(replies_to, model, processor, out, how)
@@ -269,7 +269,7 @@ def replies_to(model, processor, out: Path, how: Asking, batch: list[Answer]) ->
 
     paths = [out / (a.image if a.view == "full" else a.crop) for a in batch]
     images = [load_image(os.path.normpath(path)) for path in paths]
-    prompts = [answer.prompt.replace("<|", "< |") for answer in batch]  # no turn can be forged
+    prompts = [neutralised(answer.prompt) for answer in batch]  # no turn can be forged
     ask = partial(answers, model, processor, max_new_tokens=how.max_new_tokens)
     if how.zoom:
         return answer_with_zoom(ask, images, prompts, how.zoom)
@@ -284,7 +284,7 @@ def read_questions(settings: Settings) -> dict[str, list[Question]]:
     benches = {}
     for name in settings.names():
         own = Path(name).name.removesuffix(".jsonl")
-        if own in benches or (own != name and own in (*BENCHES, *GROUPS["toy"])):
+        if own in benches or (own != name and own in KNOWN):
             raise ValueError(
                 f"--bench {name}: another benchmark is called {own!r} too. Rename the file or "
                 "folder."
@@ -297,17 +297,25 @@ def read_questions(settings: Settings) -> dict[str, list[Question]]:
     return benches
 
 
-def without_crops(view: str, benches: dict[str, list[Question]]) -> list[str]:
-    """The benchmarks that have no crops where these are asked for. ValueError if none has."""
+def where_crops_are(
+    view: str, benches: dict[str, list[Question]], rank: int
+) -> dict[str, list[Question]]:
+    """The benchmarks that can be asked about in a view, or in both; says which have no crops.
+    ValueError if none has, where they are asked for."""
     if view == "full":
-        return []
+        return benches
     without = [name for name, rows in benches.items() if not any(row.crop for row in rows)]
-    if without and len(without) == len(benches):
+    if len(without) == len(benches):
         raise ValueError(
             f"--view {view}: {', '.join(without)} has no crops. zoombench, toy and folders of "
             "triplets have."
         )
-    return without
+    told = "left out" if view == "crop" else "full view only"
+    if without and rank == 0:
+        print(f"no crops, {told}: {', '.join(without)}")
+    if view == "both":
+        return benches
+    return {name: rows for name, rows in benches.items() if name not in without}
 
 
 def models_of_run(run: Path, out: Path) -> dict[Path, str]:
@@ -325,7 +333,7 @@ def models_of_run(run: Path, out: Path) -> dict[Path, str]:
     return models
 
 
-def answer_and_score(settings: Settings, scorer: Scorer, rank: int, world: int) -> None:
+def answer_and_score(settings: Settings, scorer: Scorer) -> None:
     """Answer and score every benchmark with the model, or with every checkpoint of a run; print
     tables, write the page."""
     import launch.environment  # noqa: F401  (first: it sets what torch and transformers read)
@@ -334,11 +342,12 @@ def answer_and_score(settings: Settings, scorer: Scorer, rank: int, world: int) 
     import torch
     import transformers
 
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=2))
     transformers.utils.logging.disable_progress_bar()
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = settings.device or device
+    here = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = settings.device or here
     if rank == 0:
         hold(settings.out)
     if device == "cpu":  # on a GPU its warning of slow kernels matters
@@ -348,12 +357,7 @@ def answer_and_score(settings: Settings, scorer: Scorer, rank: int, world: int) 
     benches = read_questions(settings)
     if world > 1 and rank == 0:
         torch.distributed.barrier()
-    without = without_crops(settings.view, benches)
-    if without and rank == 0:
-        told = "left out" if settings.view == "crop" else "full view only"
-        print(f"no crops, {told}: {', '.join(without)}")
-    if settings.view == "crop":
-        benches = {name: rows for name, rows in benches.items() if name not in without}
+    benches = where_crops_are(settings.view, benches, rank)
     views = ["full", "crop"] if settings.view == "both" else [settings.view]
     how = Asking(
         views=views,
@@ -375,6 +379,8 @@ def answer_and_score(settings: Settings, scorer: Scorer, rank: int, world: int) 
         if settings.checkpoints:
             print_trajectory(list(models))
         print(write_page(settings.out))
+    if world > 1:
+        torch.distributed.destroy_process_group()  # not after an error: it could block
 
 
 def print_trajectory(folders: list[Path]) -> None:
@@ -393,8 +399,9 @@ def show_saved(settings: Settings, scorer: Scorer) -> None:
         print(text)
         if settings.out:
             settings.out.mkdir(parents=True, exist_ok=True)
-            told = {"folders": list(map(os.path.abspath, settings.compare)), "text": text}
-            write(settings.out / "compare.json", json.dumps({**told, "benches": found}, indent=1))
+            folders = list(map(os.path.abspath, settings.compare))
+            result = {"folders": folders, "text": text, "benches": found}
+            write(settings.out / "compare.json", json.dumps(result, indent=1))
     if settings.rescore:
         hold(settings.rescore)
         # step-N of checkpoints, or eval-WHEN of a training run
@@ -407,7 +414,7 @@ def show_saved(settings: Settings, scorer: Scorer) -> None:
 
 def parse(argv: list[str] | None) -> Settings:
     parser = settings_parser(Settings, __doc__)
-    settings = Settings(**vars(parser.parse_args(sys.argv[1:] if argv is None else argv)))
+    settings = Settings(**vars(parser.parse_args(argv)))
     reason = why_not(settings)
     if reason:
         parser.error(reason)
@@ -416,14 +423,13 @@ def parse(argv: list[str] | None) -> Settings:
 
 def why_not(settings: Settings) -> str | None:
     """Why flags that are each in order make no command together; None where they do."""
-    known = (*BENCHES, *GROUPS["toy"])
-    unknown = [n for n in settings.names() if n not in known and not Path(n).exists()]
+    unknown = [n for n in settings.names() if n not in KNOWN and not Path(n).exists()]
     if unknown:
         return (
             f"--bench {', '.join(unknown)} is unknown. Benchmarks: {', '.join(BENCHES)}, toy; "
             "groups: fine, holdout, all; or the path of a .jsonl or of a folder of triplets."
         )
-    shown = [each for each in (settings.report, settings.rescore, settings.compare) if each]
+    shown = list(filter(None, (settings.report, settings.rescore, settings.compare)))
     asks = settings.bench or settings.model or settings.checkpoints
     one_model = bool(settings.model) != bool(settings.checkpoints)
     if len(shown) > 1 or not (shown or (settings.names() and settings.out and one_model)):
@@ -457,18 +463,8 @@ def main(argv: list[str] | None = None) -> None:
     scorer = Scorer(settings.scorer, settings.judge, settings.judge_model)
     if settings.report or settings.rescore or settings.compare:
         show_saved(settings, scorer)
-        return
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        answer_and_score(settings, scorer, rank, world)
-        return
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=timedelta(days=2))
-    try:
-        answer_and_score(settings, scorer, rank, world)
-    finally:
-        dist.destroy_process_group()
+    else:
+        answer_and_score(settings, scorer)
 
 
 if __name__ == "__main__":

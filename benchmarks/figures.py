@@ -197,7 +197,7 @@ def bench_figures(bench: str, answers: list[Scored]) -> dict:
         "errors": states["error"],
         "seconds": mean(rows, "seconds"),
         "tokens": mean(rows, "tokens"),
-        "tokens_p95": np.percentile([row.tokens or 0 for row in rows] or [0], 95).item(),
+        "tokens_p95": np.percentile([row.tokens for row in rows] or [0], 95).item(),
         "loops": sum(repeats_itself(row.output) for row in rows),
         "groups": {},
     }

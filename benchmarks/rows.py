@@ -1,6 +1,7 @@
 """The rows of a benchmark: a question, what a model answered to it, and what that is worth."""
 
 import hashlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -23,20 +24,14 @@ class Question:
 
     def fingerprint(self, view: str) -> str:
         """Of all that an answer to it in a view, and what that is worth, depend on, the picture's
-        bytes included."""
+        bytes included, where they can be read."""
         shown = self.image if view == "full" else self.crop
         told = [self.prompt, self.answer, self.kind, self.options, self.group, self.pair]
-        seen = file_digest(shown) if shown else None
+        seen = None
+        if shown:
+            with suppress(OSError), file_at(shown).open("rb") as file:
+                seen = hashlib.file_digest(file, "sha256").hexdigest()
         return hashlib.sha256(ascii([told, seen]).encode()).hexdigest()[:20]
-
-
-def file_digest(path: Path) -> str | None:
-    """Of a file's bytes; None where they cannot be read."""
-    try:
-        with file_at(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
 
 
 @dataclass(kw_only=True)

@@ -27,34 +27,34 @@ def answer_with_zoom(answer, images: list, texts: list[str], rounds: int) -> lis
     done = [{"tokens": 0, "calls": 0, "malformed": 0} for _ in texts]
     chats = []
     for text in texts:
-        user = turn("user", {"type": "image"}, words(text))
-        chats.append([{"role": "system", "content": TOOLS}, user])
+        system = {"role": "system", "content": TOOLS}
+        chats.append([system, from_user({"type": "image"}, words(text))])
     active = range(len(texts))
     for left in range(rounds, -1, -1):
         replies = answer([views[i] for i in active], [chats[i] for i in active])
         for i, reply in zip(active, replies, strict=True):
-            tokens = done[i]["tokens"] + reply.tokens
-            done[i] |= {**vars(reply), "tokens": tokens}
+            reply.tokens += done[i]["tokens"]  # of all turns
+            done[i] |= vars(reply)
         active = [i for i in active if left and "<tool_call>" in done[i]["output"]]
         if not active:
             break
         for i in active:
             said = neutralised(done[i]["output"])
-            content = [words("This was the last call: answer now.")] if left == 1 else []
             done[i]["calls"] += 1
             try:
                 calls = re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", said, re.DOTALL)
                 views[i].append(zoomed_region(calls[-1], images[i]))
-                content.insert(0, {"type": "image"})
+                seen = {"type": "image"}
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 done[i]["malformed"] += 1
                 wrong = (
                     f"Error: {error!r}. Expected a call as described, 0 <= x1 < x2 <= 1000 and "
                     "0 <= y1 < y2 <= 1000."
                 )
-                content.insert(0, words(neutralised(wrong)))
-            content = [words("<tool_response>"), *content, words("</tool_response>")]
-            chats[i] += [{"role": "assistant", "content": said}, turn("user", *content)]
+                seen = words(neutralised(wrong))
+            told = "This was the last call: answer now." if left == 1 else ""
+            response = from_user(words("<tool_response>"), seen, words(told + "</tool_response>"))
+            chats[i] += [{"role": "assistant", "content": said}, response]
     return done
 
 
@@ -67,8 +67,8 @@ def words(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def turn(role: str, *content: dict) -> dict:
-    return {"role": role, "content": list(content)}
+def from_user(*content: dict) -> dict:
+    return {"role": "user", "content": list(content)}
 
 
 def zoomed_region(call: str, image: Image.Image) -> Image.Image:
