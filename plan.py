@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from methods import METHODS, View
 from model import ImageTextProcessor, chat, image_tokens, text_tokens
@@ -26,19 +26,12 @@ class Outline:
     active: int  # weights that a token passes through: fewer in a mixture of experts
     gathered: int  # weights of the largest decoder layer or vision block
     root: int  # weights outside of these: embedding, head
-    hidden: int
-    vocab: int
-    layers: int
     mlp: int  # width; of all experts that a token passes through
-    heads: int
-    kv_heads: int
     head_dim: int
     full_layers: int  # of full attention; the others are linear
     linear: tuple[int, int, int, int]  # heads, key width, value width, convolution kernel
-    blocks: int  # of the vision tower
-    vision_hidden: int
-    vision_mlp: int
-    patch: int  # px
+    text: PretrainedConfig
+    vision: PretrainedConfig
 
 
 def outline(model) -> Outline:
@@ -55,26 +48,23 @@ def outline(model) -> Outline:
     kinds = getattr(text, "layer_types", None) or []
     linear = (0, 0, 0, 0)
     if "linear_attention" in kinds:
-        widths = (text.linear_key_head_dim, text.linear_value_head_dim)
-        linear = (text.linear_num_value_heads, *widths, text.linear_conv_kernel_dim)
+        linear = (
+            text.linear_num_value_heads,
+            text.linear_key_head_dim,
+            text.linear_value_head_dim,
+            text.linear_conv_kernel_dim,
+        )
     return Outline(
         weights=weights,
         active=weights - asleep,
         gathered=max(sizes),
         root=weights - sum(sizes),
-        hidden=text.hidden_size,
-        vocab=text.vocab_size,
-        layers=text.num_hidden_layers,
         mlp=mlp,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         full_layers=text.num_hidden_layers - kinds.count("linear_attention"),
         linear=linear,
-        blocks=vision.depth,
-        vision_hidden=vision.hidden_size,
-        vision_mlp=vision.intermediate_size,
-        patch=vision.patch_size,
+        text=text,
+        vision=vision,
     )
 
 
@@ -98,80 +88,93 @@ def read_outline(path: str) -> tuple[Outline, ImageTextProcessor]:
     return outline(model), processor
 
 
+class Step:
+    """A rank's part of a step, for prompts of `full` (student) and `seen` (teacher) tokens and
+    responses of --max-new-tokens."""
+
+    def __init__(self, settings, model: Outline, full: int, seen: int):
+        self.settings, self.model, self.full, self.seen = settings, model, full, seen
+        self.distils = METHODS[settings.method].distils
+        self.longest = settings.max_new_tokens
+        self.prompts = settings.prompts // settings.plan
+        micros = max(1, settings.gen_prompts // settings.micro_prompts)
+        self.decoded = min(self.prompts, micros * settings.micro_prompts)  # prompts at once
+        # Tokens of the answered prompts, and their limit: the student's, or sft's teacher's.
+        self.asked, self.limit = full, settings.max_prompt
+        if settings.method == "sft":
+            self.asked, self.limit = seen, settings.max_crop_prompt
+        self.number = 2 if settings.device == "cuda" else 4  # bytes of one
+        # Bytes that a token takes in the KV cache of all layers.
+        width = model.text.num_key_value_heads * model.head_dim
+        self.key_values = 2 * model.full_layers * width * self.number
+
+
 # ------------------------------------------------------------------------------------------ memory
 
 
-class Memory:
-    """Bytes on a GPU (on a CPU, of a process's tensors), at most, for prompts of `full` (student)
-    and `seen` (teacher) tokens and responses of --max-new-tokens.
+class Memory(Step):
+    """Bytes on a GPU (on a CPU, of a process's tensors), at most.
 
     Activations are those of transformers' own kernels, by factors fitted to tensors counted in
     small runs; with fla installed they take less. tests/test_plan.py counts again.
     """
 
-    def __init__(self, settings, model: Outline, ranks: int, full: int, seen: int):
-        self.settings, self.model = settings, model
-        self.ranks, self.full, self.seen = ranks, full, seen
-        self.number = 2 if settings.device == "cuda" else 4  # bytes of one
-        self.longest = settings.max_new_tokens
-        self.prompts = settings.prompts // ranks  # a rank's
-        self.distils = METHODS[settings.method].distils
-
     def phases(self) -> dict[str, float]:
         """`stays`, and what each phase of a step adds to it, one at a time."""
-        settings, model = self.settings, self.model
-        stays = 16 * model.weights / self.ranks  # fp32: weights, AdamW's two moments, EMA
-        copy = self.number * model.weights  # the plain one
+        settings, weights = self.settings, self.model.weights
+        stays = 16 * weights / settings.plan  # fp32: weights, AdamW's two moments, EMA
+        copy = self.number * weights  # the plain one
         if settings.compile:
             stays, copy = stays + copy, 0
         batch = self.batch()
+        teaching = 0
+        if self.distils:
+            rows = settings.micro_prompts * settings.group
+            activations = self.layer(settings.micro_prompts, self.seen, rows) / 2
+            teaching = copy + batch + self.targets() + activations
         return {
             "stays": stays,
             "sampling": copy + batch + self.sampling(),
-            "teacher": (copy + batch + self.teaching()) if self.distils else 0,
+            "teacher": teaching,
             "student": batch + self.student(),
         }
 
     def sampling(self) -> float:
         """The caches, and the pass over the prompts that fills them."""
-        decoded = decoded_at_once(self.settings, self.ranks)
-        asked, _ = answered_prompt(self.settings, self.full, self.seen)
-        state, token = self.state_of_row(), key_values(self.model, self.number)
+        decoded, asked = self.decoded, self.asked
+        rows = decoded * self.settings.group
+        state, token = self.state_of_row(), self.key_values
+        of_layer = token / max(1, self.model.full_layers)
         prompt_cache = decoded * (asked * token + state)
-        row = 2 * state + 32 * self.model.vocab  # logits, and their cumulative sum in float64
+        row = 2 * state + 32 * self.model.text.vocab_size  # logits, their cumulative sum in float64
         if self.settings.compile:  # the rows' cache stays, see batch(); a layer's is copied
-            row += asked * token / max(1, self.model.full_layers)
-            cache = prompt_cache + decoded * self.settings.group * row
+            cache = prompt_cache + rows * (row + asked * of_layer)
         else:
-            row += (asked + self.longest) * token * (1 + 1 / max(1, self.model.full_layers))
-            cache = decoded * self.settings.group * row
+            cache = rows * (row + (asked + self.longest) * (token + of_layer))
         prefill = max(self.block(decoded, asked), self.layer(decoded, asked, 0)) / 2
         return decoded * asked * self.pixels_of_token() + max(cache, prompt_cache + prefill)
-
-    def teaching(self) -> float:
-        settings = self.settings
-        rows = settings.micro_prompts * settings.group
-        return self.targets() + self.layer(settings.micro_prompts, self.seen, rows) / 2
 
     def student(self) -> float:
         """Gradients, what is gathered of the weights, activations, the loss."""
         settings, model, number = self.settings, self.model, self.number
+        text, vision = model.text, model.vision
         micro, rows = settings.micro_prompts, settings.micro_prompts * settings.group
         layer, block = self.layer(micro, self.full, rows), self.block(micro, self.full)
-        activations = model.layers * layer + model.blocks * block
+        activations = text.num_hidden_layers * layer + vision.depth * block
         if settings.checkpointing:
-            inputs = model.layers * (micro * self.full + rows * self.longest) * model.hidden
-            inputs += model.blocks * micro * self.full * 4 * model.vision_hidden
+            tokens = micro * self.full + rows * self.longest
+            inputs = text.num_hidden_layers * tokens * text.hidden_size
+            inputs += vision.depth * micro * self.full * 4 * vision.hidden_size
             activations = inputs * number + max(layer, block)
         # A layer's weights, those of the next, and gradients on their way to the ranks in fp32.
         gathered = (model.root + 2 * model.gathered) * number
         reduced = model.gathered * (number + 4)
-        chunk = min(settings.chunk, rows * self.longest) * model.vocab
+        chunk = min(settings.chunk, rows * self.longest)
         in_work = 0 if settings.device == "cuda" else 4
-        loss = model.vocab * model.hidden * 4 + chunk * (2 * number + in_work)
+        loss = text.vocab_size * (text.hidden_size * 4 + chunk * (2 * number + in_work))
         # The root's gradients are the last: then there are no activations any more.
         working = max(activations + reduced + loss, model.root * (number + 4))
-        return 4 * model.weights / self.ranks + gathered + working + self.targets()
+        return 4 * model.weights / settings.plan + gathered + working + self.targets()
 
     def batch(self) -> float:
         """The encoded images of a step, and the static caches where decoding is compiled."""
@@ -179,88 +182,74 @@ class Memory:
         batches = 1 + (settings.resample if settings.method == "dapo" else 0)
         held = batches * self.prompts * (self.full + self.seen) * self.pixels_of_token()
         if settings.compile:
-            decoded = decoded_at_once(settings, self.ranks)
-            rows = (decoded + self.prompts % decoded) * settings.group  # a last, smaller one
-            slots = answered_prompt(settings, self.full, self.seen)[1] + self.longest
-            held += rows * (slots * key_values(self.model, self.number) + self.state_of_row())
+            rows = (
+                self.decoded + self.prompts % self.decoded
+            ) * settings.group  # a last, smaller one
+            slots = self.limit + self.longest
+            held += rows * (slots * self.key_values + self.state_of_row())
         return held
 
     def targets(self) -> float:
         """The teacher's hidden states and head; a trust-region teacher has two of each."""
         if not self.distils:
             return 0
+        text = self.model.text
         sides = 2 if self.settings.teacher == "trust-region" else 1
         tokens = self.prompts * self.settings.group * self.longest
-        return sides * (tokens + self.model.vocab) * self.model.hidden * self.number
+        return sides * (tokens + text.vocab_size) * text.hidden_size * self.number
 
     def layer(self, prompts: int, tokens: int, rows: int) -> float:
         """Of one decoder layer on prompts of `tokens` tokens and their `rows` continuations, the
         widest kind."""
-        model, number, longest = self.model, self.number, self.longest
+        model, text, longest = self.model, self.model.text, self.longest
         heads, key_dim, value_dim, _ = model.linear
         blocks = prompts * math.ceil(tokens / 64) + rows * math.ceil(longest / 64)
-        delta = blocks * 64 * 2 * heads * (key_dim + value_dim) * (24 + 3 * number)
-        width = model.head_dim * (model.heads + model.kv_heads)
-        repeated = 4 * rows * (tokens + longest) * width * number
-        inner = (prompts * tokens + rows * longest) * (8 * model.hidden + 3 * model.mlp) * number
-        return inner + max(delta, repeated)
+        delta = blocks * 64 * 2 * heads * (key_dim + value_dim) * (24 + 3 * self.number)
+        width = model.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+        repeated = 4 * rows * (tokens + longest) * width * self.number
+        inner = (prompts * tokens + rows * longest) * (8 * text.hidden_size + 3 * model.mlp)
+        return inner * self.number + max(delta, repeated)
 
     def block(self, prompts: int, tokens: int) -> float:
         """Of one block of the vision tower, which has 4 patches an image token."""
-        width = 8 * self.model.vision_hidden + 3 * self.model.vision_mlp
+        vision = self.model.vision
+        width = 8 * vision.hidden_size + 3 * vision.intermediate_size
         return 4 * prompts * tokens * width * self.number
 
     def state_of_row(self) -> float:
         """Of the linear-attention layers: recurrent states in fp32, convolution states."""
         heads, key_dim, value_dim, kernel = self.model.linear
         state = key_dim * value_dim * 4 + (2 * key_dim + value_dim) * kernel * self.number
-        return (self.model.layers - self.model.full_layers) * heads * state
+        return (self.model.text.num_hidden_layers - self.model.full_layers) * heads * state
 
     def pixels_of_token(self) -> float:
         """4 patches of two frames of 3 colours."""
-        return 4 * 6 * self.model.patch**2 * self.number
-
-
-def key_values(model: Outline, number: int) -> int:
-    """Bytes that a token takes in the KV cache of all layers; number: bytes of one."""
-    return 2 * model.full_layers * model.kv_heads * model.head_dim * number
-
-
-def decoded_at_once(settings, ranks: int) -> int:
-    """Prompts that a rank decodes at once: whole micro-batches."""
-    micros = max(1, settings.gen_prompts // settings.micro_prompts)
-    return min(settings.prompts // ranks, micros * settings.micro_prompts)
-
-
-def answered_prompt(settings, full: int, seen: int) -> tuple[int, int]:
-    """(tokens, most tokens) of the prompts that are answered: the student's, or sft's teacher's."""
-    if settings.method == "sft":
-        return seen, settings.max_crop_prompt
-    return full, settings.max_prompt
+        return 4 * 6 * self.model.vision.patch_size**2 * self.number
 
 
 # -------------------------------------------------------------------------------------------- time
 
 
-def seconds(settings, model: Outline, ranks: int, full: int, seen: int) -> dict[str, float]:
-    """A rough estimate of a step on H100s, by phase, for prompts of `full` and `seen` tokens.
+def seconds(step: Step) -> dict[str, float]:
+    """A rough estimate of a step on H100s, by phase.
 
     Assumed, not measured: 400 TFLOP/s in passes, 2 TB/s when decoding, 35 ms a decoded token
     without --compile, mean responses a quarter of the longest; dapo's further batches are left out.
     """
-    longest, mine = settings.max_new_tokens, settings.prompts // ranks
-    decoded = decoded_at_once(settings, ranks)
-    asked, limit = answered_prompt(settings, full, seen)
-    slots = limit + longest if settings.compile else asked + longest / 2
-    read = 2 * model.active + decoded * settings.group * slots * key_values(model, 2)
-    token = max(0.0 if settings.compile else 0.035, read / 2e12)
-    forward = 2 * model.active * mine / 400e12  # of a token of every prompt
+    settings, active, longest = step.settings, step.model.active, step.longest
+    if settings.compile:
+        slots, least = step.limit + longest, 0.0
+    else:
+        slots, least = step.asked + longest / 2, 0.035
+    read = 2 * active + step.decoded * settings.group * slots * step.key_values
+    token = max(least, read / 2e12)
+    forward = 2 * active * step.prompts / 400e12  # of a token of every prompt
     responses = settings.group * longest / 4
-    distils = METHODS[settings.method].distils
+    calls = math.ceil(step.prompts / step.decoded)
     return {
-        "sampling": forward * asked + math.ceil(mine / decoded) * longest * token,
-        "teacher": forward * (seen + responses) if distils else 0,
-        "student": 4 * forward * (full + responses),  # forward twice, backward
+        "sampling": forward * step.asked + calls * longest * token,
+        "teacher": forward * (step.seen + responses) if step.distils else 0,
+        "student": 4 * forward * (step.full + responses),  # forward twice, backward
     }
 
 
@@ -297,22 +286,21 @@ def describe_run(settings, rows: list[Triplet], views: list[tuple[View, int]]) -
     Raises FileNotFoundError / ValueError for images and models that are none.
     """
     model, processor = read_outline(settings.model)
-    ranks = settings.plan
     steps = settings.steps or len(rows) // settings.prompts
     lengths = [prompt_lengths(rows, view, most, processor) for view, most in views]
     told = [
         f"{settings.model}: {model.weights / 1e6:,.1f}M weights; {settings.data}: "
         f"{len(rows):,} triplets",
-        f"{steps} steps of {settings.prompts} prompts x {settings.group} responses on {ranks} "
-        "rank(s)",
+        f"{steps} steps of {settings.prompts} prompts x {settings.group} responses on "
+        f"{settings.plan} rank(s)",
     ]
     for name, each in zip(("student", "teacher"), lengths, strict=False):
         words = f"{each.mean:,} tokens on average, {each.longest:,} the longest"
         if each.shrunk:
             words += f"; {each.shrunk} images will be scaled down"
         told.append(f"{name}'s prompts: {words}")
-    full, seen = lengths if len(lengths) > 1 else (lengths[0], Lengths())
-    parts = Memory(settings, model, ranks, full.longest, seen.longest).phases()
+    full, seen = [*lengths, Lengths()][:2]  # no teacher: no tokens
+    parts = Memory(settings, model, full.longest, seen.longest).phases()
     stays = parts.pop("stays")
     told.append(
         f"memory of a rank, at most: {(stays + max(parts.values())) / 1e9:.1f} GB = "
@@ -320,7 +308,7 @@ def describe_run(settings, rows: list[Triplet], views: list[tuple[View, int]]) -
         + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     )
     if settings.device == "cuda":
-        spent = seconds(settings, model, ranks, full.mean, seen.mean)
+        spent = seconds(Step(settings, model, full.mean, seen.mean))
         told.append(
             "time, a rough estimate (see plan.seconds): "
             + ", ".join(f"{name} {each:.0f} s" for name, each in spent.items())

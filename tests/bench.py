@@ -85,7 +85,7 @@ def build(size, vocab, device, dtype):
     processor.image_processor.patch_size = 16
     processor.image_processor.size = {"shortest_edge": 1024, "longest_edge": 16_777_216}
     ids = {key: getattr(donor.config, key) for key in VISION_IDS}
-    config = transformers.Qwen3_5Config(**SHAPES["sizes"][size], **ids, tie_word_embeddings=True)
+    config = transformers.Qwen3_5Config(**SHAPES["sizes"][size], **ids)
     config.text_config.vocab_size = vocab
     torch.manual_seed(0)
     with torch.device(device):
