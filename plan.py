@@ -5,11 +5,10 @@ phase, a rough time.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from methods import METHODS, View
 from model import ImageTextProcessor, chat, image_tokens, text_tokens
@@ -18,54 +17,38 @@ from storage.images import image_size
 from triplets.format import Triplet
 
 
-@dataclass
 class Outline:
     """What memory and time depend on, of a model that need not be loaded."""
 
-    weights: int
-    active: int  # weights that a token passes through: fewer in a mixture of experts
-    gathered: int  # weights of the largest decoder layer or vision block
-    root: int  # weights outside of these: embedding, head
-    mlp: int  # width; of all experts that a token passes through
-    head_dim: int
-    full_layers: int  # of full attention; the others are linear
-    linear: tuple[int, int, int, int]  # heads, key width, value width, convolution kernel
-    text: PretrainedConfig
-    vision: PretrainedConfig
-
-
-def outline(model) -> Outline:
-    text, vision = model.config.get_text_config(), model.config.vision_config
-    groups = [*model.model.language_model.layers, *model.model.visual.blocks]
-    sizes = [sum(weight.numel() for weight in group.parameters()) for group in groups]
-    weights = sum(weight.numel() for weight in model.parameters())
-    asleep, mlp = 0, getattr(text, "intermediate_size", 0)
-    experts = sum(w.numel() for name, w in model.named_parameters() if ".experts." in name)
-    if experts:
-        asleep = int(experts * (1 - text.num_experts_per_tok / text.num_experts))
-        mlp = text.num_experts_per_tok * text.moe_intermediate_size
-        mlp += getattr(text, "shared_expert_intermediate_size", 0)
-    kinds = getattr(text, "layer_types", None) or []
-    linear = (0, 0, 0, 0)
-    if "linear_attention" in kinds:
-        linear = (
-            text.linear_num_value_heads,
-            text.linear_key_head_dim,
-            text.linear_value_head_dim,
-            text.linear_conv_kernel_dim,
-        )
-    return Outline(
-        weights=weights,
-        active=weights - asleep,
-        gathered=max(sizes),
-        root=weights - sum(sizes),
-        mlp=mlp,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        full_layers=text.num_hidden_layers - kinds.count("linear_attention"),
-        linear=linear,
-        text=text,
-        vision=vision,
-    )
+    def __init__(self, model):
+        self.text = text = model.config.get_text_config()
+        self.vision = model.config.vision_config
+        groups = [*model.model.language_model.layers, *model.model.visual.blocks]
+        sizes = [sum(weight.numel() for weight in group.parameters()) for group in groups]
+        self.weights = sum(weight.numel() for weight in model.parameters())
+        self.gathered = max(sizes)  # weights of the largest decoder layer or vision block
+        self.root = self.weights - sum(sizes)  # weights outside of these: embedding, head
+        # Weights that a token passes through, and the width of all MLPs that it passes through.
+        self.active = self.weights
+        self.mlp = getattr(text, "intermediate_size", 0)
+        experts = sum(w.numel() for name, w in model.named_parameters() if ".experts." in name)
+        if experts:
+            self.active -= int(experts * (1 - text.num_experts_per_tok / text.num_experts))
+            self.mlp = text.num_experts_per_tok * text.moe_intermediate_size
+            self.mlp += getattr(text, "shared_expert_intermediate_size", 0)
+        wide = text.hidden_size // text.num_attention_heads
+        self.head_dim = getattr(text, "head_dim", None) or wide
+        kinds = getattr(text, "layer_types", None) or []
+        self.linear_layers = kinds.count("linear_attention")
+        self.full_layers = text.num_hidden_layers - self.linear_layers
+        self.linear = (0, 0, 0, 0)  # heads, key width, value width, convolution kernel
+        if self.linear_layers:
+            self.linear = (
+                text.linear_num_value_heads,
+                text.linear_key_head_dim,
+                text.linear_value_head_dim,
+                text.linear_conv_kernel_dim,
+            )
 
 
 def read_outline(path: str) -> tuple[Outline, ImageTextProcessor]:
@@ -85,17 +68,21 @@ def read_outline(path: str) -> tuple[Outline, ImageTextProcessor]:
         raise ValueError(
             f"{path} has no configuration of a Qwen3.5 / Qwen3-VL style model: {error}"
         ) from error
-    return outline(model), processor
+    return Outline(model), processor
 
 
 class Step:
-    """A rank's part of a step, for prompts of `full` (student) and `seen` (teacher) tokens and
-    responses of --max-new-tokens."""
+    """A rank's part of a step, for prompts of `full` (student) and `seen` (teacher, where there
+    is one) tokens and responses of --max-new-tokens."""
 
-    def __init__(self, settings, model: Outline, full: int, seen: int):
-        self.settings, self.model, self.full, self.seen = settings, model, full, seen
+    def __init__(self, settings, model: Outline, full: int, seen: int = 0):
+        self.settings = settings
+        self.model = model
+        self.full = full
+        self.seen = seen
         self.distils = METHODS[settings.method].distils
         self.longest = settings.max_new_tokens
+        self.rows = settings.micro_prompts * settings.group  # of a micro-batch
         self.prompts = settings.prompts // settings.plan
         micros = max(1, settings.gen_prompts // settings.micro_prompts)
         self.decoded = min(self.prompts, micros * settings.micro_prompts)  # prompts at once
@@ -121,7 +108,8 @@ class Memory(Step):
 
     def phases(self) -> dict[str, float]:
         """`stays`, and what each phase of a step adds to it, one at a time."""
-        settings, weights = self.settings, self.model.weights
+        settings = self.settings
+        weights = self.model.weights
         stays = 16 * weights / settings.plan  # fp32: weights, AdamW's two moments, EMA
         copy = self.number * weights  # the plain one
         if settings.compile:
@@ -129,8 +117,7 @@ class Memory(Step):
         batch = self.batch()
         teaching = 0
         if self.distils:
-            rows = settings.micro_prompts * settings.group
-            activations = self.layer(settings.micro_prompts, self.seen, rows) / 2
+            activations = self.layer(settings.micro_prompts, self.seen, self.rows) / 2
             teaching = copy + batch + self.targets() + activations
         return {
             "stays": stays,
@@ -141,9 +128,11 @@ class Memory(Step):
 
     def sampling(self) -> float:
         """The caches, and the pass over the prompts that fills them."""
-        decoded, asked = self.decoded, self.asked
+        decoded = self.decoded
+        asked = self.asked
         rows = decoded * self.settings.group
-        state, token = self.state_of_row(), self.key_values
+        state = self.state_of_row()
+        token = self.key_values
         of_layer = token / max(1, self.model.full_layers)
         prompt_cache = decoded * (asked * token + state)
         row = 2 * state + 32 * self.model.text.vocab_size  # logits, their cumulative sum in float64
@@ -157,9 +146,12 @@ class Memory(Step):
     def student(self) -> float:
         """Gradients, what is gathered of the weights, activations, the loss."""
         settings, model, number = self.settings, self.model, self.number
-        text, vision = model.text, model.vision
-        micro, rows = settings.micro_prompts, settings.micro_prompts * settings.group
-        layer, block = self.layer(micro, self.full, rows), self.block(micro, self.full)
+        text = model.text
+        vision = model.vision
+        micro = settings.micro_prompts
+        rows = self.rows
+        layer = self.layer(micro, self.full, rows)
+        block = self.block(micro, self.full)
         activations = text.num_hidden_layers * layer + vision.depth * block
         if settings.checkpointing:
             tokens = micro * self.full + rows * self.longest
@@ -180,13 +172,13 @@ class Memory(Step):
         """The encoded images of a step, and the static caches where decoding is compiled."""
         settings = self.settings
         batches = 1 + (settings.resample if settings.method == "dapo" else 0)
-        held = batches * self.prompts * (self.full + self.seen) * self.pixels_of_token()
+        tokens = batches * self.prompts * (self.full + self.seen)
+        held = tokens * self.pixels_of_token()
         if settings.compile:
-            rows = (
-                self.decoded + self.prompts % self.decoded
-            ) * settings.group  # a last, smaller one
+            prompts = self.decoded + self.prompts % self.decoded  # the last are fewer
             slots = self.limit + self.longest
-            held += rows * (slots * self.key_values + self.state_of_row())
+            row = slots * self.key_values + self.state_of_row()
+            held += prompts * settings.group * row
         return held
 
     def targets(self) -> float:
@@ -220,7 +212,7 @@ class Memory(Step):
         """Of the linear-attention layers: recurrent states in fp32, convolution states."""
         heads, key_dim, value_dim, kernel = self.model.linear
         state = key_dim * value_dim * 4 + (2 * key_dim + value_dim) * kernel * self.number
-        return (self.model.text.num_hidden_layers - self.model.full_layers) * heads * state
+        return self.model.linear_layers * heads * state
 
     def pixels_of_token(self) -> float:
         """4 patches of two frames of 3 colours."""
@@ -236,7 +228,9 @@ def seconds(step: Step) -> dict[str, float]:
     Assumed, not measured: 400 TFLOP/s in passes, 2 TB/s when decoding, 35 ms a decoded token
     without --compile, mean responses a quarter of the longest; dapo's further batches are left out.
     """
-    settings, active, longest = step.settings, step.model.active, step.longest
+    settings = step.settings
+    active = step.model.active
+    longest = step.longest
     if settings.compile:
         slots, least = step.limit + longest, 0.0
     else:
@@ -256,17 +250,9 @@ def seconds(step: Step) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------- plan
 
 
-@dataclass
-class Lengths:
-    """Tokens of the prompts that a view makes of all rows."""
-
-    mean: int = 0
-    longest: int = 0
-    shrunk: int = 0  # prompts whose image must be scaled down
-
-
-def prompt_lengths(rows: list[Triplet], view: View, most: int, processor) -> Lengths:
-    """Raises ValueError for an image that is none."""
+def prompt_lengths(rows: list[Triplet], view: View, processor) -> list[int]:
+    """Tokens of the prompts that a view makes of the rows, with whole images. Raises ValueError for
+    an image that is none."""
     lengths = []
     for row in tqdm(rows, desc=f"prompts of the {view.image}", leave=False):
         try:
@@ -275,9 +261,7 @@ def prompt_lengths(rows: list[Triplet], view: View, most: int, processor) -> Len
             raise ValueError(f"sample {row.id}: {error}") from error
         text = chat(processor, view.text(row))
         lengths.append(text_tokens(processor, text) + image_tokens(processor, size))
-    shrunk = sum(length > most for length in lengths)
-    lengths = [min(length, most) for length in lengths]
-    return Lengths(sum(lengths) // len(lengths), max(lengths), shrunk)
+    return lengths
 
 
 def describe_run(settings, rows: list[Triplet], views: list[tuple[View, int]]) -> str:
@@ -287,20 +271,25 @@ def describe_run(settings, rows: list[Triplet], views: list[tuple[View, int]]) -
     """
     model, processor = read_outline(settings.model)
     steps = settings.steps or len(rows) // settings.prompts
-    lengths = [prompt_lengths(rows, view, most, processor) for view, most in views]
     told = [
         f"{settings.model}: {model.weights / 1e6:,.1f}M weights; {settings.data}: "
         f"{len(rows):,} triplets",
         f"{steps} steps of {settings.prompts} prompts x {settings.group} responses on "
         f"{settings.plan} rank(s)",
     ]
-    for name, each in zip(("student", "teacher"), lengths, strict=False):
-        words = f"{each.mean:,} tokens on average, {each.longest:,} the longest"
-        if each.shrunk:
-            words += f"; {each.shrunk} images will be scaled down"
+    means = []
+    longest = []  # of the student's prompts, and of the teacher's if there are any
+    for name, (view, most) in zip(("student", "teacher"), views, strict=False):
+        lengths = prompt_lengths(rows, view, processor)
+        shrunk = sum(length > most for length in lengths)
+        lengths = [min(length, most) for length in lengths]
+        longest.append(max(lengths))
+        means.append(sum(lengths) // len(lengths))
+        words = f"{means[-1]:,} tokens on average, {longest[-1]:,} the longest"
+        if shrunk:
+            words += f"; {shrunk} images will be scaled down"
         told.append(f"{name}'s prompts: {words}")
-    full, seen = [*lengths, Lengths()][:2]  # no teacher: no tokens
-    parts = Memory(settings, model, full.longest, seen.longest).phases()
+    parts = Memory(settings, model, *longest).phases()
     stays = parts.pop("stays")
     told.append(
         f"memory of a rank, at most: {(stays + max(parts.values())) / 1e9:.1f} GB = "
@@ -308,7 +297,7 @@ def describe_run(settings, rows: list[Triplet], views: list[tuple[View, int]]) -
         + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     )
     if settings.device == "cuda":
-        spent = seconds(Step(settings, model, full.mean, seen.mean))
+        spent = seconds(Step(settings, model, *means))
         told.append(
             "time, a rough estimate (see plan.seconds): "
             + ", ".join(f"{name} {each:.0f} s" for name, each in spent.items())

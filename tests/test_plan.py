@@ -1,6 +1,5 @@
 """train.py --plan: its formula of memory against bytes counted while the phases of a step run."""
 
-import dataclasses
 import os
 import shutil
 import subprocess
@@ -117,7 +116,7 @@ def phases(build, flags: str, side: int, compiled: bool) -> tuple[dict, dict]:
             loss.backward()
         counted["student"] = count.peak
     lengths = [prompt["input_ids"].shape[1] for prompt in micros[0].prompts.values()]
-    outline = plan.outline(shards.plain)
+    outline = plan.Outline(shards.plain)
     return counted, plan.Memory(run.settings, outline, *lengths).phases()
 
 
@@ -155,7 +154,7 @@ def test_the_papers_models_fit_on_gpus_of_80_gb(size, weights, most):
     """Prompts of 4,000 tokens, crops of 2,000; at most so many bytes on so many ranks."""
     config = transformers.Qwen3_5Config(**bench.SHAPES["sizes"][size])
     with torch.device("meta"):
-        model = plan.outline(transformers.Qwen3_5ForConditionalGeneration(config))
+        model = plan.Outline(transformers.Qwen3_5ForConditionalGeneration(config))
     assert model.weights == pytest.approx(weights, rel=0.02)
     for ranks, limit in most.items():
         settings = train.parse(["--device", "cuda", "--plan", str(ranks)])
@@ -212,7 +211,8 @@ def test_the_time_of_a_step_is_that_of_its_matmuls_and_of_reading_weights_and_ca
     """16 prompts on two ranks, 4 decoded at once: 2 calls of 100 tokens, each at least 35 ms."""
     flags = "--device cuda --plan 2 --prompts 16 --group 2 --gen-prompts 4 --max-new-tokens 100"
     settings = train.parse(flags.split())
-    model = dataclasses.replace(plan.outline(tiny()[0]), active=10**9)
+    model = plan.Outline(tiny()[0])
+    model.active = 10**9
     step = plan.Step(settings, model, 1000, 400)
     spent = plan.seconds(step)
 
