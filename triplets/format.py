@@ -144,20 +144,21 @@ def read_row(line: bytes, number: int, folder: Path, is_there) -> Triplet:
     """The triplet of a line of train.jsonl, the `number`-th. is_there: a path -> bool."""
     row = read_object(line)
     problem = str(row["problem"])
-    expect(row, "problem", is_text(problem), "text that can be written as UTF-8")
+    half = re.search("[\ud800-\udfff]", problem)  # of a character: no file can hold it
+    expect(row, "problem", not half, "text that can be written as UTF-8")
     question = problem.removeprefix("<image>")
-    box = row.get("bbox")
-    answer = row.get("answer")
-    extra = row.get("extra_info") or {}
     tags = TAG.findall(problem)
     good = tags == ["<image>"] and question != problem and question.strip()
     expected = "one <image>, at the start, then a newline and the question, and no other tag"
     expect(row, "problem", good, f"{expected}; found {tags}")
+    answer = row.get("answer")
     good = answer is None or type(answer) in (str, int, float) and answer == answer
     expect(row, "answer", good, "a text, a number or null")
+    box = row.get("bbox")
     numbers = isinstance(box, list) and [isinstance(v, int | float) for v in box]
     good = box is None or numbers == [True] * 4
     expect(row, "bbox", good, "[x1, y1, x2, y2] in pixels, or null")
+    extra = row.get("extra_info") or {}
     expect(row, "extra_info", isinstance(extra, dict), "an object, or nothing")
     image, crop = (find_image(row, key, folder, is_there) for key in FOLDERS)
     name = extra.get("id")
@@ -187,11 +188,6 @@ def read_object(line: bytes) -> dict:
             f"found {found}. Expected the keys problem, images and teacher_images: add them."
         )
     return row
-
-
-def is_text(text: str) -> bool:
-    """Whether no half of a character is in it, which JSON can say and nothing can write."""
-    return not re.search("[\ud800-\udfff]", text)
 
 
 def expect(row: dict, key: str, good: bool, expected: str):
