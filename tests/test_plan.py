@@ -178,14 +178,16 @@ def relative(family: str, build, text: dict, vision: dict) -> tuple:
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
-FAMILIES = [
-    ("Qwen3_5Moe", tiny, EXPERTS | {"shared_expert_intermediate_size": 48}, {}),
-    ("Qwen3VLMoe", tiny_qwen3_vl, EXPERTS, {}),
-    ("Qwen2_5_VL", tiny_qwen3_vl, {}, {"window_size": 64, "fullatt_block_indexes": [1]}),
-]
 
 
-@pytest.mark.parametrize("family, build, text, vision", FAMILIES)
+@pytest.mark.parametrize(
+    "family, build, text, vision",
+    [
+        ("Qwen3_5Moe", tiny, EXPERTS | {"shared_expert_intermediate_size": 48}, {}),
+        ("Qwen3VLMoe", tiny_qwen3_vl, EXPERTS, {}),
+        ("Qwen2_5_VL", tiny_qwen3_vl, {}, {"window_size": 64, "fullatt_block_indexes": [1]}),
+    ],
+)
 def test_other_families_are_planned_and_trained(
     family, build, text, vision, world, tmp_path, capsys
 ):
