@@ -65,9 +65,9 @@ class RunLog:
     Lines of later steps than `begin` are dropped: these are about to be done again."""
 
     def __init__(self, out: Path, begin: int):
-        self.log, self.rollouts = out / "log.jsonl", out / "rollouts.jsonl"
+        self.files = [out / "log.jsonl", out / "rollouts.jsonl"]
         self.idle_steps = 0  # in which there was nothing to learn from
-        for path in (self.log, self.rollouts):
+        for path in self.files:
             notes = []
             rows = [row for row in read_jsonl(path, notes) if row["step"] <= begin]
             write_jsonl(path, rows)
@@ -85,7 +85,7 @@ class RunLog:
         """A step's entry, and rollouts to look at."""
         self.idle_steps += entry["tokens"] == 0
         entry = {**entry, "idle_steps": self.idle_steps}
-        for path, rows in ((self.log, [entry]), (self.rollouts, shown)):
+        for path, rows in zip(self.files, ([entry], shown), strict=True):
             with path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         tqdm.write(log_line(entry), file=sys.stdout)

@@ -9,12 +9,12 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from storage.files import numbered_lines, write_jsonl
@@ -22,7 +22,6 @@ from storage.images import save_image
 
 RED = (255, 0, 0)  # the box
 AT_ONCE = 50_000_000  # bytes of train.jsonl that are read at once (ours: a second or two)
-PIECE = 2**24  # bytes
 FOLDERS = ("images", "teacher_images")  # of full images and of crops; keys of a row as well
 # each of these would change the number of images, or begin and end turns of the chat
 TAG = re.compile(r"<image>|<video>|<\|\w+\|>")
@@ -118,13 +117,10 @@ class LazyTriplets(Sequence):
         self.folder, self.path = folder, rows_of(folder)
         self.file = self.path.open("rb")
         self.sha256 = hashlib.sha256()
-        begins, size = [0], 0
-        while piece := self.file.read(PIECE):
-            self.sha256.update(piece)
-            ends = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n"))
-            begins.append(ends + size + 1)
-            size += len(piece)
-        self.edges = np.unique(np.hstack([*begins, size]))
+        self.edges = array("q", [0])  # where lines begin and end, 8 bytes each
+        for line in self.file:
+            self.sha256.update(line)
+            self.edges.append(self.edges[-1] + len(line))
         for i in (0, len(self) - 1):  # is anything there at all?
             self[i]
 
@@ -132,8 +128,9 @@ class LazyTriplets(Sequence):
         return len(self.edges) - 1
 
     def __getitem__(self, i: int) -> Triplet:
-        begin, end = self.edges[[i, i + 1]].tolist()
-        line = os.pread(self.file.fileno(), end - begin, begin)  # workers share the file
+        begin = self.edges[i]
+        size = self.edges[i + 1] - begin
+        line = os.pread(self.file.fileno(), size, begin)  # workers share the file
         try:
             return read_row(line, i, self.folder, Path.is_file)
         except (ValueError, FileNotFoundError) as error:
