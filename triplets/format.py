@@ -256,16 +256,12 @@ def write_triplets(folder: str | Path, samples: Iterable[Triplet]) -> int:
         )
     for key in FOLDERS:
         (folder / key).mkdir(parents=True, exist_ok=True)
-    names = set()
-
-    def rows():
-        for sample in samples:
-            if sample.id in names:
-                raise ValueError(f"sample {sample.id!r}: the id is repeated. Expected unique ones.")
-            names.add(sample.id)
-            yield write_sample(folder, sample, ".png")
-        if not names:
-            raise ValueError(f"no samples to write into {folder}. Expected at least one.")
-
-    write_jsonl(path, rows())
-    return len(names)
+    rows = {}  # by id
+    for sample in samples:
+        if sample.id in rows:
+            raise ValueError(f"sample {sample.id!r}: the id is repeated. Expected unique ones.")
+        rows[sample.id] = write_sample(folder, sample, ".png")
+    if not rows:
+        raise ValueError(f"no samples to write into {folder}. Expected at least one.")
+    write_jsonl(path, rows.values())
+    return len(rows)
