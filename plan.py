@@ -5,7 +5,6 @@ phase, a rough time.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -18,64 +17,38 @@ from storage.images import image_size
 from triplets.format import Triplet
 
 
-@dataclass
 class Outline:
     """What memory and time depend on, of a model that need not be loaded."""
 
-    weights: int
-    active: int  # weights that a token passes through: fewer in a mixture of experts
-    gathered: int  # weights of the largest decoder layer or vision block
-    root: int  # weights outside of these: embedding, head
-    hidden: int
-    vocab: int
-    layers: int
-    mlp: int  # width; of all experts that a token passes through
-    heads: int
-    kv_heads: int
-    head_dim: int
-    full_layers: int  # of full attention; the others are linear
-    linear: tuple[int, int, int, int]  # heads, key width, value width, convolution kernel
-    blocks: int  # of the vision tower
-    vision_hidden: int
-    vision_mlp: int
-    patch: int  # px
-
-
-def outline(model) -> Outline:
-    text, vision = model.config.get_text_config(), model.config.vision_config
-    groups = [*model.model.language_model.layers, *model.model.visual.blocks]
-    sizes = [sum(weight.numel() for weight in group.parameters()) for group in groups]
-    weights = sum(weight.numel() for weight in model.parameters())
-    asleep, mlp = 0, getattr(text, "intermediate_size", 0)
-    experts = sum(w.numel() for name, w in model.named_parameters() if ".experts." in name)
-    if experts:
-        asleep = int(experts * (1 - text.num_experts_per_tok / text.num_experts))
-        mlp = text.num_experts_per_tok * text.moe_intermediate_size
-        mlp += getattr(text, "shared_expert_intermediate_size", 0)
-    kinds = getattr(text, "layer_types", None) or []
-    linear = (0, 0, 0, 0)
-    if "linear_attention" in kinds:
-        widths = (text.linear_key_head_dim, text.linear_value_head_dim)
-        linear = (text.linear_num_value_heads, *widths, text.linear_conv_kernel_dim)
-    return Outline(
-        weights=weights,
-        active=weights - asleep,
-        gathered=max(sizes),
-        root=weights - sum(sizes),
-        hidden=text.hidden_size,
-        vocab=text.vocab_size,
-        layers=text.num_hidden_layers,
-        mlp=mlp,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        full_layers=text.num_hidden_layers - kinds.count("linear_attention"),
-        linear=linear,
-        blocks=vision.depth,
-        vision_hidden=vision.hidden_size,
-        vision_mlp=vision.intermediate_size,
-        patch=vision.patch_size,
-    )
+    def __init__(self, model):
+        self.text = text = model.config.get_text_config()
+        self.vision = model.config.vision_config
+        groups = [*model.model.language_model.layers, *model.model.visual.blocks]
+        sizes = [sum(weight.numel() for weight in group.parameters()) for group in groups]
+        self.weights = sum(weight.numel() for weight in model.parameters())
+        self.gathered = max(sizes)  # weights of the largest decoder layer or vision block
+        self.root = self.weights - sum(sizes)  # weights outside of these: embedding, head
+        # Weights that a token passes through, and the width of all MLPs that it passes through.
+        self.active = self.weights
+        self.mlp = getattr(text, "intermediate_size", 0)
+        experts = sum(w.numel() for name, w in model.named_parameters() if ".experts." in name)
+        if experts:
+            self.active -= int(experts * (1 - text.num_experts_per_tok / text.num_experts))
+            self.mlp = text.num_experts_per_tok * text.moe_intermediate_size
+            self.mlp += getattr(text, "shared_expert_intermediate_size", 0)
+        wide = text.hidden_size // text.num_attention_heads
+        self.head_dim = getattr(text, "head_dim", None) or wide
+        kinds = getattr(text, "layer_types", None) or []
+        self.linear_layers = kinds.count("linear_attention")
+        self.full_layers = text.num_hidden_layers - self.linear_layers
+        self.linear = (0, 0, 0, 0)  # heads, key width, value width, convolution kernel
+        if self.linear_layers:
+            self.linear = (
+                text.linear_num_value_heads,
+                text.linear_key_head_dim,
+                text.linear_value_head_dim,
+                text.linear_conv_kernel_dim,
+            )
 
 
 def read_outline(path: str) -> tuple[Outline, ImageTextProcessor]:
@@ -95,194 +68,197 @@ def read_outline(path: str) -> tuple[Outline, ImageTextProcessor]:
         raise ValueError(
             f"{path} has no configuration of a Qwen3.5 / Qwen3-VL style model: {error}"
         ) from error
-    return outline(model), processor
+    return Outline(model), processor
+
+
+class Step:
+    """A rank's part of a step, for prompts of `full` (student) and `seen` (teacher and extra view,
+    where there are any) tokens and responses of --max-new-tokens."""
+
+    def __init__(self, settings, model: Outline, full: int, seen: int = 0):
+        self.settings = settings
+        self.model = model
+        self.full = full
+        self.seen = seen
+        self.method = METHODS[settings.method]
+        self.longest = settings.max_new_tokens
+        self.rows = settings.micro_prompts * settings.group  # of a micro-batch
+        self.prompts = settings.prompts // settings.plan
+        micros = max(1, settings.gen_prompts // settings.micro_prompts)
+        self.decoded = min(self.prompts, micros * settings.micro_prompts)  # prompts at once
+        # Tokens of the answered prompts, and their limit: the student's, or the teacher's.
+        self.asked, self.limit = full, settings.max_prompt
+        if self.method.writer == "teacher":
+            self.asked, self.limit = seen, settings.max_crop_prompt
+        self.number = 2 if settings.device == "cuda" else 4  # bytes of one
+        # Bytes that a token takes in the KV cache of all layers.
+        width = model.text.num_key_value_heads * model.head_dim
+        self.key_values = 2 * model.full_layers * width * self.number
 
 
 # ------------------------------------------------------------------------------------------ memory
 
 
-class Memory:
-    """Bytes on a GPU (on a CPU, of a process's tensors), at most, for prompts of `full` (student)
-    and `seen` (teacher) tokens and responses of --max-new-tokens.
+class Memory(Step):
+    """Bytes on a GPU (on a CPU, of a process's tensors), at most.
 
     Activations are those of transformers' own kernels, by factors fitted to tensors counted in
     small runs; with fla installed they take less. tests/test_plan.py counts again.
     """
 
-    def __init__(self, settings, model: Outline, ranks: int, full: int, seen: int):
-        self.settings, self.model = settings, model
-        self.ranks, self.full, self.seen = ranks, full, seen
-        self.number = 2 if settings.device == "cuda" else 4  # bytes of one
-        self.longest = settings.max_new_tokens
-        self.prompts = settings.prompts // ranks  # a rank's
-        self.distils = METHODS[settings.method].distils
-        self.samples = METHODS[settings.method].writer is not None
-
     def phases(self) -> dict[str, float]:
         """`stays`, and what each phase of a step adds to it, one at a time."""
-        settings, model = self.settings, self.model
-        stays = 16 * model.weights / self.ranks  # fp32: weights, AdamW's two moments, EMA
-        copy = self.number * model.weights  # the plain one
+        settings = self.settings
+        weights = self.model.weights
+        stays = 16 * weights / settings.plan  # fp32: weights, AdamW's two moments, EMA
+        copy = self.number * weights  # the plain one
         if settings.compile:
             stays, copy = stays + copy, 0
         batch = self.batch()
+        teaching = 0
+        sampling = copy + batch + self.sampling() if self.method.writer else 0
+        if self.method.distils:
+            activations = self.layer(settings.micro_prompts, self.seen, self.rows) / 2
+            teaching = copy + batch + self.targets() + activations
         return {
             "stays": stays,
-            "sampling": (copy + batch + self.sampling()) if self.samples else 0,
-            "teacher": (copy + batch + self.teaching()) if self.distils else 0,
+            "sampling": sampling,
+            "teacher": teaching,
             "student": batch + self.student(),
         }
 
     def sampling(self) -> float:
         """The caches, and the pass over the prompts that fills them."""
-        decoded = decoded_at_once(self.settings, self.ranks)
-        asked, _ = answered_prompt(self.settings, self.full, self.seen)
-        state, token = self.state_of_row(), key_values(self.model, self.number)
+        decoded = self.decoded
+        asked = self.asked
+        rows = decoded * self.settings.group
+        state = self.state_of_row()
+        token = self.key_values
+        of_layer = token / max(1, self.model.full_layers)
         prompt_cache = decoded * (asked * token + state)
-        row = 2 * state + 32 * self.model.vocab  # logits, and their cumulative sum in float64
+        row = 2 * state + 32 * self.model.text.vocab_size  # logits, their cumulative sum in float64
         if self.settings.compile:  # the rows' cache stays, see batch(); a layer's is copied
-            row += asked * token / max(1, self.model.full_layers)
-            cache = prompt_cache + decoded * self.settings.group * row
+            cache = prompt_cache + rows * (row + asked * of_layer)
         else:
-            row += (asked + self.longest) * token * (1 + 1 / max(1, self.model.full_layers))
-            cache = decoded * self.settings.group * row
+            cache = rows * (row + (asked + self.longest) * (token + of_layer))
         prefill = max(self.block(decoded, asked), self.layer(decoded, asked, 0)) / 2
         return decoded * asked * self.pixels_of_token() + max(cache, prompt_cache + prefill)
-
-    def teaching(self) -> float:
-        settings = self.settings
-        rows = settings.micro_prompts * settings.group
-        return self.targets() + self.layer(settings.micro_prompts, self.seen, rows) / 2
 
     def student(self) -> float:
         """Gradients, what is gathered of the weights, activations, the loss."""
         settings, model, number = self.settings, self.model, self.number
-        micro, rows = settings.micro_prompts, settings.micro_prompts * settings.group
-        layer, block = self.layer(micro, self.full, rows), self.block(micro, self.full)
-        activations = model.layers * layer + model.blocks * block
+        text = model.text
+        vision = model.vision
+        micro = settings.micro_prompts
+        rows = self.rows
+        layer = self.layer(micro, self.full, rows)
+        block = self.block(micro, self.full)
+        activations = text.num_hidden_layers * layer + vision.depth * block
         if settings.checkpointing:
-            inputs = model.layers * (micro * self.full + rows * self.longest) * model.hidden
-            inputs += model.blocks * micro * self.full * 4 * model.vision_hidden
+            tokens = micro * self.full + rows * self.longest
+            inputs = text.num_hidden_layers * tokens * text.hidden_size
+            inputs += vision.depth * micro * self.full * 4 * vision.hidden_size
             activations = inputs * number + max(layer, block)
         # A layer's weights, those of the next, and gradients on their way to the ranks in fp32.
         gathered = (model.root + 2 * model.gathered) * number
         reduced = model.gathered * (number + 4)
-        chunk = min(settings.chunk, rows * self.longest) * model.vocab
+        chunk = min(settings.chunk, rows * self.longest)
         in_work = 0 if settings.device == "cuda" else 4
-        loss = model.vocab * model.hidden * 4 + chunk * (2 * number + in_work)
+        loss = text.vocab_size * (text.hidden_size * 4 + chunk * (2 * number + in_work))
         # The root's gradients are the last: then there are no activations any more.
         working = max(activations + reduced + loss, model.root * (number + 4))
-        return 4 * model.weights / self.ranks + gathered + working + self.targets()
+        return 4 * model.weights / settings.plan + gathered + working + self.targets()
 
     def batch(self) -> float:
         """The encoded images of a step, and the static caches where decoding is compiled."""
         settings = self.settings
         batches = 1 + (settings.resample if settings.method == "dapo" else 0)
-        held = batches * self.prompts * (self.full + self.seen) * self.pixels_of_token()
+        tokens = batches * self.prompts * (self.full + self.seen)
+        held = tokens * self.pixels_of_token()
         if settings.compile:
-            decoded = decoded_at_once(settings, self.ranks)
-            rows = (decoded + self.prompts % decoded) * settings.group  # a last, smaller one
-            slots = answered_prompt(settings, self.full, self.seen)[1] + self.longest
-            held += rows * (slots * key_values(self.model, self.number) + self.state_of_row())
+            prompts = self.decoded + self.prompts % self.decoded  # the last are fewer
+            slots = self.limit + self.longest
+            row = slots * self.key_values + self.state_of_row()
+            held += prompts * settings.group * row
         return held
 
     def targets(self) -> float:
         """Hidden states and heads: of the teacher, a trust-region one has two of each, and as many
         of an extra view."""
-        if not self.distils:
+        if not self.method.distils:
             return 0
+        text = self.model.text
         sides = 2 if self.settings.teacher == "trust-region" else 1
-        sides *= 2 if METHODS[self.settings.method].extra_view else 1
+        sides *= 2 if self.method.extra_view else 1
         tokens = self.prompts * self.settings.group * self.longest
-        return sides * (tokens + self.model.vocab) * self.model.hidden * self.number
+        return sides * (tokens + text.vocab_size) * text.hidden_size * self.number
 
     def layer(self, prompts: int, tokens: int, rows: int) -> float:
         """Of one decoder layer on prompts of `tokens` tokens and their `rows` continuations, the
         widest kind."""
-        model, number, longest = self.model, self.number, self.longest
+        model, text, longest = self.model, self.model.text, self.longest
         heads, key_dim, value_dim, _ = model.linear
         blocks = prompts * math.ceil(tokens / 64) + rows * math.ceil(longest / 64)
-        delta = blocks * 64 * 2 * heads * (key_dim + value_dim) * (24 + 3 * number)
-        width = model.head_dim * (model.heads + model.kv_heads)
-        repeated = 4 * rows * (tokens + longest) * width * number
-        inner = (prompts * tokens + rows * longest) * (8 * model.hidden + 3 * model.mlp) * number
-        return inner + max(delta, repeated)
+        delta = blocks * 64 * 2 * heads * (key_dim + value_dim) * (24 + 3 * self.number)
+        width = model.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+        repeated = 4 * rows * (tokens + longest) * width * self.number
+        inner = (prompts * tokens + rows * longest) * (8 * text.hidden_size + 3 * model.mlp)
+        return inner * self.number + max(delta, repeated)
 
     def block(self, prompts: int, tokens: int) -> float:
         """Of one block of the vision tower, which has 4 patches an image token."""
-        width = 8 * self.model.vision_hidden + 3 * self.model.vision_mlp
+        vision = self.model.vision
+        width = 8 * vision.hidden_size + 3 * vision.intermediate_size
         return 4 * prompts * tokens * width * self.number
 
     def state_of_row(self) -> float:
         """Of the linear-attention layers: recurrent states in fp32, convolution states."""
         heads, key_dim, value_dim, kernel = self.model.linear
         state = key_dim * value_dim * 4 + (2 * key_dim + value_dim) * kernel * self.number
-        return (self.model.layers - self.model.full_layers) * heads * state
+        return self.model.linear_layers * heads * state
 
     def pixels_of_token(self) -> float:
         """4 patches of two frames of 3 colours."""
-        return 4 * 6 * self.model.patch**2 * self.number
-
-
-def key_values(model: Outline, number: int) -> int:
-    """Bytes that a token takes in the KV cache of all layers; number: bytes of one."""
-    return 2 * model.full_layers * model.kv_heads * model.head_dim * number
-
-
-def decoded_at_once(settings, ranks: int) -> int:
-    """Prompts that a rank decodes at once: whole micro-batches."""
-    micros = max(1, settings.gen_prompts // settings.micro_prompts)
-    return min(settings.prompts // ranks, micros * settings.micro_prompts)
-
-
-def answered_prompt(settings, full: int, seen: int) -> tuple[int, int]:
-    """(tokens, most tokens) of the prompts that are answered: the student's, or the teacher's."""
-    if METHODS[settings.method].writer == "teacher":
-        return seen, settings.max_crop_prompt
-    return full, settings.max_prompt
+        return 4 * 6 * self.model.vision.patch_size**2 * self.number
 
 
 # -------------------------------------------------------------------------------------------- time
 
 
-def seconds(settings, model: Outline, ranks: int, full: int, seen: int) -> dict[str, float]:
-    """A rough estimate of a step on H100s, by phase, for prompts of `full` and `seen` tokens.
+def seconds(step: Step) -> dict[str, float]:
+    """A rough estimate of a step on H100s, by phase.
 
     Assumed, not measured: 400 TFLOP/s in passes, 2 TB/s when decoding, 35 ms a decoded token
     without --compile, mean responses a quarter of the longest; dapo's further batches are left out.
     """
-    longest, mine = settings.max_new_tokens, settings.prompts // ranks
-    decoded = decoded_at_once(settings, ranks)
-    asked, limit = answered_prompt(settings, full, seen)
-    slots = limit + longest if settings.compile else asked + longest / 2
-    read = 2 * model.active + decoded * settings.group * slots * key_values(model, 2)
-    token = max(0.0 if settings.compile else 0.035, read / 2e12)
-    forward = 2 * model.active * mine / 400e12  # of a token of every prompt
+    settings = step.settings
+    active = step.model.active
+    longest = step.longest
+    if settings.compile:
+        slots, least = step.limit + longest, 0.0
+    else:
+        slots, least = step.asked + longest / 2, 0.035
+    read = 2 * active + step.decoded * settings.group * slots * step.key_values
+    token = max(least, read / 2e12)
+    forward = 2 * active * step.prompts / 400e12  # of a token of every prompt
     responses = settings.group * longest / 4
-    method = METHODS[settings.method]
+    calls = math.ceil(step.prompts / step.decoded)
+    method = step.method
     views_read = method.distils + (method.extra_view is not None)
-    sampling = forward * asked + math.ceil(mine / decoded) * longest * token
+    sampling = forward * step.asked + calls * longest * token
     return {
         "sampling": sampling if method.writer else 0,
-        "teacher": views_read * forward * (seen + responses),
-        "student": 4 * forward * (full + responses),  # forward twice, backward
+        "teacher": views_read * forward * (step.seen + responses),
+        "student": 4 * forward * (step.full + responses),  # forward twice, backward
     }
 
 
 # -------------------------------------------------------------------------------------------- plan
 
 
-@dataclass
-class Lengths:
-    """Tokens of the prompts that a view makes of all rows."""
-
-    mean: int = 0
-    longest: int = 0
-    shrunk: int = 0  # prompts whose image must be scaled down
-
-
-def prompt_lengths(rows: list[Triplet], view: View, most: int, processor) -> Lengths:
-    """Raises ValueError for an image that is none."""
+def prompt_lengths(rows: list[Triplet], view: View, processor) -> list[int]:
+    """Tokens of the prompts that a view makes of the rows, with whole images. Raises ValueError for
+    an image that is none."""
     lengths = []
     for row in tqdm(rows, desc=f"prompts of the {view.image}", leave=False):
         try:
@@ -291,9 +267,7 @@ def prompt_lengths(rows: list[Triplet], view: View, most: int, processor) -> Len
             raise ValueError(f"sample {row.id}: {error}") from error
         text = chat(processor, view.text(row))
         lengths.append(text_tokens(processor, text) + image_tokens(processor, size))
-    shrunk = sum(length > most for length in lengths)
-    lengths = [min(length, most) for length in lengths]
-    return Lengths(sum(lengths) // len(lengths), max(lengths), shrunk)
+    return lengths
 
 
 def describe_run(settings, rows: list[Triplet], views: list[tuple[View, int]]) -> str:
@@ -302,23 +276,27 @@ def describe_run(settings, rows: list[Triplet], views: list[tuple[View, int]]) -
     Raises FileNotFoundError / ValueError for images and models that are none.
     """
     model, processor = read_outline(settings.model)
-    ranks = settings.plan
     steps = settings.steps or len(rows) // settings.prompts
-    lengths = [prompt_lengths(rows, view, most, processor) for view, most in views]
     told = [
         f"{settings.model}: {model.weights / 1e6:,.1f}M weights; {settings.data}: "
         f"{len(rows):,} triplets",
-        f"{steps} steps of {settings.prompts} prompts x {settings.group} responses on {ranks} "
-        "rank(s)",
+        f"{steps} steps of {settings.prompts} prompts x {settings.group} responses on "
+        f"{settings.plan} rank(s)",
     ]
-    for name, each in zip(("student", "teacher", "extra view"), lengths, strict=False):
-        words = f"{each.mean:,} tokens on average, {each.longest:,} the longest"
-        if each.shrunk:
-            words += f"; {each.shrunk} images will be scaled down"
+    means = []
+    longest = []  # of the student's prompts, and of the teacher's and the extra ones
+    for name, (view, most) in zip(("student", "teacher", "extra view"), views, strict=False):
+        lengths = prompt_lengths(rows, view, processor)
+        shrunk = sum(length > most for length in lengths)
+        lengths = [min(length, most) for length in lengths]
+        longest.append(max(lengths))
+        means.append(sum(lengths) // len(lengths))
+        words = f"{means[-1]:,} tokens on average, {longest[-1]:,} the longest"
+        if shrunk:
+            words += f"; {shrunk} images will be scaled down"
         told.append(f"{name}'s prompts: {words}")
-    full, *others = lengths  # the teacher's view and the extra one take their turns
-    seen = max(others, key=lambda each: each.longest, default=Lengths())
-    parts = Memory(settings, model, ranks, full.longest, seen.longest).phases()
+    # The teacher's view and the extra one take their turns.
+    parts = Memory(settings, model, longest[0], max(longest[1:], default=0)).phases()
     stays = parts.pop("stays")
     told.append(
         f"memory of a rank, at most: {(stays + max(parts.values())) / 1e9:.1f} GB = "
@@ -326,7 +304,7 @@ def describe_run(settings, rows: list[Triplet], views: list[tuple[View, int]]) -
         + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     )
     if settings.device == "cuda":
-        spent = seconds(settings, model, ranks, full.mean, seen.mean)
+        spent = seconds(Step(settings, model, means[0], max(means[1:], default=0)))
         told.append(
             "time, a rough estimate (see plan.seconds): "
             + ", ".join(f"{name} {each:.0f} s" for name, each in spent.items())

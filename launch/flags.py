@@ -10,7 +10,7 @@ settings = settings_parser(Settings, __doc__).parse_args(argv)          # --prom
 import argparse
 import math
 import re
-from dataclasses import MISSING, field, fields
+from dataclasses import field, fields
 
 # ------------------------------------------------------------------------------- types that check
 
@@ -91,19 +91,14 @@ def settings_parser(settings: type, description: str) -> argparse.ArgumentParser
     )
     for each in fields(settings):
         flag = "--" + each.name.replace("_", "-")
-        default = None if each.default is MISSING else each.default
-        parser.add_argument(flag, default=default, **each.metadata)
+        parser.add_argument(flag, default=each.default, **each.metadata)
     return parser
-
-
-def given_flags(argv: list[str]) -> set[str]:
-    """The flags of a command line, --no-x as --x."""
-    names = {token.partition("=")[0] for token in argv if token.startswith("--")}
-    return {name.replace("--no-", "--", 1) for name in names}
 
 
 def refuse_idle(parser: argparse.ArgumentParser, argv: list[str], has_effect: dict, why: str):
     """An error if a flag is given that would change nothing; has_effect: {flag: bool}."""
-    idle = sorted(name for name in given_flags(argv) if not has_effect.get(name, True))
+    names = {token.partition("=")[0] for token in argv if token.startswith("--")}
+    given = {name.replace("--no-", "--", 1) for name in names}  # --no-x as --x
+    idle = sorted(name for name in given if not has_effect.get(name, True))
     if idle:
         parser.error(f"{', '.join(idle)} would change nothing {why}. Leave it out.")

@@ -69,15 +69,15 @@ class RunLog:
     def __init__(self, out: Path, begin: int, steps: int, every: int = 1):
         self.every = every
         self.bar = tqdm(desc=out.name, initial=begin, total=steps, unit="step")
-        self.log, self.rollouts = out / "log.jsonl", out / "rollouts.jsonl"
+        self.files = [out / "log.jsonl", out / "rollouts.jsonl"]
         self.idle_steps = 0  # in which there was nothing to learn from
         self.entries, self.warned = [], set()
-        for path in (self.log, self.rollouts):
+        for path in self.files:
             notes = []
             rows = [row for row in read_jsonl(path, notes) if row["step"] <= begin]
             write_jsonl(path, rows)
             self.idle_steps += sum(row.get("tokens") == 0 for row in rows)
-            if path == self.log:
+            if path == self.files[0]:
                 self.entries = rows
             if begin and notes:
                 print(*notes, sep="\n", flush=True)
@@ -92,7 +92,7 @@ class RunLog:
         """A step's entry, and rollouts to look at."""
         self.idle_steps += entry["tokens"] == 0
         entry = {**entry, "idle_steps": self.idle_steps}
-        for path, rows in ((self.log, [entry]), (self.rollouts, shown)):
+        for path, rows in zip(self.files, ([entry], shown), strict=True):
             with path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         if entry["step"] % self.every == 0 or entry["step"] == entry["steps"]:

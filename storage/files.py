@@ -142,11 +142,10 @@ def read_jsonl(path: Path, notes: list[str]) -> list[dict]:
     rows = []
     torn = 0
     for _, line in numbered_lines(path):
-        try:
+        row = None
+        with suppress(json.JSONDecodeError, RecursionError):
             text = line.decode(errors="replace")
             row = json.loads(text, parse_constant=lambda name: None)
-        except (json.JSONDecodeError, RecursionError):
-            row = None
         if isinstance(row, dict):
             rows.append(row)
         else:

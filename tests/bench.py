@@ -25,7 +25,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 import tomllib
 from functools import partial
 from math import isnan, isqrt, nan
@@ -51,7 +50,7 @@ from synthesis.photos import load_photo
 from synthesis.regions import Region, cut
 from triplets.format import Triplet
 
-# What --device cuda changes, and the configurations of --size.
+# Defaults, what --device cuda changes of them, and the configurations of --size.
 SHAPES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 GOALS = {  # benchmark: (goal, whether the numbers found reach it)
     "loss": (
@@ -85,7 +84,7 @@ def build(size, vocab, device, dtype):
     processor.image_processor.patch_size = 16
     processor.image_processor.size = {"shortest_edge": 1024, "longest_edge": 16_777_216}
     ids = {key: getattr(donor.config, key) for key in VISION_IDS}
-    config = transformers.Qwen3_5Config(**SHAPES["sizes"][size], **ids, tie_word_embeddings=True)
+    config = transformers.Qwen3_5Config(**SHAPES["sizes"][size], **ids)
     config.text_config.vocab_size = vocab
     torch.manual_seed(0)
     with torch.device(device):
@@ -100,7 +99,8 @@ def photo(processor, args, share=1.0):
     """One prompt of `share` of --prompt-tokens: an image, then a question that fills the rest."""
     tokens = int((args.prompt_tokens - 60) * share)  # the image's
     columns = isqrt(tokens)
-    image = Image.effect_noise((columns * 32, tokens // columns * 32), 64).convert("RGB")
+    size = (columns * 32, tokens // columns * 32)
+    image = Image.effect_noise(size, 64).convert("RGB")
     empty = vision_model.encode(processor, [image], ["what"])["input_ids"].shape[1]
     words = int(args.prompt_tokens * share) - empty
     prompt = vision_model.encode(processor, [image], ["what" + " is" * words])
@@ -130,12 +130,14 @@ def plain_generate(model, prompt, group, tokens, sampled=True):
 def plain_hidden(model, prompt, ids):
     """One full sequence per response: hidden states (N, T, D) that predict the ids (N, T) after N
     copies of one prompt."""
-    inputs, zeros = copies(prompt, len(ids)), torch.zeros_like(ids)
+    inputs = copies(prompt, len(ids))
+    zeros = torch.zeros_like(ids)
     more = {"input_ids": ids, "attention_mask": zeros + 1, "mm_token_type_ids": zeros}
     for key, value in more.items():
         inputs[key] = torch.cat([inputs[key], value], 1)
     model.model.rope_deltas = None
-    return model.model(**inputs, use_cache=False).last_hidden_state[:, -ids.shape[1] - 1 : -1]
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    return hidden[:, -ids.shape[1] - 1 : -1]
 
 
 def forward_flops(model, prompt, N=0, T=0):
@@ -154,7 +156,9 @@ def forward_flops(model, prompt, N=0, T=0):
         matrices = (torch.nn.Linear, torch.nn.Conv3d)
         return sum(m.weight.numel() for m in module.modules() if isinstance(m, matrices))
 
-    (B, L), text, tower = prompt["input_ids"].shape, model.model.language_model, model.model.visual
+    B, L = prompt["input_ids"].shape
+    text = model.model.language_model
+    tower = model.model.visual
     patches = prompt["image_grid_thw"].prod(1)  # of each image
     # The merger sees them merged.
     each_patch = size(tower) - size(tower.merger) * (1 - 1 / tower.spatial_merge_size**2)
@@ -178,13 +182,15 @@ def read_bytes(model, N, length):
     """Bytes that one decoding step of N sequences reads and writes at least, `length` tokens being
     before it: the language model's weights, its head included and its embeddings not; keys and
     values; states of linear attention (convolution; recurrence, fp32, read and written)."""
-    text, head = model.model.language_model, model.lm_head.weight
-    weights = sum(p.numel() for p in text.parameters()) - text.embed_tokens.weight.numel()
+    text = model.model.language_model
+    head = model.lm_head.weight
+    weights = sum(p.numel() for p in text.parameters())
+    weights += head.numel() - text.embed_tokens.weight.numel()
     full, linear = attention(model)
     cached = sum(a.k_proj.out_features + a.v_proj.out_features for a in full) * length
     cached += sum(a.conv1d.weight.numel() for a in linear)
     recurrent = 2 * 4 * sum(a.num_v_heads * a.head_k_dim * a.head_v_dim for a in linear)
-    return (weights + head.numel() + N * cached) * head.element_size() + N * recurrent
+    return (weights + N * cached) * head.element_size() + N * recurrent
 
 
 def speeds(model, args):
@@ -196,9 +202,11 @@ def speeds(model, args):
         seconds, _ = measure(lambda: [work(*inputs) for _ in range(10)], args)
         return seconds / 10
 
-    mlp, flops = model.model.language_model.layers[0].mlp, []
+    mlp = model.model.language_model.layers[0].mlp
+    flops = []
     tokens = args.prompt_tokens + args.group * args.response_tokens
-    for weight in (mlp.up_proj.weight.detach(), mlp.down_proj.weight.detach()):
+    for matrix in (mlp.up_proj, mlp.down_proj):
+        weight = matrix.weight.detach()
         x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=args.device)
         flops.append(2 * tokens * weight.numel() / once(torch.mm, x, weight.t()))
     source, target = torch.ones(2, 2**28, dtype=torch.uint8, device=args.device)
@@ -213,7 +221,6 @@ def speeds(model, args):
 def measure(run, args):
     """(median seconds of a run, peak GB above what was there before it), after one that does not
     count. GB is NaN on a CPU; both are NaN where a GPU's memory runs out."""
-    device, seconds = torch.get_device_module(args.device), []
     cuda = args.device == "cuda"
     if cuda:
         gc.collect()  # of a row before that ran out of memory
@@ -223,32 +230,50 @@ def measure(run, args):
         run()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(args.repeats):
-            device.synchronize()
-            start = time.perf_counter()
-            run()
-            device.synchronize()
-            seconds.append(time.perf_counter() - start)
+        seconds = [bench_loss.timed(run, args) for _ in range(args.repeats)]
     except torch.OutOfMemoryError:
         return nan, nan
     peak = torch.cuda.max_memory_allocated() - before if cuda else nan
     return statistics.median(seconds), peak / 2**30
 
 
-def row(name, found, tokens, floor, plain=nan, step=nan):
+def row(
+    name,
+    found,
+    tokens,
+    floor,
+    plain=nan,
+    step=nan,
+):
     """found: (seconds, GB) measured; floor, plain way and whole step in seconds. NaN prints as a
     dash."""
     seconds, gb = found
-    cells = (seconds * 1e3, tokens / seconds, gb, seconds / step, seconds / floor, plain / seconds)
+    cells = (
+        seconds * 1e3,
+        tokens / seconds,
+        gb,
+        seconds / step,
+        seconds / floor,
+        plain / seconds,
+    )
     line = ""
     for value, form in zip(cells, COLUMNS.values(), strict=True):
         line += f"{'-' if isnan(value) else format(value, form):>10}"
     print(f"  {name:48}{'  out of memory' if isnan(seconds) else line}", flush=True)
 
 
-def compare(name, ours, plain, tokens, floor, args, step=nan):
+def compare(
+    name,
+    ours,
+    plain,
+    floor,
+    tokens,
+    args,
+    step=nan,
+):
     """Measures ours and the plain way and prints a row of each. Returns their seconds."""
-    slow, fast = measure(plain, args), measure(ours, args)
+    slow = measure(plain, args)
+    fast = measure(ours, args)
     row(name, fast, tokens, floor, slow[0], step)
     row("  plain way", slow, tokens, floor)
     return fast[0], slow[0]
@@ -257,9 +282,9 @@ def compare(name, ours, plain, tokens, floor, args, step=nan):
 def run_of(model, processor, flags):
     """A run as train.py makes it, on nameless triplets."""
     settings = train.parse(flags.split())
-    rank, world, device = join_ranks(settings.device)
+    ranks = join_ranks(settings.device)
     shards = Shards(
-        copy.deepcopy(model).to(device),
+        copy.deepcopy(model).to(ranks[-1]),
         lr=settings.lr,
         eps=settings.adam_eps,
         weight_decay=settings.weight_decay,
@@ -267,7 +292,13 @@ def run_of(model, processor, flags):
     )
     rows = [Triplet(str(i), "", "", "") for i in range(settings.prompts)]
     method = METHODS[settings.method](settings)
-    return train.Run(settings, method, rows, processor, shards, rank, world, device)
+    return train.Run(settings, method, rows, processor, shards, *ranks)
+
+
+def update(shards):
+    shards.update(1e-6, shards.gradient_norm(), 1.0, 0.05)
+    shards.publish("student")
+    shards.publish("teacher")
 
 
 def bench_step(model, processor, args, rate, bandwidth):
@@ -281,12 +312,11 @@ def bench_step(model, processor, args, rate, bandwidth):
         f"--prompts 1 --gen-prompts 1 --steps 9 --group {group} --chunk {args.chunk} "
         f"--max-new-tokens {tokens} --device {args.device}",
     )
-    full, crop = photo(processor, args), photo(processor, args, 0.4)
+    full = photo(processor, args)
+    crop = photo(processor, args, 0.4)
     ids = torch.randint(256, (group, tokens), device=args.device)
     plain = Plain(model, full, crop, args)
-
-    def generate():
-        return sample(model, processor, full, group, max_new_tokens=tokens, seeds=[0])
+    generate = partial(sample, model, processor, full, group, max_new_tokens=tokens, seeds=[0])
 
     @torch.no_grad()
     def teacher_pass():
@@ -299,16 +329,11 @@ def bench_step(model, processor, args, rate, bandwidth):
 
         run.shards.student_pass(squares).backward()
 
-    def update():
-        run.shards.update(1e-6, run.shards.gradient_norm(), 1.0, 0.05)
-        run.shards.publish("student")
-        run.shards.publish("teacher")
-
     sides = bench_loss.draw(args, n, *model.lm_head.weight.shape)
     matmuls, _ = measure(bench_loss.matmuls(args, *sides), args)
-    length, crop_length = full["input_ids"].shape[1], crop["input_ids"].shape[1]
     forward = sum(forward_flops(model, full, group, tokens)) / rate  # seconds
     teacher_forward = sum(forward_flops(model, crop, group, tokens)) / rate
+    length, crop_length = (prompt["input_ids"].shape[1] for prompt in (full, crop))
     reading = tokens * read_bytes(model, group, length + tokens / 2) / bandwidth
     phases = {  # name: (ours, the plain way, floor in seconds)
         "generation": (generate, plain.generate, reading),
@@ -322,16 +347,17 @@ def bench_step(model, processor, args, rate, bandwidth):
     )
     floor = sum(floor for *_, floor in phases.values())
     step = partial(train.learn, run, 1, [(run.rows, {"student": full, "teacher": crop})])
-    ours, slow = compare("whole step, train.learn", step, plain.step, n, floor, args)
-    for name, (fast, plain_way, floor) in phases.items():
-        compare(name, fast, plain_way, n, floor, args, ours)
-    row("update: AdamW, EMA, new weights", measure(update, args), n, nan, step=ours)
+    ours, slow = compare("whole step, train.learn", step, plain.step, floor, n, args)
+    for name, phase in phases.items():
+        compare(name, *phase, n, args, ours)
+    updating = measure(partial(update, run.shards), args)
+    row("update: AdamW, EMA, new weights", updating, n, nan, step=ours)
     compare(
         "student pass without checkpointing",
         partial(student_pass, checkpoint=False),
         partial(plain.student_pass, ids, checkpoint=False),
-        n,
         3 * forward,
+        n,
         args,
     )
     return (slow / ours,)
@@ -393,7 +419,7 @@ def bench_generate(model, processor, args, rate, bandwidth):
         f"G = {group}\n{HEADER}"
     )
     growing = partial(generate, max_new_tokens=T)
-    _, plain = compare("generation", growing, plainly, n * T, floor, args)
+    _, plain = compare("generation", growing, plainly, floor, n * T, args)
     fixed = measure(partial(growing, static=L + T), args)  # its first run compiles
     row("static cache (on a GPU: train.py --compile)", fixed, n * T, floor, plain)
     CACHES.clear()
@@ -433,20 +459,6 @@ def bench_synth(args):
         print(f"  {name:56} {seconds * 1e3:9,.1f} ms {seconds / total:7.0%}")
 
 
-COUNTS = {  # flag: (default, meaning)
-    "--model-vocab": (4096, "its vocabulary (the loss alone has its own, --vocab)"),
-    "--prompt-tokens": (612, "of the student; the teacher's prompt has 40%% of them"),
-    "--response-tokens": (50, "of each response"),
-    "--group": (8, "responses to a prompt"),
-    "--gen-prompts": (3, "generate: prompts decoded at once"),
-    "--plain-rows": (8, "step: sequences at once in the plain way's forward and backward"),
-    "--repeats": (3, "runs that are timed"),
-    "--tokens": (1024, "loss: response tokens"),
-    "--vocab": (248320, "loss: Qwen3.5's"),
-    "--hidden": (2560, "loss: Qwen3.5-4B's"),
-    "--chunk": (1024, "loss: tokens at once, for ours and Liger-Kernel"),
-    "--warmup": (0, "loss: runs that are not timed; 1 or more on a GPU"),
-}
 CHOICES = {  # flag: (choices, the first is the default; meaning)
     "--device": (["cpu", "cuda"], "cuda changes the other defaults"),
     "--dtype": (["float32", "bfloat16"], "of the weights"),
@@ -463,8 +475,9 @@ def parse():
     )
     names = [*GOALS, "synth", "goals"]
     p.add_argument("what", nargs="*", default="goals", choices=names, help="goals: all but synth")
-    for flag, (default, meaning) in COUNTS.items():
-        p.add_argument(flag, type=int, default=default, help=meaning)
+    for name, default in SHAPES["cpu"].items():
+        flag = "--" + name.replace("_", "-")
+        p.add_argument(flag, type=int, default=default, help=SHAPES["meaning"][name])
     for flag, (choices, meaning) in CHOICES.items():
         p.add_argument(flag, choices=choices, default=choices[0], help=meaning)
     each = list(bench_loss.CONTENDERS)
@@ -489,7 +502,8 @@ def verdict(args, numbers, reached):
 def main():
     args = parse()
     if args.only:
-        return bench_loss.measure(args)
+        bench_loss.measure(args)
+        return
     transformers.utils.logging.set_verbosity_error()
     print(
         f"{args.size} Qwen3.5, {args.dtype}, {bench_loss.machine(args)}, torch "
@@ -514,7 +528,6 @@ def main():
             numbers = found.get(name) or ()
             shown = ", ".join(f"{number:.2f}" for number in numbers)
             print(f"  {goal:90} {verdict(args, numbers, reached):18} {shown}")
-    return None
 
 
 if __name__ == "__main__":

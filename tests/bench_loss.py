@@ -103,11 +103,19 @@ def draw(args, tokens, vocab, width):
     return sides
 
 
+def timed(run, args, clock=time.perf_counter):
+    """Seconds of a run."""
+    device = torch.get_device_module(args.device)
+    device.synchronize()
+    start = clock()
+    run()
+    device.synchronize()
+    return clock() - start
+
+
 def measure(args):
     """Runs one contender in this process and prints {"seconds", "bytes"} as JSON, or {"missing"}
     if it is not installed."""
-    device = torch.get_device_module(args.device)
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
 
     def peak():
         if args.device == "cuda":
@@ -124,14 +132,11 @@ def measure(args):
     sides, seconds = draw(args, args.tokens, args.vocab, args.hidden), []
     before = peak()
     run = prepare(args, *sides)
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
     for _ in range(args.warmup + args.repeats):
         for student in sides[:2]:
             student.grad = None
-        device.synchronize()
-        start = clock()
-        run()
-        device.synchronize()
-        seconds.append(clock() - start)
+        seconds.append(timed(run, args, clock))
     print(json.dumps({"seconds": min(seconds[args.warmup :]), "bytes": peak() - before}))
 
 

@@ -16,7 +16,10 @@ from rollout import prefill
 def tiny():
     """The toy's model, and two prompts of one length with images of different shapes."""
     model, processor = tiny_model.tiny()
-    images = [noise(64, 48, 1), noise(48, 64, 2)]
+    images = [
+        noise(64, 48, 1),
+        noise(48, 64, 2),
+    ]
     return model, encode(processor, images, ["what is in the red box ?"] * 2)
 
 
@@ -28,7 +31,13 @@ def bench_main(monkeypatch, capsys, flags):
     return [line for line in lines if line.startswith("  ") and "x floor" not in line]
 
 
-@pytest.mark.parametrize("asked, what", [([], "goals"), (["loss", "step"], ["loss", "step"])])
+@pytest.mark.parametrize(
+    "asked, what",
+    [
+        ([], "goals"),
+        (["loss", "step"], ["loss", "step"]),
+    ],
+)
 def test_what_is_not_asked_for_is_all_that_the_goals_are_about(monkeypatch, asked, what):
     monkeypatch.setattr(sys, "argv", ["bench.py", *asked])
     assert bench.parse().what == what
@@ -36,11 +45,16 @@ def test_what_is_not_asked_for_is_all_that_the_goals_are_about(monkeypatch, aske
 
 def test_flops_of_a_pass_are_those_that_torch_counts_exactly(tiny, dense_mask):
     model, prompt = tiny
-    (B, L), N, T = prompt["input_ids"].shape, 6, 7
+    B, L = prompt["input_ids"].shape
+    N = 6
+    T = 7
     aten = torch.ops.aten
     attention = aten._scaled_dot_product_flash_attention_for_cpu  # torch does not count it itself
-    mapping = {attention: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v)}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    counter = FlopCounterMode(
+        display=False,
+        custom_mapping={attention: lambda q, k, v, *args, **how: sdpa_flop_count(q, k, v)},
+    )
+    with torch.no_grad(), counter:
         response_hidden(model, prompt, torch.randint(256, (N, T)))
     counts = counter.get_flop_counts()
     total = counts["Global"]
@@ -48,7 +62,8 @@ def test_flops_of_a_pass_are_those_that_torch_counts_exactly(tiny, dense_mask):
     patches = counts["Qwen3_5VisionModel.patch_embed.proj"][aten.convolution]
     weights, between = bench.forward_flops(model, prompt, N, T)
     assert weights == total[aten.mm] + total[aten.addmm] + patches
-    future = B * (L - 1) * (L - 2) / 2 + N * T * (T - 1) / 2  # torch counts masked pairs too
+    future = B * (L - 1) * (L - 2) / 2  # torch counts masked pairs too
+    future += N * T * (T - 1) / 2
     heads = 4 * 32  # heads x head_dim, of one layer
     assert between == total[attention] - 4 * heads * future
 
@@ -59,7 +74,13 @@ def test_decoding_reads_the_weights_once_and_the_cache_that_transformers_keeps(t
     B, L = prompt["input_ids"].shape
     linear, full = prefill(model, prompt).layers
     states = [*linear.recurrent_states.values()]
-    kept = [*linear.conv_states.values(), *states, *states, full.keys, full.values]
+    kept = [
+        *linear.conv_states.values(),
+        *states,
+        *states,
+        full.keys,
+        full.values,
+    ]
     # The head is the embeddings.
     kept += [weight for name, weight in model.named_parameters() if "visual" not in name]
     assert bench.read_bytes(model, B, L - 1) == sum(tensor.nbytes for tensor in kept)
@@ -69,7 +90,8 @@ def test_every_row_is_measured_and_memory_that_runs_out_costs_only_its_own(monke
     layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
     for key, value in layers.items():
         monkeypatch.setitem(bench.SHAPES["sizes"]["small"]["text_config"], key, value)
-    real, passes = bench.plain_hidden, []
+    real = bench.plain_hidden
+    passes = []
 
     def plain_hidden(model, prompt, ids):
         hidden = real(model, prompt, ids)

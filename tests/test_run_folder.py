@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT, assert_equal, log, noise, small_run, weights
@@ -18,7 +19,6 @@ import evaluate
 import methods
 import synth
 import train
-from sharding import join_ranks
 from storage.files import hold
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -117,19 +117,16 @@ def test_the_same_model_and_a_moved_run_are_the_same_run(run, world, tmp_path):
 
 @pytest.mark.parametrize("method", ["sft", "grpo", "dapo --resample 0"])
 def test_a_step_with_nothing_to_learn_from_changes_nothing_and_is_counted(
-    method, world, tmp_path, monkeypatch, capsys
+    method, run, world, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(methods, "is_right", lambda row, text: False)
-    flags = f"--steps 2 --weight-decay 0.5 --method {method}"
-    settings = train.parse(small_run(world, tmp_path / "x", flags))
-    before = weights(world / "base")
-    after = weights(train.train(settings, *join_ranks("cpu")))
-    assert_equal(after, before)
+    after = run("x", f"--steps 2 --weight-decay 0.5 --method {method}")
+    assert_equal(after, weights(world / "base"))
     assert [entry["idle_steps"] for entry in log(tmp_path / "x")] == [1, 2]
     assert "2 such steps" in capsys.readouterr().out
 
 
-def test_a_run_resumed_after_idle_steps_is_the_same_run(world, tmp_path, monkeypatch):
+def test_a_run_resumed_after_idle_steps_is_the_same_run(run, tmp_path, monkeypatch):
     """Adam counts updates, not steps."""
     select = methods.SFT.select
     monkeypatch.setattr(methods, "is_right", lambda row, text: begun.step >= 2)
@@ -141,14 +138,10 @@ def test_a_run_resumed_after_idle_steps_is_the_same_run(world, tmp_path, monkeyp
 
     monkeypatch.setattr(methods.SFT, "select", selected)
 
-    def steps(name, count):
-        flags = f"--method sft --save-every 3 --steps {count}"
-        settings = train.parse(small_run(world, tmp_path / name, flags))
-        return weights(train.train(settings, *join_ranks("cpu")))
-
-    straight = steps("straight", 5)
-    steps("stopped", 3)
-    assert_equal(steps("stopped", 5), straight)
+    flags = "--method sft --save-every 3 --steps"
+    straight = run("straight", f"{flags} 5")
+    run("stopped", f"{flags} 3")
+    assert_equal(run("stopped", f"{flags} 5"), straight)
     assert log(tmp_path / "stopped")[-1]["idle_steps"] == 2
 
 
@@ -168,9 +161,6 @@ def test_a_killed_image_worker_ends_the_run_in_words(run, monkeypatch):
 
 
 def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(errno.ENOLCK, "No locks")))
     hold(tmp_path / "x")
     assert "without locks" in capsys.readouterr().out

@@ -45,18 +45,18 @@ def test_an_ascii_terminal_is_shown_what_it_can_show(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error, code, said",
+    "error, said",
     [
-        ("ValueError('found 3, expected 4')", 1, b"-c: found 3, expected 4 (<string>, line 4)"),
-        ("FileNotFoundError('no x')", 1, b"-c: no x (<string>, line 4)"),
-        ("FloatingPointError('no numbers')", 1, b"-c: no numbers (<string>, line 4)"),
-        ("KeyboardInterrupt()", 1, b"-c: stopped. The same command goes on from here."),
+        ("ValueError('found 3, expected 4')", "found 3, expected 4 (<string>, line 4)"),
+        ("FileNotFoundError('no x')", "no x (<string>, line 4)"),
+        ("FloatingPointError('no numbers')", "no numbers (<string>, line 4)"),
+        ("KeyboardInterrupt()", "stopped. The same command goes on from here."),
     ],
 )
-def test_an_expected_error_is_one_line(error, code, said):
+def test_an_expected_error_is_one_line(error, said):
     done = run(f"from launch import script\n\ndef main():\n    raise {error}\n\nscript.run(main)")
-    assert done.returncode == code
-    assert done.stderr.decode().splitlines() == [said.decode()]
+    assert done.returncode == 1
+    assert done.stderr.decode() == f"-c: {said}\n"
 
 
 def test_a_fault_of_ours_keeps_its_traceback():

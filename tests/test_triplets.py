@@ -9,6 +9,7 @@ import re
 import shutil
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from triplets.format import (
 )
 from triplets.preview import draw_preview, wrap
 
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 HINT = "\n\nOnly focus on the objects inside the red bounding box in the image."
 
 
@@ -130,12 +132,10 @@ def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
         (row(problem="<image>\nWhat is <image>?"), "['<image>', '<image>']"),
         (row(problem="What? <image>"), "one <image>"),
         (row(problem="<image>\n "), "one <image>"),
-        (row(problem="<image>\n<|image_pad|>?"), "<|image_pad|>"),
+        (row(problem="<image>\n<|image_pad|>?<|im_end|>"), "'<|image_pad|>', '<|im_end|>'"),
         (row(problem=7), "one <image>"),
-        (row(problem="<image>\nWhat?<|im_end|>\n<|im_start|>assistant"), "'<|im_end|>'"),
         (row(problem="<image>\nhalf a \ud83d?"), "UTF-8"),
         (row(answer=["red", "crimson"]), "answer is ['red', 'crimson']"),
-        (row(answer={"a": 1}), "answer is {'a': 1}"),
         (row(answer=True), "answer is True"),
         (row(answer=float("nan")), "answer is nan"),
         (row(images=[]), "images is []"),
@@ -159,20 +159,12 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, found):
         read_triplets(data_set(tmp_path, ""))
 
 
-def test_a_pipe_is_no_picture_to_wait_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    for read in (load_image, image_size):
-        with pytest.raises(FileNotFoundError, match="no plain file"):
-            read(tmp_path / "pipe.png")
-
-
 def test_reading_lists_directories_instead_of_asking_for_every_file(tmp_path, monkeypatch):
     data_set(tmp_path, *[row()] * 500)
-    calls = []
-    listdir = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda place: calls.append(place) or listdir(place))
+    listdir = Mock(wraps=os.listdir)
+    monkeypatch.setattr(os, "listdir", listdir)
     assert len(read_triplets(tmp_path)) == 500
-    assert len(calls) == 2
+    assert listdir.call_count == 2
 
 
 @pytest.mark.parametrize(
@@ -198,7 +190,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, full_at)
 
     def replace_until_full(source, target):
         if target == tmp_path / full_at:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise NO_SPACE
         replace(source, target)
 
     samples = [sample("a"), sample("b")]
@@ -272,13 +264,10 @@ def member(name, kind=tarfile.REGTYPE, target=""):
 
 
 def assert_unpacked(folder, samples):
-    for before, after in zip(samples, read_triplets(folder), strict=True):
-        assert load_image(after.image) == before.image
-    assert not list(folder.glob(".*"))
-
-
-def assert_nothing_unpacked(folder):
-    assert not list(folder.rglob("*.png"))
+    """All pictures of the samples, none else, and nothing of the work."""
+    read = read_triplets(folder) if samples else []
+    assert [load_image(triplet.image) for triplet in read] == [each.image for each in samples]
+    assert len(list(folder.rglob("*.png"))) == 2 * len(samples)
     assert not list(folder.glob(".*"))
 
 
@@ -319,7 +308,7 @@ def test_archives_that_reach_out_of_their_folder_are_refused(folder, extra):
     with pytest.raises(ValueError, match="cannot be unpacked"):
         fetch_triplets(folder)
     assert not list(folder.parent.rglob("evil.png"))
-    assert_nothing_unpacked(folder)
+    assert_unpacked(folder, [])
 
 
 @pytest.mark.parametrize("damage", [0, 1, 2, "checksum", "pointer"])
@@ -335,7 +324,7 @@ def test_a_damaged_archive_is_noticed_and_nothing_of_it_kept(folder, damage):
         parts[damage].unlink()
     with pytest.raises(ValueError, match=r"images\.tar\.gz0.*cannot be unpacked"):
         fetch_triplets(folder)
-    assert_nothing_unpacked(folder)
+    assert_unpacked(folder, [])
 
 
 @pytest.mark.parametrize("place, name", [(tarfile.TarFile, "extractall"), (os, "replace")])
@@ -350,26 +339,21 @@ def test_an_interrupted_unpacking_starts_over(folder, monkeypatch, place, name):
     with monkeypatch.context() as patch:
         patch.setattr(place, name, killed)
         # a killed process tidies nothing
-        patch.setattr(shutil, "rmtree", lambda *args, **how: None)
+        patch.setattr(shutil, "rmtree", Mock())
         with pytest.raises(KeyboardInterrupt):
             fetch_triplets(folder)
     [scratch] = folder.glob(".unpacking-*")
     (scratch / "torn.png").write_bytes(b"half")
     fetch_triplets(folder)
-    assert_unpacked(folder, samples)
-    assert not list(folder.rglob("torn.png"))
+    assert_unpacked(folder, samples)  # and no torn.png
 
 
 def test_a_disk_that_fills_up_while_unpacking_says_so_and_is_tidied(folder, monkeypatch):
     hub_layout(folder)
-
-    def full(*args, **how):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(tarfile.TarFile, "makefile", full)
+    monkeypatch.setattr(tarfile.TarFile, "makefile", Mock(side_effect=NO_SPACE))
     with pytest.raises(OSError, match="MB free"):
         fetch_triplets(folder)
-    assert_nothing_unpacked(folder)
+    assert_unpacked(folder, [])
 
 
 def test_a_hub_data_set_is_downloaded_once_into_the_working_directory(tmp_path, monkeypatch):
@@ -391,19 +375,15 @@ def test_a_hub_data_set_is_downloaded_once_into_the_working_directory(tmp_path, 
 @pytest.mark.parametrize(
     "data, message",
     [
-        ("data/mien", "'data/mien'.*no route.*hf auth login"),
+        ("data/mien", r"'data/mien' is no folder here.* \(\w+Error: .+hf auth login"),
         ("../mine", r"^\.\./mine has no train.jsonl"),  # and not data/../mine
         ("data/mine", "^data/mine has no train.jsonl"),
         ("/nowhere", "^/nowhere has no train.jsonl"),
     ],
 )
 def test_what_is_no_data_set_is_named_with_the_ways_out(data, message, tmp_path, monkeypatch):
-    def snapshot_download(*args, **how):
-        raise ConnectionError("no route")
-
     (tmp_path / "data" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(FileNotFoundError, match=message):
         fetch_triplets(data)
 
@@ -411,11 +391,10 @@ def test_what_is_no_data_set_is_named_with_the_ways_out(data, message, tmp_path,
 # ---------------------------------------------------------------------------------------- pictures
 
 
-@pytest.mark.parametrize("name", ["deep.png", "deep.tiff"])
-def test_sixteen_bit_pictures_are_shifted_not_saturated(tmp_path, name):
+def test_sixteen_bit_pictures_are_shifted_not_saturated(tmp_path):
     values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
-    Image.fromarray(values).save(tmp_path / name)
-    assert np.asarray(load_image(tmp_path / name))[0, :, 1].tolist() == [0, 0, 1, 128, 255]
+    Image.fromarray(values).save(tmp_path / "x.png")
+    assert np.asarray(load_image(tmp_path / "x.png"))[0, :, 1].tolist() == [0, 0, 1, 128, 255]
 
 
 @pytest.mark.parametrize(
@@ -490,11 +469,15 @@ def test_pictures_that_are_not_whole_are_errors_that_name_the_file(tmp_path, nam
             load_image(path)
 
 
-def test_what_is_no_file_or_has_no_known_range_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.png"):
-        load_image(tmp_path / "none.png")
-    with pytest.raises(FileNotFoundError, match="no plain file"):
-        load_image(tmp_path)
+@pytest.mark.parametrize("read", [load_image, image_size])
+def test_what_is_no_file_is_not_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, kind in (("none.png", "not there"), ("", "no plain file"), ("pipe.png", "no plain")):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path / name} is {kind}"):
+            read(tmp_path / name)
+
+
+def test_pixels_of_no_known_range_are_refused(tmp_path):
     Image.new("F", (2, 2)).save(tmp_path / "x.tiff")
     with pytest.raises(ValueError, match="floating point"):
         load_image(tmp_path / "x.tiff")
@@ -549,11 +532,9 @@ def large(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("piece", [1, 7, 1000, 2**24])
-def test_a_large_file_gives_the_rows_of_a_small_one(piece, large, monkeypatch):
+def test_a_large_file_gives_the_rows_of_a_small_one(large):
     path = large / "train.jsonl"
     path.write_text(path.read_text().rstrip("\n"))  # its last line is not ended
-    monkeypatch.setattr(triplets.format, "PIECE", piece)
     lazy = open_triplets(large)
     assert not isinstance(lazy, list)
     assert list(lazy) == read_triplets(large)

@@ -9,12 +9,12 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from storage.files import numbered_lines, write_jsonl
@@ -22,7 +22,6 @@ from storage.images import save_image
 
 RED = (255, 0, 0)  # the box
 AT_ONCE = 50_000_000  # bytes of train.jsonl that are read at once (ours: a second or two)
-PIECE = 2**24  # bytes
 FOLDERS = ("images", "teacher_images")  # of full images and of crops; keys of a row as well
 # each of these would change the number of images, or begin and end turns of the chat
 TAG = re.compile(r"<image>|<video>|<\|\w+\|>")
@@ -118,13 +117,10 @@ class LazyTriplets(Sequence):
         self.folder, self.path = folder, rows_of(folder)
         self.file = self.path.open("rb")
         self.sha256 = hashlib.sha256()
-        begins, size = [0], 0
-        while piece := self.file.read(PIECE):
-            self.sha256.update(piece)
-            ends = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n"))
-            begins.append(ends + size + 1)
-            size += len(piece)
-        self.edges = np.unique(np.hstack([*begins, size]))
+        self.edges = array("q", [0])  # where lines begin and end, 8 bytes each
+        for line in self.file:
+            self.sha256.update(line)
+            self.edges.append(self.edges[-1] + len(line))
         for i in (0, len(self) - 1):  # is anything there at all?
             self[i]
 
@@ -132,8 +128,9 @@ class LazyTriplets(Sequence):
         return len(self.edges) - 1
 
     def __getitem__(self, i: int) -> Triplet:
-        begin, end = self.edges[[i, i + 1]].tolist()
-        line = os.pread(self.file.fileno(), end - begin, begin)  # workers share the file
+        begin = self.edges[i]
+        size = self.edges[i + 1] - begin
+        line = os.pread(self.file.fileno(), size, begin)  # workers share the file
         try:
             return read_row(line, i, self.folder, Path.is_file)
         except (ValueError, FileNotFoundError) as error:
@@ -144,20 +141,21 @@ def read_row(line: bytes, number: int, folder: Path, is_there) -> Triplet:
     """The triplet of a line of train.jsonl, the `number`-th. is_there: a path -> bool."""
     row = read_object(line)
     problem = str(row["problem"])
-    expect(row, "problem", is_text(problem), "text that can be written as UTF-8")
+    half = re.search("[\ud800-\udfff]", problem)  # of a character: no file can hold it
+    expect(row, "problem", not half, "text that can be written as UTF-8")
     question = problem.removeprefix("<image>")
-    box = row.get("bbox")
-    answer = row.get("answer")
-    extra = row.get("extra_info") or {}
     tags = TAG.findall(problem)
     good = tags == ["<image>"] and question != problem and question.strip()
     expected = "one <image>, at the start, then a newline and the question, and no other tag"
     expect(row, "problem", good, f"{expected}; found {tags}")
+    answer = row.get("answer")
     good = answer is None or type(answer) in (str, int, float) and answer == answer
     expect(row, "answer", good, "a text, a number or null")
+    box = row.get("bbox")
     numbers = isinstance(box, list) and [isinstance(v, int | float) for v in box]
     good = box is None or numbers == [True] * 4
     expect(row, "bbox", good, "[x1, y1, x2, y2] in pixels, or null")
+    extra = row.get("extra_info") or {}
     expect(row, "extra_info", isinstance(extra, dict), "an object, or nothing")
     image, crop = (find_image(row, key, folder, is_there) for key in FOLDERS)
     name = extra.get("id")
@@ -187,11 +185,6 @@ def read_object(line: bytes) -> dict:
             f"found {found}. Expected the keys problem, images and teacher_images: add them."
         )
     return row
-
-
-def is_text(text: str) -> bool:
-    """Whether no half of a character is in it, which JSON can say and nothing can write."""
-    return not re.search("[\ud800-\udfff]", text)
 
 
 def expect(row: dict, key: str, good: bool, expected: str):
@@ -263,16 +256,12 @@ def write_triplets(folder: str | Path, samples: Iterable[Triplet]) -> int:
         )
     for key in FOLDERS:
         (folder / key).mkdir(parents=True, exist_ok=True)
-    names = set()
-
-    def rows():
-        for sample in samples:
-            if sample.id in names:
-                raise ValueError(f"sample {sample.id!r}: the id is repeated. Expected unique ones.")
-            names.add(sample.id)
-            yield write_sample(folder, sample, ".png")
-        if not names:
-            raise ValueError(f"no samples to write into {folder}. Expected at least one.")
-
-    write_jsonl(path, rows())
-    return len(names)
+    rows = {}  # by id
+    for sample in samples:
+        if sample.id in rows:
+            raise ValueError(f"sample {sample.id!r}: the id is repeated. Expected unique ones.")
+        rows[sample.id] = write_sample(folder, sample, ".png")
+    if not rows:
+        raise ValueError(f"no samples to write into {folder}. Expected at least one.")
+    write_jsonl(path, rows.values())
+    return len(rows)

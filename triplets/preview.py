@@ -1,6 +1,7 @@
 """A contact sheet of a data set: look before you train."""
 
 import re
+from math import ceil
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -20,11 +21,11 @@ def draw_preview(folder: str | Path, font: Path | None = None) -> Path:
     rectangles for other scripts."""
     face = ImageFont.truetype(font, 17) if font else ImageFont.load_default(17)
     rows = read_triplets(folder)
-    step = -(-len(rows) // 24)
-    tiles = [tile(row, face) for row in rows[::step]]
+    tiles = [tile(row, face) for row in rows[:: ceil(len(rows) / 24)]]
     width = tiles[0].width + GAP
     height = max(each.height for each in tiles) + GAP
-    sheet = Image.new("RGB", (min(3, len(tiles)) * width, -(-len(tiles) // 3) * height), "#e3e6ea")
+    size = (min(3, len(tiles)) * width, ceil(len(tiles) / 3) * height)
+    sheet = Image.new("RGB", size, "#e3e6ea")
     for n, drawn in enumerate(tiles):
         line, column = divmod(n, 3)
         sheet.paste(drawn, (column * width, line * height))
@@ -46,7 +47,12 @@ def tile(triplet: Triplet, font):
         noted = f"box {(right - left) * (bottom - top) / (image.width * image.height):.2%} of it"
         scale = shown.width / image.width
         # round the red frame, which may be under a pixel wide here
-        mark = (left * scale - 4, top * scale - 4, right * scale + 4, bottom * scale + 4)
+        mark = (
+            left * scale - 4,
+            top * scale - 4,
+            right * scale + 4,
+            bottom * scale + 4,
+        )
         ImageDraw.Draw(shown).rectangle(mark, outline="yellow", width=2)
     facts = f"{triplet.id[:28]}: image {image.size} px, {noted}, crop {crop.size}"
     drawn = Image.new("RGB", (TEXT + 2 * GAP, HEIGHT + 20 * LINE), "white")
