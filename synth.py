@@ -336,7 +336,7 @@ def synthesize(settings):
     anywhere = json.dumps(config | {"images": ""}, sort_keys=True)
     mark = hashlib.sha256(anywhere.encode()).hexdigest()[:12]
     hold(out / ".parts", f".{rank:05d}.lock")
-    done = {line["file"] for line in read_parts(out, config) if "file" in line}
+    _, done = read_parts(out, config)
     files = [file for file in files if rank_of(file, world) == rank]
     todo = [file for file in files if file not in done]
     engine = load_engine(settings, given) if todo else None

@@ -7,7 +7,6 @@ its images were saved. A torn last line, of a killed process, counts as not writ
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from storage.files import numbered_lines, remove_scratch, write, write_jsonl
@@ -31,9 +30,10 @@ def write_line(part, line: dict):
     part.write(json.dumps(line).encode() + b"\n")
 
 
-def read_parts(out: Path, config: dict | None = None) -> Iterator[dict]:
-    """Every whole line of every rank: {"config": ..}, which must be `config` or everywhere the
-    same, or a finished photograph. Raises ValueError, FileExistsError."""
+def read_parts(out: Path, config: dict | None = None) -> tuple[dict, dict[str, dict]]:
+    """(the configuration, which must be `config` or everywhere the same, {file: line} of the
+    finished photographs) of every rank. Raises ValueError, FileExistsError."""
+    done = {}
     for path in sorted((out / ".parts").glob("*.jsonl")):
         for _, line in numbered_lines(path):
             if not line.endswith(b"\n"):
@@ -48,13 +48,15 @@ def read_parts(out: Path, config: dict | None = None) -> Iterator[dict]:
             if "config" in row:
                 config = config or row["config"]
                 refuse_mix(path, row["config"], config)
-            yield row
+            else:
+                done[row["file"]] = row
+    return config, done
 
 
 def refuse_mix(path: Path, found: dict, wanted: dict):
     differs = {
         key: (found.get(key), wanted.get(key))
-        for key in {*found, *wanted}
+        for key in found | wanted
         if found.get(key) != wanted.get(key)
     }
     if differs:
@@ -72,8 +74,7 @@ def merge(out: Path, font: Path | None = None):
     Raises FileNotFoundError without a finished photograph, ValueError with the drops without any
     sample.
     """
-    lines = list(read_parts(out))
-    done = {line["file"]: line for line in lines if "file" in line}
+    config, done = read_parts(out)
     if not done:
         raise FileNotFoundError(
             f"{out} holds no finished photographs. Expected the --out of a run: give that, or run "
@@ -98,7 +99,7 @@ def merge(out: Path, font: Path | None = None):
         "dropped": dict(drops.most_common()),
         "notes": notes[:50],
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
-        "config": lines[0]["config"],
+        "config": config,
         "photographs_per_second_and_rank": round(len(done) / max(seconds.total(), 1e-9), 3),
     }
     write(out / "stats.json", json.dumps(stats, indent=1) + "\n")

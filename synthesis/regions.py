@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from synthesis.photos import Photo
@@ -35,14 +36,12 @@ class Region:
     @property
     def frame(self):
         """The outer edge of the frame, which is drawn inwards."""
-        margins = [max(round(side / 20), self.line + 1) for side in sides(self.box)]
-        return grow(self.box, margins, self.photo.image.size)
+        return grow(self.box, self.photo.image.size, self.line + 1)
 
     @property
     def window(self):
         """What is cropped: the frame and a margin."""
-        margins = [round(side / 20) for side in sides(self.frame)]
-        return grow(self.frame, margins, self.photo.image.size)
+        return grow(self.frame, self.photo.image.size)
 
     @cached_property
     def crop(self):
@@ -64,11 +63,15 @@ def sides(box):
     return box[2] - box[0], box[3] - box[1]
 
 
-def grow(box, margins, size):
-    """The box, larger by `margins` (horizontal, vertical) on each side, within an image."""
-    x1, y1, x2, y2 = box
-    dx, dy = margins
-    return [max(0, x1 - dx), max(0, y1 - dy), min(size[0], x2 + dx), min(size[1], y2 + dy)]
+def grow(box, size, least=0):
+    """The box, larger by 5% of its sides, at least by `least` px, within an image."""
+    dx, dy = (max(round(side / 20), least) for side in sides(box))
+    return within(np.add(box, (-dx, -dy, dx, dy)), size)
+
+
+def within(box, size):
+    """The part of a box that lies in an image."""
+    return np.clip(box, 0, size * 2).tolist()
 
 
 def enlargement(window) -> float:
@@ -94,7 +97,7 @@ def small_regions(photo: Photo, proposed: list[Region]) -> list[Region]:
     for region in proposed:
         x1, y1, x2, y2 = region.box
         whole = [math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)]
-        region.box = grow(whole, (0, 0), photo.image.size)
+        region.box = within(whole, photo.image.size)
         region.label = "this thing" if region.label is None else one_line(region.label)
         reason = region_fault(region, kept)
         if reason:

@@ -139,7 +139,7 @@ def rows(out):
 
 
 def done(out):
-    return [line for line in parts.read_parts(out) if "file" in line]
+    return parts.read_parts(out)[1]
 
 
 def pixels(image):
@@ -910,7 +910,7 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, caps
         "sample s1: bbox is [1, 2, 41, 9]",
         "s3.png (0 bytes)",
         "s4.png",
-        "sample s5: 2100 x 10",
+        "s5.png is 2100 x 10",
         "1 questions contain their answer, the first ['s2']",
         "6 of 6 answers are 'red', over 10%",
         "types are 'colour', over 35%",
