@@ -845,7 +845,7 @@ def test_a_group_of_texts_depends_on_its_seed(tmp_path):
     def say(batch):
         flags = ["--model", str(tmp_path), "--batch", str(batch)]
         settings = settings_parser(synth.Settings, "").parse_args(flags)
-        engine = synth.load_engine(settings, {})
+        engine = synth.load_engine(settings, {}, {})
         return synth.reply_texts(engine, "label", requests, 6, group=4, temperature=1.0)
 
     one = say(1)
