@@ -31,7 +31,7 @@ from launch import script
 from launch.flags import positive_int, setting, settings_parser
 from storage.files import hold, naming_full_disks
 from synthesis.checking import check_triplets
-from synthesis.parts import merge, open_part, read_parts, write_line
+from synthesis.parts import merge, open_part, read_parts
 from synthesis.photos import Photo, photograph_files, photos_ahead, rank_of
 from synthesis.proposers import Sam3, given_boxes, read_boxes, replied_boxes
 from synthesis.regions import Region, cut, enlargement, small_regions
@@ -383,7 +383,7 @@ def work(todo: list[str], engine, part, bar):
                     "seconds": shares,
                     "samples": photo.samples,
                 }
-                write_line(part, line)
+                print(json.dumps(line), file=part)
                 kept += len(photo.samples)
                 dropped += photo.drops.total()
             part.flush()

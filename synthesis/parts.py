@@ -18,16 +18,12 @@ from triplets.preview import draw_preview
 def open_part(out: Path, rank: int, config: dict):
     """The rank's part, open for lines at its end."""
     path = out / ".parts" / f"{rank:05d}.jsonl"
-    part = path.open("a+b")
+    part = path.open("a")
     end = path.read_bytes().rfind(b"\n") + 1
     part.truncate(end)  # cuts a torn last line
     if end == 0:
-        write_line(part, {"config": config})
+        print(json.dumps({"config": config}), file=part)
     return part
-
-
-def write_line(part, line: dict):
-    part.write(json.dumps(line).encode() + b"\n")
 
 
 def read_parts(out: Path, config: dict | None = None) -> tuple[dict, dict[str, dict]]:
@@ -45,25 +41,22 @@ def read_parts(out: Path, config: dict | None = None) -> tuple[dict, dict[str, d
                     f"{path} has a damaged line ({error}). Delete it: its photographs are done "
                     "again."
                 ) from error
-            if "config" in row:
-                config = config or row["config"]
-                refuse_mix(path, row["config"], config)
-            else:
+            if "file" in row:
                 done[row["file"]] = row
+                continue
+            found = row["config"]
+            config = config or found
+            differs = {
+                key: (found.get(key), config.get(key))
+                for key in found | config
+                if found.get(key) != config.get(key)
+            }
+            if differs:
+                raise FileExistsError(
+                    f"{path} was made with another configuration; (found, wanted) is {differs}. "
+                    "Run again with the same one, or choose another --out."
+                )
     return config, done
-
-
-def refuse_mix(path: Path, found: dict, wanted: dict):
-    differs = {
-        key: (found.get(key), wanted.get(key))
-        for key in found | wanted
-        if found.get(key) != wanted.get(key)
-    }
-    if differs:
-        raise FileExistsError(
-            f"{path} was made with another configuration; (found, wanted) is {differs}. Run again "
-            "with the same one, or choose another --out."
-        )
 
 
 def merge(out: Path, font: Path | None = None):

@@ -30,7 +30,8 @@ def replied_boxes(photo: Photo, items: list) -> list[Region]:
         name = fields.get("label")
         if is_box(box) and min(box) >= 0 and max(box) <= 1000 and one_line(name):
             shares = np.divide(box, 1000)  # of width and height
-            found.append(Region(photo, (shares * (photo.image.size * 2)).tolist(), name))
+            box = shares * (photo.image.size * 2)
+            found.append(Region(photo, box.tolist(), name))
         else:
             photo.drop("bad_box")
     return found
@@ -100,7 +101,8 @@ class Sam3:
             sure = (scores > 0.5).sum()
             score, best = scores.max(0)
             if sure == 1 and score >= 0.75:
-                found.append(Region(photo, boxes[best].tolist(), name, round(score.item(), 4)))
+                box = boxes[best].tolist()
+                found.append(Region(photo, box, name, round(score.item(), 4)))
             else:
                 photo.drop("name_ambiguous" if sure > 1 else "name_not_found")
         return found
@@ -113,9 +115,13 @@ class Sam3:
         small = image.resize((side, side), Image.Resampling.BILINEAR)
         # (S, S, 3), in [-1, 1]
         pixels = torch.from_numpy(np.asarray(small, np.float32) / 127.5 - 1)
-        words = self.tokenizer(
-            names, padding="max_length", truncation=True, max_length=32, return_tensors="pt"
-        )  # (names, 32)
+        words = self.tokenizer(  # (names, 32)
+            names,
+            padding="max_length",
+            truncation=True,
+            max_length=32,
+            return_tensors="pt",
+        )
         with torch.inference_mode():
             seen = self.model.get_vision_features(pixels.permute(2, 0, 1)[None].to(device))
             # computed once, shown to every name

@@ -95,8 +95,10 @@ def small_regions(photo: Photo, proposed: list[Region]) -> list[Region]:
     """Of a photograph's regions the first three worth asking about; the others are counted."""
     kept = []
     for region in proposed:
-        x1, y1, x2, y2 = region.box
-        whole = [math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)]
+        whole = [
+            *map(math.floor, region.box[:2]),
+            *map(math.ceil, region.box[2:]),
+        ]
         region.box = within(whole, photo.image.size)
         region.label = "this thing" if region.label is None else one_line(region.label)
         reason = region_fault(region, kept)
@@ -121,8 +123,9 @@ def region_fault(region: Region, kept: list[Region]) -> str | None:
         return "box_small"
     if long > 8 * short:
         return "box_thin"
-    if sum(room >= region.line for room in (x1, y1, width - x2, height - y2)) < 2:
-        return "box_at_edges"  # its frame is hidden
+    rooms = sorted([x1, y1, width - x2, height - y2])
+    if rooms[2] < region.line:
+        return "box_at_edges"  # three sides of its frame are hidden
     if any(same_thing(region, other) for other in kept):
         return "box_repeated"
     return "box_spare" if len(kept) == 3 else None
@@ -131,12 +134,17 @@ def region_fault(region: Region, kept: list[Region]) -> str | None:
 def same_thing(a: Region, b: Region) -> bool:
     """Whether two regions show one thing: IoU over 0.5, or one lies to 80% in the other and their
     labels share a word."""
-    shared = area([*map(max, a.box[:2], b.box[:2]), *map(min, a.box[2:], b.box[2:])])
+    in_both = [
+        *map(max, a.box[:2], b.box[:2]),
+        *map(min, a.box[2:], b.box[2:]),
+    ]
+    shared = area(in_both)
     areas = [area(a.box), area(b.box)]
     if shared > 0.5 * (sum(areas) - shared):
         return True
-    a_word = not set(normal(a.label).split()).isdisjoint(normal(b.label).split())
-    return shared >= 0.8 * min(areas) and a_word
+    a_words = set(normal(a.label).split())
+    b_words = normal(b.label).split()
+    return shared >= 0.8 * min(areas) and not a_words.isdisjoint(b_words)
 
 
 def area(box):
