@@ -56,49 +56,45 @@ def found_in(image, *_):
     )
 
 
-class Script:
-    """Stands in for rollout.answers: what it says to each kind of prompt, a text or a function of
+def scripted(patch, most=100, **said):
+    """Puts in place of rollout.answers what it says to each kind of prompt: a text or a function of
     (image, prompt, n), the n-th of a group. A picture 641 px wide never fits into its memory, nor
-    do more than `most` pictures."""
+    do more than `most` pictures. Returns the list of its calls: (kind, prompts, temperature)."""
+    said = {
+        "find": found_in,
+        "ask": json.dumps(ASKED),
+        "vote": "Red.",
+        "wrong": '["blue", "green", "white"]',
+    } | said
+    calls = []
 
-    def __init__(self, most=100, **said):
-        self.said = {
-            "find": found_in,
-            "ask": json.dumps(ASKED),
-            "vote": "Red.",
-            "wrong": '["blue", "green", "white"]',
-        } | said
-        self.most = most
-        self.calls = []  # (kind, prompts, temperature)
-
-    def __call__(self, model, processor, images, texts, group=1, temperature=0, **how):
-        if len(texts) > self.most or any(image.width == 641 for image in images):
+    def answers(model, processor, images, texts, group=1, temperature=0, **how):
+        if len(texts) > most or any(image.width == 641 for image in images):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        self.calls.append((kind_of(texts[0]), len(texts), temperature))
+        kind = kind_of(texts[0])
+        calls.append((kind, len(texts), temperature))
         replies = []
         for image, prompt in zip(images, texts, strict=True):
-            said = self.said[kind_of(prompt)]
             for n in range(group):
-                text = said(image, prompt, n) if callable(said) else said
+                text = said[kind]
+                if callable(text):
+                    text = text(image, prompt, n)
                 replies.append(rollout.Reply(text, 1, False))
         return replies
 
-
-def scripted(monkeypatch, **said):
-    script = Script(**said)
-    monkeypatch.setattr(rollout, "answers", script)
-    monkeypatch.setattr(vision_model, "load", lambda *args, **how: (None, None))
-    return script
+    patch.setattr(rollout, "answers", answers)
+    patch.setattr(vision_model, "load", lambda *args, **how: (None, None))
+    return calls
 
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """make(*flags) runs synth.py on the three photographs in tmp_path/in; returns the folder it
-    writes. Keywords: what the model says; its script is then make.script."""
+    writes. Keywords: what the model says; its calls are then make.calls."""
     photographs(tmp_path / "in")
 
     def go(*flags, out="out", **said):
-        go.script = scripted(monkeypatch, **said)
+        go.calls = scripted(monkeypatch, **said)
         main("--images", tmp_path / "in", "--out", tmp_path / out, *flags)
         return tmp_path / out
 
@@ -148,7 +144,7 @@ def pixels(image):
 
 def test_photographs_become_triplets_with_their_provenance(tmp_path, make):
     out = make("--full", "png")
-    assert [call[:2] for call in make.script.calls] == [("find", 3), ("ask", 6)]
+    assert [call[:2] for call in make.calls] == [("find", 3), ("ask", 6)]
     found = read_triplets(out)
     assert len(found) == 6
     assert [t.id for t in found] == sorted(t.id for t in found)
@@ -168,7 +164,7 @@ def test_photographs_become_triplets_with_their_provenance(tmp_path, make):
     assert {"load", "propose", "question", "write"} == told["seconds"].keys()
     assert told["photographs_per_second_and_rank"] > 0
     make("--full", "png")  # nothing left to do
-    assert not make.script.calls
+    assert not make.calls
     assert read_triplets(out) == found
 
 
@@ -186,7 +182,7 @@ def test_labels_need_seven_of_eight_votes_and_are_written(make):
         return "unknown" if n == 7 else "blue"
 
     out = make("--labels", vote=vote)
-    assert make.script.calls[-1] == ("vote", 12, 1.0)
+    assert make.calls[-1] == ("vote", 12, 1.0)
     for row in rows(out):
         assert row["answer"] == "RED"
         assert row["extra_info"]["draft"] == "red"
@@ -215,9 +211,7 @@ def test_multiple_choice_is_written_as_released(tmp_path, make):
     photographs(tmp_path / "in", 8)
     wrong = '["Blue", "a red", "unknown", "I cannot tell", "green", "red.", "white", "brown"]'
     out = make("--format", "mcq", wrong=wrong)
-    letters = Counter(row["answer"] for row in rows(out))
-    assert set(letters) == set("ABCD")
-    assert letters.total() == 16
+    assert {row["answer"] for row in rows(out)} == set("ABCD")
     for row in rows(out):
         stem, tail = row["problem"].split(PROMPTS["hint"] + "\n\n")
         assert stem == "<image>\nWhat colour is the tag?"
@@ -239,7 +233,7 @@ def test_boxes_of_ones_own_need_no_model_to_find_them(tmp_path, make, capsys):
     out = make("--proposer", boxes, "--clean-crop")
     assert sorted(row["bbox"] for row in rows(out)) == [[9, 10, 90, 80], [300, 200, 400, 290]]
     assert "names 2 images" in capsys.readouterr().out
-    assert {call[0] for call in make.script.calls} == {"ask"}
+    assert {call[0] for call in make.calls} == {"ask"}
     assert stats(out)["dropped"]["nothing_found"] == 2
     for t in read_triplets(out):
         clean = cut(load_image(tmp_path / "in" / "0.jpg"), t.extra["window"])
@@ -415,40 +409,49 @@ def test_regions_are_small_visible_distinct_and_at_most_three():
 
 
 @pytest.mark.parametrize(
+    "question, reason",
+    [
+        ("What colour is the tag?", None),
+        ("What colour is the tag？", None),
+        ("What reddish tag is that?", None),
+        (7, "question_malformed"),
+        ("What <image> is the tag?", "question_malformed"),
+        ("What is it" + "?" * 300, "question_malformed"),
+        ("Name the tag's colour.", "question_form"),
+        ("What colour is it? What size is it?", "several_questions"),
+        ("What colour is it and what size?", "several_questions"),
+        ("What colour is the tag in the picture?", "mentions_view"),
+        ("What is in the red box?", "mentions_view"),
+        ("What hangs in the top left corner?", "mentions_place"),
+        ("What cup stands on the left?", "mentions_place"),
+        ("Is the tag red today?", "yes_no"),
+        ("What is it, red or blue?", "either_or"),
+        ("What colour is the red tag?", "leak"),
+    ],
+)
+def test_a_question_breaks_a_rule_or_none(question, reason):
+    assert broken_rule(drafted(ASKED[0] | {"question": question}, 0)) == reason
+
+
+@pytest.mark.parametrize(
     "change, reason",
     [
-        ({}, None),
-        ({"question": "What colour is the tag？"}, None),
         ({"answer": 17}, None),
-        ({"question": 7}, "question_malformed"),
+        ({"answer": 3.5}, None),
         ({"answer": None}, "question_malformed"),
-        ({"question": "What <image> is the tag?"}, "question_malformed"),
         ({"answer": "<|vision_start|>"}, "question_malformed"),
-        ({"question": "What is it" + "?" * 300}, "question_malformed"),
-        ({"question": "Name the tag's colour."}, "question_form"),
-        ({"question": "What colour is it? What size is it?"}, "several_questions"),
-        ({"question": "What colour is it and what size?"}, "several_questions"),
-        ({"question": "What colour is the tag in the picture?"}, "mentions_view"),
-        ({"question": "What is in the red box?"}, "mentions_view"),
-        ({"question": "What hangs in the top left corner?"}, "mentions_place"),
-        ({"question": "What cup stands on the left?"}, "mentions_place"),
-        ({"question": "Is the tag red today?"}, "yes_no"),
         ({"answer": "Yes."}, "yes_no"),
         ({"answer": True}, "yes_no"),
-        ({"answer": 3.5}, None),
-        ({"question": "What is it, red or blue?"}, "either_or"),
         ({"type": "mood"}, "question_type"),
         ({"type": None}, "question_type"),
         ({"answer": "one two three four five"}, "answer_form"),
         ({"answer": "one two three four five", "type": "text"}, None),
         ({"answer": "unknown"}, "answer_form"),
-        ({"question": "What colour is the red tag?"}, "leak"),
         ({"question": "How many of the two lights shine?", "answer": "2"}, "leak"),
         ({"question": "这个字是红色吗，什么颜色，什么样子?", "answer": "红色"}, "leak"),
-        ({"question": "What reddish tag is that?"}, None),
     ],
 )
-def test_a_question_breaks_a_rule_or_none(change, reason):
+def test_its_answer_and_type_break_a_rule_or_none(change, reason):
     assert broken_rule(drafted(ASKED[0] | change, 0)) == reason
 
 
@@ -489,7 +492,7 @@ def test_how_many_is_answered_by_the_first_whole_number():
 def test_text_without_json_is_asked_for_again_then_counted_and_kept(tmp_path, make):
     bad = load_image(tmp_path / "in" / "0.jpg")
     out = make(find=lambda image, *_: "no " * 500 if image == bad else found_in(image))
-    assert make.script.calls[:2] == [("find", 3, 0.0), ("find", 1, 0.7)]
+    assert make.calls[:2] == [("find", 3, 0.0), ("find", 1, 0.7)]
     told = stats(out)
     assert told["dropped"]["boxes_malformed"] == 1
     assert re.fullmatch(r"0\.jpg: boxes_malformed: .{500}", told["notes"][0])
@@ -502,7 +505,7 @@ def test_out_of_memory_halves_the_batch_and_skips_what_does_not_fit_alone(tmp_pa
     assert stats(out)["dropped"]["out_of_memory"] == 1
     assert len(rows(out)) == 10
     # one that never fits slows no other down
-    assert {call[1] for call in make.script.calls if call[0] == "ask"} == {2}
+    assert {call[1] for call in make.calls if call[0] == "ask"} == {2}
 
 
 @pytest.mark.parametrize(
@@ -585,24 +588,23 @@ def test_missing_weights_are_said_before_the_first_photograph(tmp_path, monkeypa
 # -------------------------------------------------------------------------- ranks and interruption
 
 
-def child(folder, out, rank=0, world=1, kill_at=0):
-    """Exit code of a run in a process of its own, killed (-9) at the kill_at-th reply of the model,
-    sample drawn or file renamed."""
+def child(*how):
+    """Exit code of a mortal run in a process of its own."""
     fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=mortal_run, args=(kill_at, rank, world, folder, out))
+    process = fork.Process(target=mortal_run, args=how)
     process.start()
     process.join()
     return process.exitcode
 
 
-def mortal_run(kill_at, rank, world, folder, out):
-    count = 0
+def mortal_run(folder, out, rank=0, world=1, kill_at=0):
+    """A run that is killed (-9) at the kill_at-th reply of the model, sample drawn or file
+    renamed."""
+    calls = itertools.count(1)
 
     def mortal(function):
         def wrapper(*args, **how):
-            nonlocal count
-            count += 1
-            if count == kill_at:
+            if next(calls) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **how)
 
@@ -729,35 +731,23 @@ def test_a_large_window_is_made_smaller():
 def tiny_sam3(folder):
     from transformers import CLIPTokenizer, Sam3Config, Sam3Model
 
-    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-    small = size | {"num_layers": 1}
-    backbone = size | {
-        "model_type": "sam3_vit_model",
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
         "num_hidden_layers": 1,
-        "image_size": 56,
-        "window_size": 2,
-        "global_attn_indexes": [0],
-        "pretrain_image_size": 28,
-    }
-    vision = {
-        "fpn_hidden_size": 32,
-        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
-        "backbone_config": backbone,
-    }
-    text = size | {
-        "model_type": "clip_text_model",
-        "vocab_size": 300,
-        "projection_dim": 16,
-        "num_hidden_layers": 1,
-        "eos_token_id": 1,
+        "num_layers": 1,
     }
     config = Sam3Config(
-        vision_config=vision,
-        text_config=text,
+        vision_config={
+            "fpn_hidden_size": 32,
+            "backbone_config": small | {"model_type": "sam3_vit_model", "image_size": 56},
+        },
+        text_config=small,
         geometry_encoder_config=small,
         detr_encoder_config=small,
-        detr_decoder_config=small | {"num_queries": 5},
-        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 2},
+        detr_decoder_config=small,
+        mask_decoder_config=small,
     )
     torch.manual_seed(0)
     Sam3Model(config).save_pretrained(folder)
@@ -771,7 +761,7 @@ def tiny_sam3(folder):
 def test_sam3_boxes_names_without_torchvision_as_its_plain_forward_does(tmp_path, monkeypatch):
     sam3 = tiny_sam3(tmp_path)
     forward = sam3.model.forward
-    photo = Photo("x", image=load_image(photograph(tmp_path / "a.png")))
+    photo = Photo("x", image=noise(640, 480))
     shown = pixels(photo.image.resize((56, 56), Image.Resampling.BILINEAR)) / 127.5 - 1
     shown = torch.tensor(shown, dtype=torch.float32).permute(2, 0, 1)[None]
     words = sam3.tokenizer(["red mug"], padding="max_length", max_length=32, return_tensors="pt")
@@ -873,7 +863,7 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, caps
         line.replace("images/s0", "images/none"),
     ]
     with (tmp_path / "train.jsonl").open("a") as file:
-        file.write("\n".join(wrong) + "\n")
+        file.write("\n".join(wrong))
     with pytest.raises(ValueError, match="8 errors"):
         main("--check", tmp_path)
     told = capsys.readouterr().out
