@@ -151,9 +151,10 @@ def vote(engine, regions: list[Region]):
         for region, draft in asked
     ]
     replies = reply_texts(engine, "label", requests, 32, group=VOTES, temperature=1.0)
-    for (region, draft), texts in zip(asked, replies, strict=True):
+    for n, (region, draft) in enumerate(asked):
+        texts = replies[n * VOTES : (n + 1) * VOTES]
         votes = defaultdict(list)  # what was said, by what it counts as
-        for text in filter(None, map(one_line, texts or [])):
+        for text in filter(None, map(one_line, texts)):
             said = re.sub(PROMPTS["lead_in"], "", text, flags=re.I).strip(" .")
             votes[normal(text, draft.question)].append(said)
         agreed = max(votes.values(), key=len, default=[])
@@ -164,7 +165,7 @@ def vote(engine, regions: list[Region]):
             reason = broken_rule(draft)
         if reason:
             region.questions.remove(draft)
-            if texts:  # else it was out of memory, and counted
+            if None not in texts:  # else it was out of memory, and counted
                 region.photo.drop(reason)
 
 
@@ -250,9 +251,11 @@ class Request:
     prompt: str
 
 
-def reply_texts(engine, what: str, requests: list[Request], tokens: int, **how) -> list:
-    """The texts replied to each request (a list); None, and counted, where one alone does not fit
-    in memory. how: `group` (texts a request) and `temperature`, see rollout.answers."""
+def reply_texts(
+    engine, what: str, requests: list[Request], tokens: int, group: int = 1, temperature=0.0
+) -> list[str | None]:
+    """`group` texts replied to each request, those of one together; None, and counted, where one
+    alone does not fit in memory."""
     import rollout  # with torch and transformers: --check starts without
 
     def reply(batch):
@@ -263,17 +266,16 @@ def reply_texts(engine, what: str, requests: list[Request], tokens: int, **how) 
             [request.prompt for request in batch],
             max_new_tokens=tokens,
             seeds=[int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]) for key in keys],
-            **how,
+            group=group,
+            temperature=temperature,
         )
-        texts = [reply.output for reply in replies]
-        group = len(texts) // len(batch)
-        return [texts[k : k + group] for k in range(0, len(texts), group)]
+        return [reply.output for reply in replies]
 
     said = []
     for batch, texts in engine.batches.run(requests, reply):
         if isinstance(texts, Exception):
             batch[0].photo.drop("out_of_memory")
-            texts = [None]
+            texts = [None] * group
         said += texts
     return said
 
@@ -281,14 +283,14 @@ def reply_texts(engine, what: str, requests: list[Request], tokens: int, **how) 
 def reply_lists(engine, what: str, requests: list[Request], tokens: int) -> list:
     """The JSON list replied to each request. Without one it is asked for once more, warmer; then it
     is None, counted as `what`_malformed, and the text is noted."""
-    replies = reply_texts(engine, what, requests, tokens, temperature=0.0)
-    lists = [texts and json_in_reply(texts[0]) for texts in replies]
-    bad = [i for i, texts in enumerate(replies) if texts and lists[i] is None]
+    replies = reply_texts(engine, what, requests, tokens)
+    lists = [json_in_reply(text or "") for text in replies]
+    bad = [i for i, text in enumerate(replies) if text is not None and lists[i] is None]
     again = reply_texts(engine, what, [requests[i] for i in bad], tokens, temperature=0.7)
-    for i, texts in zip(bad, again, strict=True):
-        lists[i] = texts and json_in_reply(texts[0])
-        if texts and lists[i] is None:
-            requests[i].photo.drop(f"{what}_malformed", texts[0])
+    for i, text in zip(bad, again, strict=True):
+        lists[i] = json_in_reply(text or "")
+        if text is not None and lists[i] is None:
+            requests[i].photo.drop(f"{what}_malformed", text)
     return lists
 
 

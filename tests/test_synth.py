@@ -16,7 +16,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import noise
+from conftest import livelier, noise
 from PIL import Image
 
 import model as vision_model
@@ -108,8 +108,7 @@ def main(*argv):
 def photograph(path, seed=0, size=(640, 480), **settings):
     """Smooth noise, so that JPEGs are small and every picture differs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = noise(size[0] // 16, size[1] // 16, seed)
-    image.resize(size, Image.Resampling.BICUBIC).save(path, **settings)
+    noise(40, 30, seed).resize(size, Image.Resampling.BICUBIC).save(path, **settings)
     return path
 
 
@@ -142,7 +141,8 @@ def pixels(image):
 
 
 def test_photographs_become_triplets_with_their_provenance(tmp_path, make):
-    out = make("--full", "png")
+    bad = ASKED[0] | {"type": "mood"}
+    out = make("--full", "png", ask=json.dumps([bad, *ASKED, bad]))  # the fourth is not looked at
     assert [call[:2] for call in make.calls] == [("find", 3), ("ask", 6)]
     found = read_triplets(out)
     assert len(found) == 6
@@ -158,18 +158,12 @@ def test_photographs_become_triplets_with_their_provenance(tmp_path, make):
         assert load_image(t.crop).tobytes() == cut(framed, t.extra["window"]).tobytes()
     told = stats(out)
     assert (told["photographs"], told["samples"]) == (3, 6)
-    assert told["dropped"] == {"question_spare": 6}
+    assert told["dropped"] == {"question_type": 6, "question_spare": 12}
     assert {"load", "propose", "question", "write"} == told["seconds"].keys()
     assert told["photographs_per_second_and_rank"] > 0
     make("--full", "png")  # nothing left to do
     assert not make.calls
     assert read_triplets(out) == found
-
-
-def test_questions_that_break_a_rule_and_those_after_three_are_dropped(make):
-    bad = ASKED[0] | {"type": "mood"}
-    out = make(ask=json.dumps([bad, *ASKED, ASKED[0]]))
-    assert stats(out)["dropped"] == {"question_type": 6, "question_spare": 12}
 
 
 def test_labels_need_seven_of_eight_votes_and_are_written(make):
@@ -189,6 +183,7 @@ def test_labels_need_seven_of_eight_votes_and_are_written(make):
 @pytest.mark.parametrize(
     "flags, said, dropped",
     [
+        ("", {"ask": "[]"}, "6 no_question"),
         ("--labels", {"vote": "Yes"}, "12 yes_no"),  # what they agree on keeps the rules too
         ("--labels", {"vote": ""}, "12 no_consensus"),
         (
@@ -198,9 +193,10 @@ def test_labels_need_seven_of_eight_votes_and_are_written(make):
         ),
     ],
 )
-def test_without_a_consensus_or_three_wrong_options_there_is_no_sample(make, flags, said, dropped):
-    with pytest.raises(ValueError, match=dropped):
+def test_no_sample_at_the_end_is_an_error_with_the_table(tmp_path, make, flags, said, dropped):
+    with pytest.raises(ValueError, match=rf"no sample from 3 photographs[\s\S]* {dropped}"):
         make(*flags.split(), **said)
+    assert stats(tmp_path / "out")["samples"] == 0
 
 
 def test_multiple_choice_is_written_as_released(tmp_path, make):
@@ -245,6 +241,8 @@ def test_boxes_of_ones_own_need_no_model_to_find_them(tmp_path, make, capsys):
         ('{"image": "a"}', None),
         ('{"image": "a", "boxes": [[5, 5, 1, 9]]}', None),
         ('{"image": "a", "boxes": [[1, 2, NaN, 4]]}', None),
+        ('{"image": "a", "boxes": [[1, 2, 3, Infinity]]}', None),
+        ('{"image": "a", "boxes": [[1, 2, 3, 4]], "labels": ["x", "y"]}', None),
         ('{"image": "gr\udcf6\udcdfe.jpg", "boxes": []}', None),  # in Latin-1
     ],
 )
@@ -272,7 +270,7 @@ def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, mon
         "corrupt.png": png[:5000] + bytes(400) + png[5400:],
         "empty.jpg": b"",
         "notes.txt": b"hello",
-        "huge.ppm": b"P6 60000 60000 255\n",  # a header without pixels
+        "huge.ppm": b"P6 60000 60000 255\n",  # headers without pixels: to decode one is an error
         "large.ppm": b"P6 10100 10100 255\n",
         "long.ppm": b"P6 91000 450 255\n",
     }.items():
@@ -283,7 +281,8 @@ def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, mon
     exif[0x0112] = 6  # turned by 90 degrees
     photograph(folder / "turned.jpg", 6, exif=exif)
     scripted(monkeypatch)
-    main("--images", folder, "--out", folder / "out")  # the output is no photograph
+    for _ in range(2):  # what is written is no photograph
+        main("--images", folder, "--out", folder / "out")
     told = stats(folder / "out")
     assert told["dropped"] == {
         "duplicate": 1,
@@ -307,9 +306,6 @@ def test_bad_photographs_are_counted_by_reason_and_the_others_used(tmp_path, mon
         ("copy of good.jpg", 640, 480): 2,
         ("turned.jpg", 480, 640): 2,
     }
-    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
-    for name in ("huge.ppm", "large.ppm"):
-        assert photos.load_photo(folder, name).drops == {"too_large": 1}
 
 
 @pytest.mark.parametrize(
@@ -346,7 +342,7 @@ def test_boxes_that_are_none_are_dropped_and_the_others_kept():
         [0, 0, 1001, 10],
         [-1, 0, 5, 5],
         [5, 0, 5, 9],
-        [9, 9, 1, 1],
+        [1, 9, 9, 1],
         [0, 0, "9", 9],
         [0, 0, 9],
         [True, 0, 9, 9],
@@ -357,11 +353,11 @@ def test_boxes_that_are_none_are_dropped_and_the_others_kept():
     ]
     good = [300, 300, 420, 420]
     items = [{"bbox_2d": box, "label": "x"} for box in [*bad, good]]
-    items += [{"bbox_2d": good, "label": "<image> y"}, {"label": "y"}, "y"]
+    items += [{"bbox_2d": good, "label": "<image> y"}, "y"]
     photo = blank(640, 480)
     [region] = proposers.replied_boxes(photo, items)
     assert region.box == pytest.approx([192, 144, 268.8, 201.6])
-    assert photo.drops == {"bad_box": len(bad) + 3}
+    assert photo.drops == {"bad_box": len(bad) + 2}
 
 
 def test_regions_are_small_visible_distinct_and_at_most_three():
@@ -373,7 +369,7 @@ def test_regions_are_small_visible_distinct_and_at_most_three():
     proposed = [
         region(1, 2, label="a<|im_end|>"),
         *[region(100, 100) for _ in range(100)],
-        region(102, 101),
+        region(102, 101, label="knob"),
         region(105, 105, 25, 25),
         region(10, 300, 19, 60),
         region(10, 300, 20, 170),
@@ -525,17 +521,6 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_done(
     assert len(read_triplets(make())) == 6
 
 
-def test_no_sample_at_the_end_is_an_error_with_the_table(tmp_path, make):
-    def ask(image, *_):
-        return "[]" if pixels(image)[0, 0, 0] % 2 else "I see nothing"
-
-    with pytest.raises(ValueError, match=r"no sample from 3 photographs[\s\S]* no_question"):
-        make(ask=ask)
-    told = stats(tmp_path / "out")
-    assert told["dropped"].keys() == {"no_question", "questions_malformed"}
-    assert "0.jpg: questions_malformed: I see nothing" in told["notes"]
-
-
 def test_folders_that_make_no_sense_are_refused(tmp_path, make, world):
     with pytest.raises(FileNotFoundError, match="no finished photographs"):
         main("--merge", tmp_path / "in")
@@ -619,7 +604,9 @@ def test_a_killed_run_goes_on_with_other_ranks_to_the_same_data_set(tmp_path, ca
     with (out / ".parts" / "00000.jsonl").open("ab") as torn:
         torn.write(b'{"file": "torn')
     assert child(folder, out, 1, 2, 9) == -signal.SIGKILL
-    assert [child(folder, out, rank, 3) for rank in range(3)] == [0] * 3
+    assert child(folder, out, 2, 3) == 0
+    assert len(done(out)) < 10
+    assert [child(folder, out, rank, 3) for rank in range(2)] == [0, 0]
     assert not (out / "train.jsonl").exists()
 
     an_hour_ago = time.time() - 3600
@@ -750,6 +737,7 @@ def tiny_sam3(folder):
 
 def test_sam3_detects_without_torchvision_what_its_plain_forward_does(tmp_path):
     sam3 = tiny_sam3(tmp_path)
+    livelier(sam3.model, 3)  # the picture counts
     image = noise(640, 480)
     shown = pixels(image.resize((56, 56), Image.Resampling.BILINEAR)) / 127.5 - 1
     shown = torch.tensor(shown, dtype=torch.float32).permute(2, 0, 1)[None]
@@ -806,8 +794,8 @@ def test_a_group_of_texts_depends_on_its_seed(world):
 
     one = say(1)
     assert one == say(3)
-    assert [len(texts) for texts in one] == [4] * 3
-    assert one[0] == one[2] != one[1]
+    assert len(one) == 12
+    assert one[:4] == one[8:] != one[4:8]
 
 
 # ---------------------------------------------------------------------------------------- checking
