@@ -17,10 +17,11 @@ import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -30,7 +31,7 @@ from launch import script
 from launch.flags import positive_int, setting, settings_parser
 from storage.files import hold, naming_full_disks
 from synthesis.checking import check_triplets
-from synthesis.parts import merge, open_part, read_parts, write_line
+from synthesis.parts import merge, open_part, read_parts
 from synthesis.photos import Photo, photograph_files, photos_ahead, rank_of
 from synthesis.proposers import Sam3, given_boxes, read_boxes, replied_boxes
 from synthesis.regions import Region, cut, enlargement, small_regions
@@ -80,26 +81,28 @@ class Settings:
 # ------------------------------------------------------------------------------------ the pipeline
 
 
-def make_triplets(photos: list[Photo], engine, settings, mark: str, pool: Executor, watch):
+def make_triplets(photos: list[Photo], engine, pool: Executor) -> Iterator[str]:
     """Section 3.2 for a batch of photographs: propose, keep small regions, ask, filter, consensus,
-    draw. Saves their images and leaves their rows of train.jsonl in photo.samples."""
-    mcq = settings.format == "mcq"
+    draw. Saves their images and leaves their rows of train.jsonl in photo.samples. Yields the name
+    of each stage when it has ended."""
+    mcq = engine.settings.format == "mcq"
     regions = propose(engine, photos)
-    watch.lap("propose")
+    yield "propose"
     ask_questions(engine, regions)
-    watch.lap("question")
-    if settings.labels or mcq:
+    yield "question"
+    if engine.settings.labels or mcq:
         vote(engine, regions)
-        watch.lap("label")
-    if mcq:
-        add_options(engine, regions)
-        watch.lap("choices")
+        yield "label"
     regions = [region for region in regions if region.questions]
-    rows = pool.map(lambda region: draw_triplet(region, settings, mark), regions)
+    for region in regions:
+        region.photo.drops["question_spare"] += len(region.questions) - 1
+    if mcq:
+        regions = add_options(engine, regions)
+        yield "choices"
+    rows = pool.map(partial(draw_triplet, engine), regions)
     for region, row in zip(regions, rows, strict=True):
         region.photo.samples.append(row)
-        region.photo.drops["question_spare"] += len(region.questions) - 1
-    watch.lap("write")
+    yield "write"
 
 
 def propose(engine, photos: list[Photo]) -> list[Region]:
@@ -148,9 +151,10 @@ def vote(engine, regions: list[Region]):
         for region, draft in asked
     ]
     replies = reply_texts(engine, "label", requests, 32, group=VOTES, temperature=1.0)
-    for (region, draft), texts in zip(asked, replies, strict=True):
+    for n, (region, draft) in enumerate(asked):
+        texts = replies[n * VOTES : (n + 1) * VOTES]
         votes = defaultdict(list)  # what was said, by what it counts as
-        for text in filter(None, map(one_line, texts or [])):
+        for text in filter(None, map(one_line, texts)):
             said = re.sub(PROMPTS["lead_in"], "", text, flags=re.I).strip(" .")
             votes[normal(text, draft.question)].append(said)
         agreed = max(votes.values(), key=len, default=[])
@@ -161,19 +165,20 @@ def vote(engine, regions: list[Region]):
             reason = broken_rule(draft)
         if reason:
             region.questions.remove(draft)
-            if texts:  # else it was out of memory, and counted
+            if None not in texts:  # else it was out of memory, and counted
                 region.photo.drop(reason)
 
 
-def add_options(engine, regions: list[Region]):
-    """Gives each region's first question three wrong options of the same kind, shuffled by the
-    id."""
-    asked = [(region, region.questions[0]) for region in regions if region.questions]
+def add_options(engine, regions: list[Region]) -> list[Region]:
+    """Gives each region's first question three wrong options of the same kind, shuffled by the id.
+    Returns the regions for which there are so many."""
+    asked = [(region, region.questions[0]) for region in regions]
     requests = [
         Request(region.photo, region.id, region.crop, PROMPTS["wrong"] % (q.question, q.answer))
         for region, q in asked
     ]
     replies = reply_lists(engine, "options", requests, 128)
+    complete = []
     for (region, draft), items in zip(asked, replies, strict=True):
         options = {normal(draft.answer, draft.question): draft.answer}
         for wrong in filter(None, map(one_line, items or [])):
@@ -181,16 +186,16 @@ def add_options(engine, regions: list[Region]):
                 options.setdefault(normal(wrong, draft.question), wrong)
         draft.options = list(options.values())[:4]
         random.Random(f"{region.id}-{draft.n}").shuffle(draft.options)
-        if len(draft.options) < 4:
-            region.photo.drops["question_spare"] += len(region.questions) - 1
-            region.questions = []
-            if items is not None:  # else counted already
-                region.photo.drop("options_too_few")
+        if len(draft.options) == 4:
+            complete.append(region)
+        elif items is not None:  # else counted already
+            region.photo.drop("options_too_few")
+    return complete
 
 
-def draw_triplet(region: Region, settings, mark: str) -> dict:
-    """Draws and saves a region with its first question: the row of train.jsonl. mark: a digest of
-    what it was made with."""
+def draw_triplet(engine, region: Region) -> dict:
+    """Draws and saves a region with its first question: the row of train.jsonl."""
+    settings = engine.settings
     photo = region.photo
     window = region.window
     draft = region.questions[0]
@@ -214,7 +219,7 @@ def draw_triplet(region: Region, settings, mark: str) -> dict:
         "draft": draft.draft,
         "type": draft.type,
         "votes": draft.votes,
-        "config": mark,
+        "config": engine.mark,
         "seed": settings.seed,
     }
     sample = Triplet(f"{region.id}-{draft.n}", text, framed, crop, region.box, answer, extra)
@@ -230,7 +235,8 @@ class Engine:
 
     model: tuple  # (model, processor) of model.load
     batches: object  # rollout.Batches: how many prompts fit at once
-    seed: int  # of all that is sampled
+    settings: Settings
+    mark: str  # a digest of what the samples depend on, but for where the photographs are
     find: str  # how the model is to reply with names or boxes; "" where it is not asked
     boxes_in: Callable  # (photo, the model's reply) -> its regions
 
@@ -245,30 +251,31 @@ class Request:
     prompt: str
 
 
-def reply_texts(engine, what: str, requests: list[Request], tokens: int, **how) -> list:
-    """The texts replied to each request (a list); None, and counted, where one alone does not fit
-    in memory. how: `group` (texts a request) and `temperature`, see rollout.answers."""
+def reply_texts(
+    engine, what: str, requests: list[Request], tokens: int, group: int = 1, temperature=0.0
+) -> list[str | None]:
+    """`group` texts replied to each request, those of one together; None, and counted, where one
+    alone does not fit in memory."""
     import rollout  # with torch and transformers: --check starts without
 
     def reply(batch):
-        keys = [repr((engine.seed, what, request.key)) for request in batch]
+        keys = [repr((engine.settings.seed, what, request.key)) for request in batch]
         replies = rollout.answers(
             *engine.model,
             [request.image for request in batch],
             [request.prompt for request in batch],
             max_new_tokens=tokens,
             seeds=[int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]) for key in keys],
-            **how,
+            group=group,
+            temperature=temperature,
         )
-        texts = [reply.output for reply in replies]
-        group = len(texts) // len(batch)
-        return [texts[k : k + group] for k in range(0, len(texts), group)]
+        return [reply.output for reply in replies]
 
     said = []
     for batch, texts in engine.batches.run(requests, reply):
         if isinstance(texts, Exception):
             batch[0].photo.drop("out_of_memory")
-            texts = [None]
+            texts = [None] * group
         said += texts
     return said
 
@@ -276,18 +283,18 @@ def reply_texts(engine, what: str, requests: list[Request], tokens: int, **how) 
 def reply_lists(engine, what: str, requests: list[Request], tokens: int) -> list:
     """The JSON list replied to each request. Without one it is asked for once more, warmer; then it
     is None, counted as `what`_malformed, and the text is noted."""
-    replies = reply_texts(engine, what, requests, tokens, temperature=0.0)
-    lists = [texts and json_in_reply(texts[0]) for texts in replies]
-    bad = [i for i, texts in enumerate(replies) if texts and lists[i] is None]
+    replies = reply_texts(engine, what, requests, tokens)
+    lists = [json_in_reply(text or "") for text in replies]
+    bad = [i for i, text in enumerate(replies) if text is not None and lists[i] is None]
     again = reply_texts(engine, what, [requests[i] for i in bad], tokens, temperature=0.7)
-    for i, texts in zip(bad, again, strict=True):
-        lists[i] = texts and json_in_reply(texts[0])
-        if texts and lists[i] is None:
-            requests[i].photo.drop(f"{what}_malformed", texts[0])
+    for i, text in zip(bad, again, strict=True):
+        lists[i] = json_in_reply(text or "")
+        if text is not None and lists[i] is None:
+            requests[i].photo.drop(f"{what}_malformed", text)
     return lists
 
 
-def load_engine(settings, given: dict) -> Engine:
+def load_engine(settings, config: dict, given: dict) -> Engine:
     """The models on this rank's device, loaded before the first photograph. Raises, naming the way
     out. given: boxes by photograph, for --proposer FILE."""
     import torch
@@ -305,7 +312,9 @@ def load_engine(settings, given: dict) -> Engine:
         find, boxes_in = PROMPTS["names"], Sam3(settings.sam3, device).boxes_in
     else:
         find, boxes_in = "", partial(given_boxes, given)
-    return Engine(loaded, rollout.Batches(settings.batch), settings.seed, find, boxes_in)
+    anywhere = json.dumps(config | {"images": ""}, sort_keys=True)
+    mark = hashlib.sha256(anywhere.encode()).hexdigest()[:12]
+    return Engine(loaded, rollout.Batches(settings.batch), settings, mark, find, boxes_in)
 
 
 # ----------------------------------------------------------------------------------------- running
@@ -326,20 +335,18 @@ def synthesize(settings):
     if (out / "train.jsonl").exists() and not (out / ".parts").is_dir():
         raise FileExistsError(f"{out} holds another data set. Choose another --out.")
     files = photograph_files(settings.images, out)
-    lost = sorted(set(given).difference(files), key=str)
+    lost = sorted(given.keys() - files, key=str)
     if lost and rank == 0:
         print(
             f"warning: {settings.proposer} names {len(lost)} images that are not under "
             f"{settings.images}, the first {lost[0]!r}"
         )
     config = configuration(settings)
-    anywhere = json.dumps(config | {"images": ""}, sort_keys=True)
-    mark = hashlib.sha256(anywhere.encode()).hexdigest()[:12]
     hold(out / ".parts", f".{rank:05d}.lock")
-    done = {line["file"] for line in read_parts(out, config) if "file" in line}
+    _, done = read_parts(out, config)
     files = [file for file in files if rank_of(file, world) == rank]
     todo = [file for file in files if file not in done]
-    engine = load_engine(settings, given) if todo else None
+    engine = load_engine(settings, config, given) if todo else None
     for key in FOLDERS:
         (out / key).mkdir(parents=True, exist_ok=True)
     with (
@@ -349,22 +356,26 @@ def synthesize(settings):
             total=len(files), initial=len(files) - len(todo), unit="image", disable=rank > 0
         ) as bar,
     ):
-        work(todo, engine, settings, mark, part, bar)
+        if engine:
+            work(todo, engine, part, bar)
     if world == 1:
         merge(out, settings.font)
     elif rank == 0:
         print(f"When all ranks have ended: python synth.py --merge {out}")
 
 
-def work(todo: list[str], engine, settings, mark: str, part, bar):
+def work(todo: list[str], engine, part, bar):
     """Photographs -> triplets, a batch at a time, and a line in `part` for each that is done."""
+    settings = engine.settings
     kept = dropped = 0
-    watch = Stopwatch()
+    before = time.perf_counter()
     with ThreadPoolExecutor(settings.workers) as pool:
         for photos in photos_ahead(pool, settings.images, todo, settings.batch):
-            watch.lap("load")
-            make_triplets(photos, engine, settings, mark, pool, watch)
-            shares = {stage: round(s / len(photos), 4) for stage, s in watch.seconds.items()}
+            shares = {}  # seconds a photograph, by stage
+            for stage in chain(["load"], make_triplets(photos, engine, pool)):
+                now = time.perf_counter()
+                shares[stage] = round((now - before) / len(photos), 4)
+                before = now
             for photo in photos:
                 line = {
                     "file": photo.file,
@@ -374,25 +385,12 @@ def work(todo: list[str], engine, settings, mark: str, part, bar):
                     "seconds": shares,
                     "samples": photo.samples,
                 }
-                write_line(part, line)
+                print(json.dumps(line), file=part)
                 kept += len(photo.samples)
                 dropped += photo.drops.total()
             part.flush()
             bar.update(len(photos))
             bar.set_postfix_str(f"{kept} kept, {dropped} dropped")
-
-
-class Stopwatch:
-    """How long the stages of the last batch took, each from lap to lap."""
-
-    def __init__(self):
-        self.seconds = {}  # by stage
-        self.last = time.perf_counter()
-
-    def lap(self, stage):
-        now = time.perf_counter()
-        self.seconds[stage] = now - self.last
-        self.last = now
 
 
 def configuration(settings) -> dict:
@@ -419,8 +417,7 @@ def main(argv: list[str] | None = None):
     if settings.images:
         if settings.out is None:
             parser.error("--images needs --out DIR")
-        own = Path(settings.proposer)
-        own_boxes = own.suffix == ".jsonl" and own.is_file()
+        own_boxes = settings.proposer.endswith(".jsonl") and Path(settings.proposer).is_file()
         if not own_boxes and settings.proposer not in ("mllm", "sam3"):
             parser.error(
                 f"--proposer is {settings.proposer!r}. Expected mllm, sam3, or the path of a "

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from storage.images import load_image
-from synthesis.photos import LONGEST
+from storage.images import image_size, load_image
 from synthesis.texts import PROMPTS, leaks, normal
 from triplets.format import Triplet, read_triplets
 
@@ -41,16 +40,12 @@ def check_triplets(folder: Path):
 def flaw(sample: Triplet) -> str | None:
     """What is wrong with a sample's images or box, if anything."""
     try:
-        image = load_image(sample.image)
-        crop = load_image(sample.crop)
+        width, height = load_image(sample.image).size
+        load_image(sample.crop)
+        for file in (sample.image, sample.crop):
+            image_size(file)  # raises for one that is too long
     except (OSError, ValueError) as error:
         return f"sample {sample.id}: {error}"
-    width, height = image.size
-    if any(max(size) > LONGEST * min(size) for size in (image.size, crop.size)):
-        return (
-            f"sample {sample.id}: {width} x {height} px, crop {crop.width} x {crop.height}. "
-            f"Expected under {LONGEST} : 1: leave it out."
-        )
     if sample.bbox:
         x1, y1, x2, y2 = sample.bbox
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
@@ -87,9 +82,7 @@ def stem_and_answer(sample: Triplet) -> tuple[str, str]:
     """The question without hint and options, and the answer's text where it is a letter: "A.
     bark"."""
     question = sample.question.replace(PROMPTS["hint"], "")  # which says "red"
-    stem, *lines = re.split(r"\n+(?=\(?[A-H][.)] )", question)
-    options = {}
-    for line in lines:
-        line = line.strip("(")
-        options[line[0]] = line[3:].split("\n")[0]
+    option = r"\n+\(?([A-H])[.)] (.*)"
+    stem = re.split(option, question)[0]
+    options = dict(re.findall(option, question))
     return stem, options.get(sample.answer, sample.answer) or ""

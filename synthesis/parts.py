@@ -7,7 +7,6 @@ its images were saved. A torn last line, of a killed process, counts as not writ
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from storage.files import numbered_lines, remove_scratch, write, write_jsonl
@@ -19,21 +18,18 @@ from triplets.preview import draw_preview
 def open_part(out: Path, rank: int, config: dict):
     """The rank's part, open for lines at its end."""
     path = out / ".parts" / f"{rank:05d}.jsonl"
-    part = path.open("a+b")
+    part = path.open("a")
     end = path.read_bytes().rfind(b"\n") + 1
     part.truncate(end)  # cuts a torn last line
     if end == 0:
-        write_line(part, {"config": config})
+        print(json.dumps({"config": config}), file=part)
     return part
 
 
-def write_line(part, line: dict):
-    part.write(json.dumps(line).encode() + b"\n")
-
-
-def read_parts(out: Path, config: dict | None = None) -> Iterator[dict]:
-    """Every whole line of every rank: {"config": ..}, which must be `config` or everywhere the
-    same, or a finished photograph. Raises ValueError, FileExistsError."""
+def read_parts(out: Path, config: dict | None = None) -> tuple[dict, dict[str, dict]]:
+    """(the configuration, which must be `config` or everywhere the same, {file: line} of the
+    finished photographs) of every rank. Raises ValueError, FileExistsError."""
+    done = {}
     for path in sorted((out / ".parts").glob("*.jsonl")):
         for _, line in numbered_lines(path):
             if not line.endswith(b"\n"):
@@ -45,23 +41,22 @@ def read_parts(out: Path, config: dict | None = None) -> Iterator[dict]:
                     f"{path} has a damaged line ({error}). Delete it: its photographs are done "
                     "again."
                 ) from error
-            if "config" in row:
-                config = config or row["config"]
-                refuse_mix(path, row["config"], config)
-            yield row
-
-
-def refuse_mix(path: Path, found: dict, wanted: dict):
-    differs = {
-        key: (found.get(key), wanted.get(key))
-        for key in {*found, *wanted}
-        if found.get(key) != wanted.get(key)
-    }
-    if differs:
-        raise FileExistsError(
-            f"{path} was made with another configuration; (found, wanted) is {differs}. Run again "
-            "with the same one, or choose another --out."
-        )
+            if "file" in row:
+                done[row["file"]] = row
+                continue
+            found = row["config"]
+            config = config or found
+            differs = {
+                key: (found.get(key), config.get(key))
+                for key in found | config
+                if found.get(key) != config.get(key)
+            }
+            if differs:
+                raise FileExistsError(
+                    f"{path} was made with another configuration; (found, wanted) is {differs}. "
+                    "Run again with the same one, or choose another --out."
+                )
+    return config, done
 
 
 def merge(out: Path, font: Path | None = None):
@@ -72,8 +67,7 @@ def merge(out: Path, font: Path | None = None):
     Raises FileNotFoundError without a finished photograph, ValueError with the drops without any
     sample.
     """
-    lines = list(read_parts(out))
-    done = {line["file"]: line for line in lines if "file" in line}
+    config, done = read_parts(out)
     if not done:
         raise FileNotFoundError(
             f"{out} holds no finished photographs. Expected the --out of a run: give that, or run "
@@ -98,7 +92,7 @@ def merge(out: Path, font: Path | None = None):
         "dropped": dict(drops.most_common()),
         "notes": notes[:50],
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
-        "config": lines[0]["config"],
+        "config": config,
         "photographs_per_second_and_rank": round(len(done) / max(seconds.total(), 1e-9), 3),
     }
     write(out / "stats.json", json.dumps(stats, indent=1) + "\n")

@@ -37,7 +37,7 @@ def photograph_files(images: Path, out: Path) -> list[str]:
     """The files under `images`, relative to it, but for hidden ones and those of `out`. Raises."""
     root = images.resolve()
     own = out.resolve()
-    if own == root or own in root.parents:
+    if root.is_relative_to(own):
         raise ValueError(
             f"--out {out} is or holds --images {images}: what is written there would be taken for "
             "photographs. Choose an --out beside it, or inside it."
@@ -98,11 +98,9 @@ def load_photo(root: Path, file: str) -> Photo:
 
 def photos_ahead(pool: Executor, root: Path, files: list[str], size: int) -> Iterator[list[Photo]]:
     """The photographs, `size` at once; the next ones are decoded while these are worked on."""
-    ahead = None
-    for start in range(0, len(files), size):
+    ahead = []
+    for start in range(0, len(files) + size, size):  # in the last turn nothing more is loaded
         loading = pool.map(partial(load_photo, root), files[start : start + size])
-        if ahead:
+        if start > 0:
             yield list(ahead)
         ahead = loading
-    if ahead:
-        yield list(ahead)

@@ -23,15 +23,15 @@ def is_box(box) -> bool:
 
 def replied_boxes(photo: Photo, items: list) -> list[Region]:
     """The well-formed ones of {"bbox_2d": [x1, y1, x2, y2] in thousandths, "label": name}."""
-    width, height = photo.image.size
     found = []
     for item in items:
         fields = item if isinstance(item, dict) else {}
         box = fields.get("bbox_2d")
         name = fields.get("label")
         if is_box(box) and min(box) >= 0 and max(box) <= 1000 and one_line(name):
-            x1, y1, x2, y2 = (value / 1000 for value in box)
-            found.append(Region(photo, [x1 * width, y1 * height, x2 * width, y2 * height], name))
+            shares = np.divide(box, 1000)  # of width and height
+            box = shares * (photo.image.size * 2)
+            found.append(Region(photo, box.tolist(), name))
         else:
             photo.drop("bad_box")
     return found
@@ -98,10 +98,11 @@ class Sam3:
             return []
         found = []
         for name, scores, boxes in zip(names, all_scores, all_boxes, strict=True):
-            sure = int((scores > 0.5).sum())
+            sure = (scores > 0.5).sum()
             score, best = scores.max(0)
             if sure == 1 and score >= 0.75:
-                found.append(Region(photo, boxes[best].tolist(), name, round(score.item(), 4)))
+                box = boxes[best].tolist()
+                found.append(Region(photo, box, name, round(score.item(), 4)))
             else:
                 photo.drop("name_ambiguous" if sure > 1 else "name_not_found")
         return found
@@ -112,19 +113,21 @@ class Sam3:
 
         side, device = self.model.config.image_size, self.model.device
         small = image.resize((side, side), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(
-            np.asarray(small, np.float32) / 127.5 - 1
-        )  # (S, S, 3), in [-1, 1]
-        words = self.tokenizer(
-            names, padding="max_length", truncation=True, max_length=32, return_tensors="pt"
-        )  # (names, 32)
+        # (S, S, 3), in [-1, 1]
+        pixels = torch.from_numpy(np.asarray(small, np.float32) / 127.5 - 1)
+        words = self.tokenizer(  # (names, 32)
+            names,
+            padding="max_length",
+            truncation=True,
+            max_length=32,
+            return_tensors="pt",
+        )
         with torch.inference_mode():
             seen = self.model.get_vision_features(pixels.permute(2, 0, 1)[None].to(device))
             # computed once, shown to every name
             for maps in ("fpn_hidden_states", "fpn_position_encoding"):
                 seen[maps] = tuple(part.expand(len(names), -1, -1, -1) for part in seen[maps])
             out = self.model(vision_embeds=seen, **words.to(device))
-        scores = (
-            out.pred_logits.sigmoid() * out.presence_logits.sigmoid()
-        )  # (.., queries) * (.., 1)
+        # (names, queries) * (names, 1)
+        scores = out.pred_logits.sigmoid() * out.presence_logits.sigmoid()
         return scores.cpu(), out.pred_boxes.cpu() * torch.tensor(image.size * 2)

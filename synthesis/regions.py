@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from synthesis.photos import Photo
@@ -35,14 +36,12 @@ class Region:
     @property
     def frame(self):
         """The outer edge of the frame, which is drawn inwards."""
-        margins = [max(round(side / 20), self.line + 1) for side in sides(self.box)]
-        return grow(self.box, margins, self.photo.image.size)
+        return grow(self.box, self.photo.image.size, self.line + 1)
 
     @property
     def window(self):
         """What is cropped: the frame and a margin."""
-        margins = [round(side / 20) for side in sides(self.frame)]
-        return grow(self.frame, margins, self.photo.image.size)
+        return grow(self.frame, self.photo.image.size)
 
     @cached_property
     def crop(self):
@@ -64,11 +63,15 @@ def sides(box):
     return box[2] - box[0], box[3] - box[1]
 
 
-def grow(box, margins, size):
-    """The box, larger by `margins` (horizontal, vertical) on each side, within an image."""
-    x1, y1, x2, y2 = box
-    dx, dy = margins
-    return [max(0, x1 - dx), max(0, y1 - dy), min(size[0], x2 + dx), min(size[1], y2 + dy)]
+def grow(box, size, least=0):
+    """The box, larger by 5% of its sides, at least by `least` px, within an image."""
+    dx, dy = (max(round(side / 20), least) for side in sides(box))
+    return within(np.add(box, (-dx, -dy, dx, dy)), size)
+
+
+def within(box, size):
+    """The part of a box that lies in an image."""
+    return np.clip(box, 0, size * 2).tolist()
 
 
 def enlargement(window) -> float:
@@ -92,9 +95,11 @@ def small_regions(photo: Photo, proposed: list[Region]) -> list[Region]:
     """Of a photograph's regions the first three worth asking about; the others are counted."""
     kept = []
     for region in proposed:
-        x1, y1, x2, y2 = region.box
-        whole = [math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)]
-        region.box = grow(whole, (0, 0), photo.image.size)
+        whole = [
+            *map(math.floor, region.box[:2]),
+            *map(math.ceil, region.box[2:]),
+        ]
+        region.box = within(whole, photo.image.size)
         region.label = "this thing" if region.label is None else one_line(region.label)
         reason = region_fault(region, kept)
         if reason:
@@ -118,8 +123,9 @@ def region_fault(region: Region, kept: list[Region]) -> str | None:
         return "box_small"
     if long > 8 * short:
         return "box_thin"
-    if sum(room >= region.line for room in (x1, y1, width - x2, height - y2)) < 2:
-        return "box_at_edges"  # its frame is hidden
+    rooms = sorted([x1, y1, width - x2, height - y2])
+    if rooms[2] < region.line:
+        return "box_at_edges"  # three sides of its frame are hidden
     if any(same_thing(region, other) for other in kept):
         return "box_repeated"
     return "box_spare" if len(kept) == 3 else None
@@ -128,12 +134,17 @@ def region_fault(region: Region, kept: list[Region]) -> str | None:
 def same_thing(a: Region, b: Region) -> bool:
     """Whether two regions show one thing: IoU over 0.5, or one lies to 80% in the other and their
     labels share a word."""
-    shared = area([*map(max, a.box[:2], b.box[:2]), *map(min, a.box[2:], b.box[2:])])
+    in_both = [
+        *map(max, a.box[:2], b.box[:2]),
+        *map(min, a.box[2:], b.box[2:]),
+    ]
+    shared = area(in_both)
     areas = [area(a.box), area(b.box)]
     if shared > 0.5 * (sum(areas) - shared):
         return True
-    a_word = not set(normal(a.label).split()).isdisjoint(normal(b.label).split())
-    return shared >= 0.8 * min(areas) and a_word
+    a_words = set(normal(a.label).split())
+    b_words = normal(b.label).split()
+    return shared >= 0.8 * min(areas) and not a_words.isdisjoint(b_words)
 
 
 def area(box):

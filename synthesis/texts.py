@@ -80,8 +80,8 @@ def leaks(question: str, answer: str) -> bool:
 class DraftQuestion:
     """A question that the model wrote for a crop."""
 
-    question: str  # on one line
-    answer: str  # the drafted one; after a vote, the one agreed on
+    question: str | None  # on one line
+    answer: str | None  # the drafted one; after a vote, the one agreed on
     type: str  # one of the prompts' types
     n: int  # its place in the model's reply; the sample's id ends with it
     draft: str  # the answer that came with the question
@@ -89,21 +89,18 @@ class DraftQuestion:
     options: list = field(default_factory=list)  # four, shuffled, of multiple choice
 
 
-def drafted(item, n: int) -> DraftQuestion | None:
-    """The n-th item of a model's reply as a question; None where it has no usable texts."""
-    if not isinstance(item, dict):
-        return None
-    question = one_line(item.get("question"), 200)
-    answer = item.get("answer")
+def drafted(item, n: int) -> DraftQuestion:
+    """The n-th item of a model's reply as a question; what is no usable text is None."""
+    fields = item if isinstance(item, dict) else {}
+    answer = fields.get("answer")
     answer = one_line(str(answer) if isinstance(answer, int | float) else answer)
-    if not question or not answer:
-        return None
-    return DraftQuestion(question, answer, item.get("type"), n, draft=answer)
+    question = one_line(fields.get("question"), 200)
+    return DraftQuestion(question, answer, fields.get("type"), n, draft=answer)
 
 
-def broken_rule(draft: DraftQuestion | None) -> str | None:
+def broken_rule(draft: DraftQuestion) -> str | None:
     """The first rule that a question breaks, as the reason to count; None for a good one."""
-    if draft is None:
+    if not draft.question or not draft.answer:
         return "question_malformed"
     question = unicodedata.normalize("NFKC", draft.question).casefold()
     for reason, pattern in PROMPTS["rules"].items():
