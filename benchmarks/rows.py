@@ -83,7 +83,7 @@ def read_answer(line: dict) -> Answer:
 def repeats_itself(text: str) -> bool:
     """Whether a text ends in a loop: the same piece three times or more, over the last 100
     characters at least."""
-    end = text.rstrip()[-1000:]
+    end = text.rstrip()[-3000:]
     for piece in range(1, (len(end) + 1) // 3 + 1):
         size = max(2 * piece - 1, 100 - piece)  # the last one may lack a space
         if size + piece <= len(end) and end[-size:] == end[-size - piece : -piece]:

@@ -7,6 +7,7 @@ match_free_form("It says 15.", "15")                                            
 
 import re
 import unicodedata
+from decimal import Decimal
 
 from benchmarks.rows import Answer, Question, Scored
 
@@ -23,8 +24,10 @@ NUMBER = (
     r"(?![ -](?:hundred|thousand|million|billion|dozen))"
 )
 MARKUP = (  # special tokens, tags, LaTeX; questions
-    r"<\|.*?\|>|</?\w+>|\\[a-z]*|[*_`#$\"“”{}«»‹›·]|(?<!\w)'|'(?!\w)|[^.!?。\n]*\?"
+    r"<\|.*?\|>|</?\w+>|\\[a-z]*|(?m:^\s*#+ )|[*_`$\"“”{}«»‹›·]|(?<!\w)'|'(?!\w)|[^.!?。\n]*\?"
 )
+
+UNIT = r"(?:[kmc]?m|[km]?g|m?l|[kmgt]b|[kmg]?hz|k?w|k?v|ft|in|lb|oz|mph)\b"
 
 
 def final_text(output: str) -> str:
@@ -37,7 +40,7 @@ def final_text(output: str) -> str:
     text = text.rpartition("<answer>")[2].partition("</answer>")[0]
     if len(text) > 3000:
         text = text[:500] + "\n" + text[-2000:]
-    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("’–—【】", "'--\n\n"))
+    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("’–—−【】", "'---\n\n"))
     boxed = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)
     text = re.sub(MARKUP, " ", boxed[-1] if boxed else text)
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text).strip()
@@ -51,9 +54,10 @@ def digits(words):
 
 def plain(text):
     """Lower case, without articles, outer punctuation and the hyphens of words: "The T-shirt." ->
-    "t shirt"; but "A is darker" keeps its letter."""
+    "t shirt"; but "A is darker" keeps its letter. "5kg" -> "5 kg", "5 %" -> "5%"."""
     between = r"\b(?:an?|the) +(?!is\b|and\b|or\b)(?=\w)|(?<=[a-z])-(?=[a-z])"
-    text = re.sub(between, " ", text.lower())
+    text = re.sub(rf"{between}|(?<=\d)(?={UNIT})", " ", text.lower())
+    text = re.sub(r"(?<=\d) +(?=[%°])", "", text)
     return " ".join(text.strip(" \n.,;:!?'()[]。").split())
 
 
@@ -73,7 +77,7 @@ START = r"(?m:^)[^\w«‹\n\u4e00-\u9fff]*|[.!]\s+|;\s*|(?<![A-Z]),\s*"
 WITHIN = (
     r"[:=»›]\s*|-\s+|[\u4e00-\u9fff]\s*|\b(?i:answer(?:'s)?|is|are|be|it's|choos(?:e|ing)|chose|"
     r"pick|select|leaves|so|hence|thus|therefore|think|say|with|for|likely|probably|clearly|but|"
-    r"definitely|between|either|neither|both|among|not|no|like|actually|meant|wait|rather)\s+"
+    r"only|undoubtedly|guess|leaving|definitely|between|either|neither|both|among|not|no|like|actually|meant|wait|rather)\s+"
 )
 AFTER = (
     r"\s*(?:$|[,:;!.。()/\n]|- |(?<!\bA)(?<!\bA )[«‹]|[是而对正错项不都和与或及、选也])|"
@@ -92,17 +96,25 @@ NOT = r"(?:\b(?:no|not|never|neither|nor|none|cannot)\b|n't\b|不|没|无|否|�
 DENIAL = (  # a clause that denies, doubts or only looks at what it names
     rf"(?i){NOT}|\b(?:unlike|except|anything but|other than|rather than|instead of|wrong|incorrect|"
     r"false|unlikely|distractor|rul(?:e|ed|ing) out|lacks?|doubt|difficult|unable|whether|"
+    r"mistake|hardly|(?<!at )least|worst|(?:next|second)(?: \w+)? (?:best|choice|likely)|fails?|"
+    r"avoid|ignores?|is out|suppose|assum(?:e|ing)|only (?:correct |right )?if|"
+    r"(?:some(?:one)?|people|others) (?:could|might|may|would)|"
+    r"for (?:the )?\w+,? (?:it )?would be|describes the (?!image|picture|scene|photo|object)|"
     r"let's|let me|(?:impossib|eliminat|exclud|reject|disagree|contradict|mismatch|verify|check|"
     r"compar|consider)\w*)\b|错|排除|除了|禁止|来看|首先看|再看|(?<!最)可能"
 )
 # A sentence that says what would be.
-CONDITION = r"(?i)^\W*(?:if|unless)\b(?! i (?:had|were) to)|\bwould\b.*\bif\b|如果|假如|若"
+CONDITION = (
+    r"(?i)^\W*(?:if|unless)\b(?! (?:forced|asked|i (?:had|were)) to)|\bwould\b.*\bif\b|"
+    r"如果|假如|若"
+)
 
 CUE = (
     r"(?:\b(?:(?<!wrong )answers?|ans|(?:option|choice)(?!\W*«)|choos\w+|chose|pick\w*|select\w*|"
     r"correct|best|correction|leaves|go(?:ing)? (?:with|for))\b|答|选(?!项)|正确)[^«‹·\n]{0,150}|"
     r"(?:\b(?:hence|thus|therefore)\b(?:[^«‹·\n]{0,150}\b(?:is|be))?|[是为故]|所以|因此|"
-    r"\b(?:so|actually|wait|sorry|no|rather|think|say|meant|on second thought|"
+    r"\b(?:so|actually|wait|sorry|no|rather|think|say|meant|on second thought|only|undoubtedly|"
+    r"guess|leaving|lean\w* to(?:wards?)?|(?<!un)(?<!less )(?<!least )likely|probably|"
     r"(?:it|this|which|must|should|would)(?:'s| is| be)?))"
     r"\W*(?:(?:option|choice|point|image|picture|letter) )?(?=[«·])"
 )
@@ -126,7 +138,8 @@ def parse_choice(output: str, options: dict[str, str]) -> str | None:
     4. They must be a single one: "A or B", a list that is restated, and a letter beside another
        option's text are none.
     """
-    text = re.sub(r":\s+", ": ", final_text(output))
+    text = re.sub(r"(?i)\b(?:there(?:'s| is) )?no doubt(?: that)?\b", " ", final_text(output))
+    text = re.sub(r":\s+", ": ", text)
     sentences = asserted(mark_letters(mark_texts(text, options), "".join(options)))
     for mark in ("[«·]", "‹"):
         for pattern in (ANNOUNCED, ALONE, r"[«‹]\w"):
@@ -191,44 +204,50 @@ def asserted(text):
 # ------------------------------------------------------------------------------ yes/no, free form
 
 YES_OR_NO = (
-    r"(?:[(\[]?[a-h][.:)\]]+ ?)?(yes(?!\W+there(?: is|'s| are) no (?!doubt|other))|nope|no|"
+    r"(?:[(\[]?[a-h][.:)\]]+ ?)?(yep|yes(?!\W+there(?: is|'s| are) no (?!doubt|other))|nope|no|"
     r"是的?|有的?|对|否|不是|不|没有|不存在)"
     r"(?=\s*(?:$|[.,!;:。\n-]|(?:and|or|because|since|as|it|there)\b))"
 )
 UNSURE = (
     r"(?:\bnot|n't|\bun|\bim)\s?(?:\w+ )?(?:sure|certain|clear|able|possible|tell|determine|know)"
-    r"|无法|不确定|不清|不知道|\b(?:cannot (?:be )?(?:tell|determine|know)\w*|to tell|sorry|maybe|"
-    r"perhaps|possibly|idea|without|enough|information|access|whether|(?:i|we) (?:do not|don't|"
+    r"|无法|不确定|不清|不知道|没有图|\bno (?:image|picture|photo)|\b(?:cannot (?:be )?(?:tell|"
+    r"determine|know)\w*|to (?:tell|say)|sorry|maybe|perhaps|possibly|idea|without|enough|"
+    r"insufficient|loaded|not true|information|access|whether|(?:i|we) (?:do not|don't|"
     r"cannot|can't)(?! see (?!(?:the|an?|any) (?:image|picture))| find| spot| notice| detect))\b"
 )
+
+THERE_IS = r"\bthere(?:'s| is| are| (?:seem|appear)s? to be) (?!(?:\w+ly )?no|only\b)|\byes\b"
+SEEN = r"\b(?:i|we) (?:can )?see\b|\b(?:is|are) (?:\w+ )?(?:visible|present)\b"
 
 
 def parse_yes_no(output: str) -> str | None:
     """ "yes", "no" or None: the last one announced ("answer: no", "so yes"); else the one that
     stands as a clause of its own; else "no" for a sentence that denies, "yes" for "there is ..".
     Doubt and contradiction are None."""
-    text = final_text(output).lower()
+    text = re.sub(r"\byes(?: or |/)no\b", " ", final_text(output).lower())
     cue = r"(?:\b(?:answer|so|hence|thus|therefore)\b|答案|所以|因此)(?:\s*(?:is|是|为))?[\s:-]*"
-    clause = r"(?:^|[.,:;!。\n]|\b(?:is|so|and|or|but)\b)\s*"
+    clause = r"(?:^|[.,:;!。\n]|\b(?:is|so|and|or|but|think)\b)\s*"
     words = re.findall(cue + YES_OR_NO, text)[-1:] or re.findall(clause + YES_OR_NO, text)
     said = {"no" if re.match("no|否|不|没", word) else "yes" for word in words}
     if not words:
         for sentence in re.split(SENTENCE, text):
-            if re.search(UNSURE, sentence):
+            if re.search(UNSURE, sentence) or re.search(CONDITION, sentence):
                 continue
-            if re.search(rf"{NOT}|\b(?:absent|missing)\b", sentence):
+            denied = re.search(rf"{NOT}|\b(?:absent|missing)\b", sentence)
+            if denied:
                 said.add("no")
-            if re.search(r"\bthere(?: is|'s| are) (?!no)|\byes\b", sentence):
+            if re.search(THERE_IS, sentence) or (not denied and re.search(SEEN, sentence)):
                 said.add("yes")
     return said.pop() if len(said) == 1 else None
 
 
 # 12.5 or 10:30, but nothing of "12.5%", "B12", "3rd" or "1/2".
-VALUE = r"(?<![\w.:/])-?\d+(?:[.:]\d+)?(?![\w%+°/]|[.:]\d)"
+VALUE = r"(?<![\w.:/])(?<!\w\()-?\d+(?:[.:]\d+)?(?![\w%+°/]|[.:]\d)"
 VAGUE = (  # it is not exactly that
     rf"(?i){NOT}|\b(?:or|about|around(?! the)|approx\w*|roughly|nearly|almost|maybe|perhaps|over|"
     r"under|above|below|possibly|than|up to|least|most|max\w*|minus|plus|fewer|half|twice|times|"
-    r"pairs?|am|pm|hundred|thousand|million|billion|dozen)\b"
+    r"pairs?|am|pm|hundred|thousand|million|billion|dozen|(?:jan|febr)uary|march|april|may|june|"
+    r"july|august|(?:septem|octo|novem|decem)ber)\b|[<>≤≥~≈±≠€£¥]"
 )
 # "blue" of "The car is blue", but not of "I doubt it is blue".
 VERB = r"(?i)\b(?:is|are|was|were|it's|says|reads:?|shows|weighs|measures)\b"
@@ -271,7 +290,7 @@ def same_number(text, gold):
         return None
     if ":" in a + b:
         return a == b if ":" in a and ":" in b else None
-    a, b = float(a), float(b)
+    a, b = Decimal(a), Decimal(b)
     return None if a != b and round(a) == round(b) else a == b
 
 
