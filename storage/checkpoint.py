@@ -1,7 +1,6 @@
 """A checkpoint's directory: found, written so that other tools read it, and told from others."""
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
@@ -55,11 +54,10 @@ def save(model, processor, folder: Path) -> None:
         if file.suffix in (".json", ".jinja", ".txt", ".model") and "index" not in file.name:
             shutil.copyfile(file, folder / file.name)
     template = processor.chat_template.removeprefix(NO_THINKING)
-    (folder / "chat_template.jinja").write_text(NO_THINKING + template, encoding="utf-8")
-    umask = os.umask(0)
-    os.umask(umask)
+    template_file = folder / "chat_template.jinja"
+    template_file.write_text(NO_THINKING + template, encoding="utf-8")
     for file in folder.glob("*.safetensors"):  # written for this user alone
-        file.chmod(0o666 & ~umask)
+        shutil.copymode(template_file, file)
 
 
 def prediction_weights(folder: Path) -> dict[str, Tensor]:

@@ -5,7 +5,12 @@ from functools import lru_cache
 import torch
 
 
-def batch_rows(n: int, prompts: int, seed: int, step: int) -> list[int]:
+def batch_rows(
+    n: int,
+    prompts: int,
+    seed: int,
+    step: int,
+) -> list[int]:
     """Row numbers of a step: epochs are shuffled, each one's last incomplete batch is dropped."""
     epoch, index = divmod(step, n // prompts)
     first = index * prompts

@@ -21,7 +21,8 @@ def draw_preview(folder: str | Path, font: Path | None = None) -> Path:
     rectangles for other scripts."""
     face = ImageFont.truetype(font, 17) if font else ImageFont.load_default(17)
     rows = read_triplets(folder)
-    tiles = [tile(row, face) for row in rows[:: ceil(len(rows) / 24)]]
+    step = ceil(len(rows) / 24)
+    tiles = [tile(row, face) for row in rows[::step]]
     width = tiles[0].width + GAP
     height = max(each.height for each in tiles) + GAP
     size = (min(3, len(tiles)) * width, ceil(len(tiles) / 3) * height)
@@ -57,7 +58,8 @@ def tile(triplet: Triplet, font):
     facts = f"{triplet.id[:28]}: image {image.size} px, {noted}, crop {crop.size}"
     drawn = Image.new("RGB", (TEXT + 2 * GAP, HEIGHT + 20 * LINE), "white")
     drawn.paste(shown, (GAP, GAP))
-    drawn.paste(ImageOps.contain(crop, (HEIGHT, HEIGHT)), (WIDTH + 2 * GAP, GAP))
+    detail = ImageOps.contain(crop, (HEIGHT, HEIGHT))
+    drawn.paste(detail, (WIDTH + 2 * GAP, GAP))
     draw = ImageDraw.Draw(drawn)
     y = HEIGHT + 2 * GAP
     for text, ink, most in (
