@@ -27,21 +27,35 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.figures import Scorer, compare, percent, saved_answers, summarise, table
+from benchmarks.figures import (
+    Scorer,
+    answer_files,
+    compare,
+    percent,
+    saved_answers,
+    summarise,
+    table,
+)
 from benchmarks.page import trajectory, write_page
 from benchmarks.rows import Answer, Question
 from benchmarks.scoring import score
-from benchmarks.sources import BENCHES, GROUPS, read_benchmark
+from benchmarks.sources import BENCHES, GROUPS, most_pixels, read_benchmark
 from benchmarks.zoom import answer_with_zoom, neutralised
 from launch import script
 from launch.flags import device_name, natural, positive_int, setting, settings_parser
-from storage.files import appending, hold, numbered, read_json, read_jsonl, write, write_jsonl
+from storage.files import (
+    appending,
+    hold,
+    naming_full_disks,
+    numbered,
+    read_json,
+    read_jsonl,
+    write,
+    write_jsonl,
+)
 from storage.images import load_image
 from toy.scenes import held_out
 
-# Pixels; Pillow refuses a picture of twice as many. The table's files are trusted, and some are
-# huge; one's own keep Pillow's limit.
-PILLOWS_LIMIT, TABLES_LIMIT = Image.MAX_IMAGE_PIXELS, 250_000_000
 KNOWN = (*BENCHES, *GROUPS["toy"])  # benchmarks that are no file of one's own
 
 
@@ -154,7 +168,7 @@ def claim_results(out: Path, path: str, model, how: Asking) -> None:
     }
     notes = []
     then = read_json(out / "args.json", notes) or now
-    if notes and any(out.glob("answers-*.jsonl")):
+    if notes and answer_files(out):
         raise ValueError(
             f"{out} holds answers, but {notes[0]}: whose are they? Put the file back, or choose "
             "another --out."
@@ -176,13 +190,13 @@ def drop_stale(out: Path, name: str, questions: list[Question]) -> None:
     so that they are asked again. Raises ValueError where that would be all of them."""
     asked, lines_of = {question.id: question for question in questions}, {}
     same = changed = gone = 0
-    for path in out.glob(f"answers-{name}-[0-9]*.jsonl"):
+    for path in answer_files(out, name):
         lines_of[path] = []
         for line in read_jsonl(path, []):
             question = asked.get(line["id"])
-            if line["bench"] != name:
-                lines_of[path].append(line)
-            elif question is None:
+            if line.get("error"):  # asked again anyway
+                continue
+            if question is None:
                 gone += 1
             elif answers_it(line, question):
                 same += 1
@@ -228,8 +242,9 @@ def answer_all(
     todo = [answer for answer in asked if answer.place() not in done]
     states, bar = Counter(), tqdm(total=len(asked), desc=name, unit="row", disable=how.rank > 0)
     work = partial(replies_to, model, processor, out, how)
-    Image.MAX_IMAGE_PIXELS = TABLES_LIMIT if name in BENCHES else PILLOWS_LIMIT
-    with appending(out / f"answers-{name}-{how.rank}.jsonl") as file, bar:
+    Image.MAX_IMAGE_PIXELS = most_pixels([name])
+    path = out / f"answers-{name}-{how.rank}.jsonl"
+    with naming_full_disks(out), appending(path) as file, bar:
         bar.update(len(asked) - len(todo))
         start = time.perf_counter()
         for batch, replies in Batches(how.batch).run(todo, work, bad_item=(OSError, ValueError)):
@@ -348,6 +363,8 @@ def answer_and_score(settings: Settings, scorer: Scorer) -> None:
     transformers.utils.logging.disable_progress_bar()
     here = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     device = settings.device or here
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}, but torch sees no GPU here. Use --device cpu.")
     if rank == 0:
         hold(settings.out)
     if device == "cpu":  # on a GPU its warning of slow kernels matters
@@ -392,7 +409,6 @@ def print_trajectory(folders: list[Path]) -> None:
 
 def show_saved(settings: Settings, scorer: Scorer) -> None:
     """--compare, --rescore, --report: of answers that are there."""
-    Image.MAX_IMAGE_PIXELS = TABLES_LIMIT
     page = settings.report or settings.rescore or settings.out
     if settings.compare:
         text, found = compare(*settings.compare)
@@ -403,6 +419,8 @@ def show_saved(settings: Settings, scorer: Scorer) -> None:
             result = {"folders": folders, "text": text, "benches": found}
             write(settings.out / "compare.json", json.dumps(result, indent=1))
     if settings.rescore:
+        if not settings.rescore.is_dir():
+            raise FileNotFoundError(f"--rescore {settings.rescore} is not there.")
         hold(settings.rescore)
         # step-N of checkpoints, or eval-WHEN of a training run
         of_run = {path.parent for path in settings.rescore.glob("[es]*-*/answers-*.jsonl")}

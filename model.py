@@ -18,6 +18,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError
@@ -29,7 +30,9 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLP
 
 from storage.checkpoint import find
 
-BROKEN = (SafetensorError, TemplateError)
+# What the files of a checkpoint can lead to.
+BROKEN = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+BROKEN += (SafetensorError, TemplateError, StrictDataclassError)
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 MIN_CONTINUATION = 4  # tokens; fewer would take the kernels of one-token decoding
 
@@ -64,8 +67,9 @@ def load(path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
             folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
         processor = ImageTextProcessor.from_pretrained(folder)
+        processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
         chat(processor, "?")  # is there a template, and does it parse?
-    except (*BROKEN, OSError, ValueError, KeyError, RuntimeError) as error:
+    except BROKEN as error:
         raise ValueError(
             f"{path} does not load as a Qwen3.5 / Qwen3-VL style checkpoint: {error}"
         ) from error

@@ -237,10 +237,14 @@ class Batches:
             batch = items[done : done + size]
             try:
                 result = work(batch)
-            except (torch.OutOfMemoryError, *bad_item) as error:
+            except (RuntimeError, *bad_item) as error:
+                # A CPU's is no error of its own.
+                memory = isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error)
+                if isinstance(error, RuntimeError) and not memory:
+                    raise
                 if len(batch) > 1:
                     size = len(batch) // 2
-                    if isinstance(error, torch.OutOfMemoryError):
+                    if memory:
                         self.most = size
                         tqdm.write(f"out of memory with {len(batch)} at once, going on with {size}")
                     continue

@@ -8,6 +8,7 @@ and a judge's verdicts.jsonl.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -71,11 +72,17 @@ def summarise(out: Path, how: Scorer) -> dict:
 # ----------------------------------------------------------------------------------------- answers
 
 
+def answer_files(out: Path, name: str = "") -> list[Path]:
+    """Our own files of answers, to one benchmark or to all, a rank each: not copies of them."""
+    pattern = rf"answers-{re.escape(name) if name else '.+'}-\d+\.jsonl"
+    return sorted(path for path in out.glob("answers-*") if re.fullmatch(pattern, path.name))
+
+
 def saved_answers(out: Path) -> list[Answer]:
     """The answers in a results folder, one a row and view: an error only where there is no answer.
     Benchmarks in the table's order, full before crop."""
     answers = []
-    for path in sorted(out.glob("answers-*.jsonl")):
+    for path in answer_files(out):
         answers += map(read_answer, read_jsonl(path, []))
     order = [*BENCHES, *sorted({answer.bench for answer in answers})]
     # of the same row and view an error comes first: what follows replaces it
@@ -358,7 +365,10 @@ def compare(a: Path, b: Path) -> tuple[str, dict]:
     for bench in filter(second.get, first):
         found[bench] = {}
         for view in filter(second[bench].get, first[bench]):
-            f = paired(first[bench][view], second[bench][view])
+            asked = {row.id: row.digest for row in first[bench][view]}
+            rows_now = second[bench][view]
+            same = [row for row in rows_now if asked.get(row.id) in (None, row.digest)]
+            f = paired(first[bench][view], same)
             found[bench][view] = asdict(f)
             rows += f.n
             lines.append(

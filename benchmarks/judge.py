@@ -26,6 +26,8 @@ def ask_judge(judge: str, name: str | None, prompts: list[str]) -> Iterator[str 
     if not judge.startswith("http"):
         yield from ask_model(judge, prompts)
         return
+    if not api_key().isprintable():
+        raise ValueError("OPENAI_API_KEY has line breaks inside. Set it again, without them.")
     with ThreadPoolExecutor(16) as pool:
         yield from pool.map(lambda prompt: ask_server(judge, name, prompt), prompts)
 
@@ -60,11 +62,18 @@ def ask_server(judge: str, name: str | None, prompt: str) -> str | Exception:
     for pause in PAUSES:
         try:
             reply = json.loads(post(f"{judge.rstrip('/')}/chat/completions", body))
-            return str(reply["choices"][0]["message"]["content"])
+            text = reply["choices"][0]["message"]["content"]
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError("a reply without text: was it cut off while thinking?")
+            return text
         except Exception as error:  # whatever a server and what it says can lead to
             failed = error
             time.sleep(pause)
     return failed
+
+
+def api_key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip() or "none"
 
 
 def post(url: str, body: bytes) -> bytes:
@@ -73,7 +82,7 @@ def post(url: str, body: bytes) -> bytes:
     place = urlsplit(url)
     connect = HTTPSConnection if place.scheme == "https" else HTTPConnection
     connection = connect(place.netloc, timeout=DEADLINE)
-    key = os.environ.get("OPENAI_API_KEY", "none")
+    key = api_key()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     connection.connect()
     end = threading.Timer(DEADLINE, connection.sock.shutdown, [socket.SHUT_RDWR])
@@ -86,6 +95,6 @@ def post(url: str, body: bytes) -> bytes:
         end.cancel()
         connection.close()
     if reply.status != 200 or len(data) > LARGEST:
-        said = data[:200].decode(errors="replace").replace(key, "***")
+        said = data.decode(errors="replace").replace(key, "***")[:200]
         raise OSError(f"HTTP {reply.status}, {len(data):,} bytes: {said!r}")
     return data

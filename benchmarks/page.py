@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.figures import scored_answers, scorer_of, table
-from benchmarks.sources import BENCHES
+from benchmarks.sources import BENCHES, most_pixels
 from storage.files import numbered, read_json, read_jsonl, write
 from storage.images import load_image
 
@@ -75,6 +76,7 @@ def write_page(out: Path) -> Path:
         "benchmarks": BENCHES,
         "notes": notes,
     }
+    Image.MAX_IMAGE_PIXELS = most_pixels(bench for bench, _ in samples)
     data["images"] = pictures(out, [*rollouts, *(sample[0] for sample in shown)], notes)
     write(out / "report.html", filled(data))
     return out / "report.html"

@@ -11,13 +11,14 @@ import json
 import re
 import tomllib
 from ast import literal_eval
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from string import ascii_letters
 
+from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.rows import Question
@@ -29,7 +30,15 @@ BENCHES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="
 GROUPS = BENCHES.pop("groups")
 GROUPS["all"] = list(BENCHES)
 LETTERS = "ABCDEFGH"
+PILLOWS_LIMIT, TABLES_LIMIT = Image.MAX_IMAGE_PIXELS, 250_000_000
 TEXTS = ("id", "prompt", "answer", "group", "pair")  # of a question; numbers may stand there too
+
+
+def most_pixels(names: Iterable[str]) -> int:
+    """What these benchmarks' pictures may have; Pillow refuses one of twice as many. The table's
+    files are trusted, and some are huge; with one of one's own it is Pillow's own limit."""
+    known = {*BENCHES, *GROUPS["toy"]}
+    return TABLES_LIMIT if known.issuperset(names) else PILLOWS_LIMIT
 
 
 def read_benchmark(name: str, root: Path) -> list[Question]:
@@ -82,6 +91,8 @@ def neutral_question(row: dict, name: str, place: Callable) -> Question:
     kind, answer = row.get("kind") or "mc", row["answer"]
     if kind == "free":  # of a list any is right: a line each
         answers = answer if isinstance(answer, list) else [answer]
+        if not answers or "" in answers:
+            raise ValueError(f"answer is {answer!r:.60}. Expected texts, of which any is right")
         if all(isinstance(each, str) for each in answers):
             row = row | {"answer": "\n".join(" ".join(each.split()) for each in answers)}
     for key in TEXTS:
@@ -91,9 +102,11 @@ def neutral_question(row: dict, name: str, place: Callable) -> Question:
     texts = {key: str(row[key]) for key in TEXTS if row.get(key) is not None}
     answer = texts.pop("answer")
     options = row.get("options") or {}
-    if not set(ascii_letters).issuperset(options):
+    good = isinstance(options, dict) and set(ascii_letters).issuperset(options)
+    good = good and len(set(map(str.upper, options))) == len(options)
+    if not good or not all(type(text) in (str, int, float) for text in options.values()):
         raise ValueError(
-            f"options are called {options!r:.60}. Expected letters and texts, such as "
+            f"options are {options!r:.60}. Expected different letters and texts, such as "
             '{"A": "red", "B": "blue"}'
         )
     options = {letter.upper(): str(text) for letter, text in options.items()}

@@ -17,7 +17,7 @@ from dataclasses import field, fields
 
 def whole_number(text: str, least: int) -> int:
     number = int(text)  # argparse says of a ValueError: invalid value
-    if not least <= number < 2**63:
+    if not least <= number < 2**62:
         raise argparse.ArgumentTypeError(f"found {text}, expected a whole number from {least}")
     return number
 

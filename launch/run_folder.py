@@ -74,7 +74,7 @@ class RunLog:
         self.entries, self.warned = [], set()
         for path in self.files:
             notes = []
-            rows = [row for row in read_jsonl(path, notes) if row["step"] <= begin]
+            rows = [row for row in read_jsonl(path, notes) if 0 < row.get("step", 0) <= begin]
             write_jsonl(path, rows)
             self.idle_steps += sum(row.get("tokens") == 0 for row in rows)
             if path == self.files[0]:

@@ -1,12 +1,14 @@
 """A checkpoint's directory: found, written so that other tools read it, and told from others."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
+from storage.files import read_json, write
 from storage.hub import download
 
 # Before a checkpoint's own chat template: served, it thinks only where it is asked to.
@@ -38,7 +40,7 @@ def find(path: str, patterns: list[str] | None = None) -> Path:
 
 def save(model, processor, folder: Path) -> None:
     """Write a checkpoint that plain transformers and vLLM load: all but the weights is copied as
-    the original had it, with a chat template that does not think unless it is asked to."""
+    the original had it, but for the chat template, which does not think unless it is asked to."""
     folder.mkdir(parents=True, exist_ok=True)
     # Named parameters: tied weights once.
     weights = {name: weight.to("cpu", copy=True) for name, weight in model.named_parameters()}
@@ -51,8 +53,12 @@ def save(model, processor, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=weights)
     for file in source.iterdir() if source else []:
         # transformers would write config.json anew, in words that older servers misread.
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and "index" not in file.name:
+        copied = file.suffix in (".json", ".jinja", ".txt", ".model")
+        if copied and "index" not in file.name and file.name != "chat_template.json":
             shutil.copyfile(file, folder / file.name)
+    tokenizer = read_json(folder / "tokenizer_config.json", [])
+    if tokenizer.pop("chat_template", None):  # older layouts have it there, or in a json: one place
+        write(folder / "tokenizer_config.json", json.dumps(tokenizer, indent=1))
     template = processor.chat_template.removeprefix(NO_THINKING)
     template_file = folder / "chat_template.jinja"
     template_file.write_text(NO_THINKING + template, encoding="utf-8")

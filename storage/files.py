@@ -101,7 +101,7 @@ def read_json(path: Path, notes: list[str]) -> dict:
         notes.append(f"{path.name} is no JSON object")
     except FileNotFoundError:
         notes.append(f"{path.name} is not in {path.parent}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} is unreadable: {error}")
     return {}
 
@@ -111,7 +111,9 @@ def read_json(path: Path, notes: list[str]) -> dict:
 
 def write_jsonl(path: Path, rows: Iterable[dict]):
     """A row a line, all of them or nothing; the rows may be computed on the way."""
-    with whole(path) as scratch, scratch.open("w", encoding="utf-8") as lines:
+    # Half a character becomes its JSON escape.
+    how = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with whole(path) as scratch, scratch.open("w", **how) as lines:
         for row in rows:
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 

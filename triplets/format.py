@@ -117,20 +117,22 @@ class LazyTriplets(Sequence):
         self.folder, self.path = folder, rows_of(folder)
         self.file = self.path.open("rb")
         self.sha256 = hashlib.sha256()
-        self.edges = array("q", [0])  # where lines begin and end, 8 bytes each
+        self.begins, self.sizes = array("q"), array("q")  # of lines that are not blank, in bytes
+        begin = 0
         for line in self.file:
             self.sha256.update(line)
-            self.edges.append(self.edges[-1] + len(line))
+            if line.strip():
+                self.begins.append(begin)
+                self.sizes.append(len(line))
+            begin += len(line)
         for i in (0, len(self) - 1):  # is anything there at all?
             self[i]
 
     def __len__(self) -> int:
-        return len(self.edges) - 1
+        return len(self.begins)
 
     def __getitem__(self, i: int) -> Triplet:
-        begin = self.edges[i]
-        size = self.edges[i + 1] - begin
-        line = os.pread(self.file.fileno(), size, begin)  # workers share the file
+        line = os.pread(self.file.fileno(), self.sizes[i], self.begins[i])  # workers share the file
         try:
             return read_row(line, i, self.folder, Path.is_file)
         except (ValueError, FileNotFoundError) as error:
@@ -150,7 +152,8 @@ def read_row(line: bytes, number: int, folder: Path, is_there) -> Triplet:
     expect(row, "problem", good, f"{expected}; found {tags}")
     answer = row.get("answer")
     good = answer is None or type(answer) in (str, int, float) and answer == answer
-    expect(row, "answer", good, "a text, a number or null")
+    half = re.search("[\ud800-\udfff]", str(answer))
+    expect(row, "answer", good and not half, "a text of whole characters, a number or null")
     box = row.get("bbox")
     numbers = isinstance(box, list) and [isinstance(v, int | float) for v in box]
     good = box is None or numbers == [True] * 4
