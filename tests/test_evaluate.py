@@ -106,10 +106,11 @@ def outcome(out: Path) -> tuple[dict, dict]:
 @pytest.fixture
 def model(monkeypatch):
     """A model that says REPLIES[n] to question n (model.says changes that: the last word of a
-    question -> what is said), and model.asked: the questions of every batch."""
+    question -> what is said). model.asked: the questions of every batch; model.shown: all images.
+    """
 
     class Scripted:
-        asked = []
+        asked, shown = [], []
         says = dict(zip("0123456", REPLIES, strict=True))
 
         @staticmethod
@@ -119,6 +120,7 @@ def model(monkeypatch):
         assert len(images) == len(prompts) > 0
         Scripted.before(prompts)
         Scripted.asked.append(prompts)
+        Scripted.shown += [image.tobytes() for image in images]
         texts = [Scripted.says[prompt.split()[-1]] for prompt in prompts]
         return [rollout.Reply(text, len(text), len(text) > 12) for text in texts]
 
@@ -203,6 +205,12 @@ def test_every_batch_is_on_disk_before_the_next_is_asked(model, tmp_path):
     answer(own(tmp_path), out, batch=3)
     assert on_disk == [0, 3, 6, 9, 12]
     assert list(map(len, model.asked)) == [3, 3, 3, 3, 2]
+
+
+def test_each_question_is_put_with_its_own_image_and_its_own_crop(model, tmp_path):
+    answer(own(tmp_path), tmp_path / "out")
+    assert list(chain(*model.asked)) == [f"question {n // 2}" for n in range(14)]
+    assert model.shown == [noise(32, 48, seed).tobytes() for seed in range(14)]
 
 
 @pytest.mark.parametrize("call", range(7))
@@ -697,16 +705,19 @@ def test_the_toys_small_and_large_targets_and_ones_own_rows_share_a_folder(
     monkeypatch.setattr("toy.scenes.draw", draw_fewer)
     model.says = defaultdict(lambda: "A")
     path, out = own(tmp_path), tmp_path / "out"
+    own(tmp_path, name="vstar")
     flags = f"--data-root {tmp_path} --limit 7 --model m --view both --out {out}"
-    run(f"--bench toy,{path} {flags}")
+    run(f"--bench toy,{path},vstar {flags}")
     (out / "answers-torn-0.jsonl").write_text('{"id": "0", "bench": "to')
     _, benches = outcome(out)
     both = {"full": 7, "crop": 7, "gap": 7}
-    want = {"toy": both, "toy-large": both, "mine": both, "toy-holdout": {"full": 7}}
+    want = dict.fromkeys(("toy", "toy-large", "mine", "vstar"), both)
+    want["toy-holdout"] = {"full": 7}
     assert {name: {view: f["n"] for view, f in benches[name].items()} for name in benches} == want
     groups = {f"{a.bench} {a.group}" for a in figures.saved_answers(out)}
     corners = {"toy-holdout colour", "toy-holdout corner"}
-    assert groups == {"toy small", "toy pair", "toy-large large", "mine None"} | corners
+    ours = {"mine None", "vstar None"}
+    assert groups == {"toy small", "toy pair", "toy-large large"} | corners | ours
 
 
 def test_two_files_of_the_same_name_are_refused(model, tmp_path):

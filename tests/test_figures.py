@@ -4,6 +4,7 @@ counts by hand."""
 import itertools
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,11 @@ def marks(text: str, **more) -> list[Answer]:
         for n, mark in enumerate(text)
         if mark != "-"
     ]
+
+
+def figures_of(folder: Path, answers: list[Answer], bench: str = "mine", **how) -> dict:
+    """{view: figures} of a benchmark's answers."""
+    return results(folder, answers, **how)["benches"][bench]
 
 
 def both_views(full: str, crop: str) -> list[Answer]:
@@ -198,22 +204,24 @@ def test_avg_c_is_the_mean_over_subtasks_and_avg6_that_of_six_benchmarks(tmp_pat
 def test_lengths_and_loops_stand_beside_the_accuracy(tmp_path):
     answers = [reply(n, "A", tokens=n) for n in range(100)]
     answers += [reply(100, "round and round it goes, " * 9, tokens=1000)]
-    full = results(tmp_path, answers)["benches"]["mine"]["full"]
+    full = figures_of(tmp_path, answers)["full"]
     assert (full["tokens_p95"], full["loops"]) == (95, 1)
 
 
 @pytest.mark.parametrize(
     "scorer, said_no, expected",
     [
-        ("ours", "hm", (2 / 3, 1 / 2, 1.0, 1.0)),  # unparsed on a gold no: a yes
-        ("ours", "There is none.", (1.0, 1.0, 1.0, 1 / 2)),
-        ("official", "There is none.", (2 / 3, 1 / 2, 1.0, 1.0)),  # it reads a last word
-        ("official", "no dog", (1.0, 1.0, 1.0, 1 / 2)),
+        ("ours", "hm", (1 / 2, 1 / 2, 1 / 2, 2 / 3)),  # unparsed on a gold no: a yes
+        ("ours", "There is none.", (2 / 3, 1.0, 1 / 2, 1 / 3)),
+        ("official", "There is none.", (1 / 2, 1 / 2, 1 / 2, 2 / 3)),  # it reads a last word
+        ("official", "no dog", (2 / 3, 1.0, 1 / 2, 1 / 3)),
     ],
 )
 def test_yes_no_figures_are_of_the_scorers_own_reading(scorer, said_no, expected, tmp_path):
-    answers = [reply(0, "Yes", "yes", "yn"), reply(1, said_no, "no", "yn")]
-    full = results(tmp_path, answers, scorer=scorer)["benches"]["mine"]["full"]
+    said = [("Yes", "yes"), ("No", "yes"), (said_no, "no")]
+    answers = [reply(n, *pair, "yn") for n, pair in enumerate(said)]
+    answers.append(reply(3, None, "yes", "yn", error="no image"))
+    full = figures_of(tmp_path, answers, scorer=scorer)["full"]
     assert [full[key] for key in ("f1", "precision", "recall", "yes_rate")] == list(expected)
 
 
@@ -223,8 +231,61 @@ def test_a_failed_call_whose_error_has_a_no_in_it_is_no_verdict(tmp_path, monkey
 
 
 def test_an_answer_counts_and_not_the_error_beside_it_and_of_pairs_only_whole_ones(tmp_path):
-    lone = reply(2, "A", pair="y")
-    answers = [*marks("10", pair="x"), lone, reply(2, None, error="no image")]
+    answers = marks("110100")
+    for answer, pair in zip(answers, "xxyyzz", strict=True):  # both, the second, none
+        answer.pair = pair
+    answers += [reply(6, "A", pair="w"), reply(6, None, error="no image")]
     for given in (answers, answers[::-1]):
-        found = results(tmp_path, given)["benches"]["mine"]["full"]
-        assert found == found | {"n": 3, "errors": 0, "pair_accuracy": 0}
+        found = figures_of(tmp_path, given)["full"]
+        assert found == found | {"n": 7, "errors": 0, "pair_accuracy": 1 / 3}
+
+
+def test_wrong_unparsed_truncated_and_unreadable_rows_are_counted_apart(tmp_path):
+    answers = [
+        # right by both rules, but for the last: the first capital is an A
+        reply(0, "A", group="near"),
+        reply(1, "The best answer is (B).", "B", group="near"),
+        reply(2, "Answer: C", "C", group="far"),
+        reply(3, "blue", "B", group="far"),  # by its text; officially there is no letter
+        reply(4, "B", group="near"),
+        reply(5, "I cannot tell.", "D", group="far"),
+        reply(6, "<think> it may be", truncated=True, tokens=18, group="far"),
+        reply(7, None, error="no image", group="far"),
+    ]
+    full = figures_of(tmp_path, answers)["full"]
+    counts = {"n": 7, "right": 4, "unparsed": 2, "judged": 0, "truncated": 1, "errors": 1}
+    counts |= {"accuracy": 4 / 7, "official": 2 / 7, "tokens": (6 * 4 + 18) / 7, "seconds": 0.5}
+    assert full == full | counts
+    assert full["groups"] == {
+        "near": {"n": 3, "right": 2, "accuracy": 2 / 3},
+        "far": {"n": 4, "right": 2, "accuracy": 0.5},
+    }
+
+
+@pytest.mark.parametrize(
+    "bench, groups, said, accuracy",
+    [  # every answer is A; but for the last two, what follows is never right over n
+        ("cv-bench", "2D 2D 3D 3D 3D 3D", "ABAAAB", 0.625),  # (1/2 + 3/4) / 2
+        ("visualprobe", "Easy Medium Medium Hard Hard Hard", "AABBBB", 0.5),  # (1 + 1/2 + 0) / 3
+        ("hrbench-8k", "single single cross cross cross cross", "ABAAAB", 4 / 6),  # of all rows
+        ("mme-realworld-cn", "a a b b b b", "ABAAAB", 4 / 6),
+    ],
+)
+def test_the_headline_is_the_papers(bench, groups, said, accuracy, tmp_path):
+    rows = enumerate(zip(said, groups.split(), strict=True))
+    answers = [reply(n, text, bench=bench, group=group) for n, (text, group) in rows]
+    full = figures_of(tmp_path, answers, bench)["full"]
+    assert full["accuracy"] == pytest.approx(accuracy)
+    assert full["interval"][0] < accuracy < full["interval"][1]
+    assert (full["n"], full["right"]) == (6, said.count("A"))
+    assert set(full["groups"]) == set(groups.split())
+
+
+def test_the_gap_is_over_the_rows_answered_in_both_views(tmp_path):
+    found = figures_of(tmp_path, both_views("1001x11", "110x1"))  # 5 and 6 have no crop
+    assert found["full"] == found["full"] | {"n": 6, "right": 4, "errors": 1}
+    assert found["crop"] == found["crop"] | {"n": 4, "right": 3, "errors": 1}
+    gap = pytest.approx(1 / 3)  # rows 0, 1, 2; and not 3/4 - 4/6
+    assert found["gap"] == found["gap"] | {"n": 3, "full": 1 / 3, "crop": 2 / 3, "gap": gap}
+    low, high = found["gap"]["interval"]
+    assert -1 <= low < 1 / 3 < high <= 1

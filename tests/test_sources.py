@@ -1,5 +1,4 @@
-"""The public benchmarks: small files in each source's own layout, what they are converted to, and
-the figures computed from answers.
+"""The public benchmarks: small files in each source's own layout, and what they are converted to.
 
 Every source below is written to a folder as its repository has it, and returns the rows it must
 become (images as bytes).
@@ -18,13 +17,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import noise
 
-import evaluate
-import rollout
 from benchmarks import sources
-from storage.images import load_image
 from toy import scenes
 from triplets.format import read_triplets
 
@@ -595,115 +590,3 @@ def test_a_bad_line_of_triplets_is_named_once(flaw, found, tmp_path):
     put(folder / "train.jsonl", lines([first, second | flaw]))
     with pytest.raises(ValueError, match=f"^{folder}{found}"):
         read_rows(str(folder), tmp_path)
-
-
-# ----------------------------------------------------------------------------------------- figures
-
-
-@pytest.fixture
-def evaluated(monkeypatch, tmp_path):
-    """evaluated(name, replies): result.json's part about a benchmark for a model that says these
-    (a text or a Reply), row by row. Of a None the image is cut off. Every reply is given to its own
-    image and prompt only."""
-
-    def go(name: str, replies: list, crop: list = ()) -> dict:
-        said = {}
-        rows = read_rows(name, tmp_path)
-        shown = [(r["image"], r["prompt"]) for r in rows]
-        shown += [(r["crop"], r["prompt"]) for r in rows if r["crop"]]
-        for (image, prompt), reply in zip(shown, [*replies, *crop], strict=False):
-            if reply is None:
-                image.write_bytes(image.read_bytes()[:50])
-                continue
-            if isinstance(reply, str):
-                reply = rollout.Reply(reply, 10, False)
-            said[load_image(image).tobytes(), prompt] = reply
-
-        def answers(model, processor, images, prompts, max_new_tokens):
-            asked = zip(images, prompts, strict=True)
-            return [said[image.tobytes(), prompt] for image, prompt in asked]
-
-        monkeypatch.setattr("rollout.answers", answers)
-        monkeypatch.setattr("model.load", lambda path, **how: (torch.nn.Linear(1, 1), None))
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        flags = f"--bench {name} --model m --data-root {tmp_path} --out {tmp_path}/out --device cpu"
-        evaluate.main([*flags.split(), "--view", "both" if crop else "full"])
-        return json.loads((tmp_path / "out/result.json").read_text())["benches"][name]
-
-    return go
-
-
-def test_wrong_unparsed_truncated_and_unreadable_rows_are_counted_apart(tmp_path, evaluated):
-    groups = ["near", "near", "far", "far", "near", "far", "far", "far"]
-    own(tmp_path, "vstar", "ABCBADBA", group=groups)
-    replies = [
-        # right by both rules, but for the last: the first capital is an A
-        *["A", "The best answer is (B).", "Answer: C"],
-        "blue",  # right by its text; officially there is no letter
-        *["B", "I cannot tell."],  # wrong; unparsed
-        rollout.Reply("<think> it may be", 80, True),  # while thinking, so unparsed too
-        None,  # an unreadable image: no answer, so not in n
-    ]
-    full = evaluated("vstar", replies)["full"]
-    counts = {"n": 7, "right": 4, "unparsed": 2, "judged": 0, "truncated": 1, "errors": 1}
-    assert full == full | counts
-    assert (full["accuracy"], full["official"]) == (4 / 7, 2 / 7)
-    assert full["groups"] == {
-        "near": {"n": 3, "right": 2, "accuracy": 2 / 3},
-        "far": {"n": 4, "right": 2, "accuracy": 0.5},
-    }
-    assert full["tokens"] == 20  # (6 * 10 + 80) / 7
-    assert full["seconds"] >= 0
-
-
-@pytest.mark.parametrize(
-    "name, groups, replies, accuracy",
-    [  # every answer is A; but for the last two, what follows is never right over n
-        ("cv-bench", "2D 2D 3D 3D 3D 3D", "ABAAAB", 0.625),  # (1/2 + 3/4) / 2
-        ("visualprobe", "Easy Medium Medium Hard Hard Hard", "AABBBB", 0.5),  # (1 + 1/2 + 0) / 3
-        ("hrbench-8k", "single single cross cross cross cross", "ABAAAB", 4 / 6),  # of all rows
-        ("mme-realworld-cn", "a a b b b b", "ABAAAB", 4 / 6),
-    ],
-)
-def test_the_headline_is_the_papers(name, groups, replies, accuracy, tmp_path, evaluated):
-    own(tmp_path, name, "AAAAAA", group=groups.split())
-    full = evaluated(name, list(replies))["full"]
-    assert full["accuracy"] == pytest.approx(accuracy)
-    assert full["interval"][0] < accuracy < full["interval"][1]
-    assert (full["n"], full["right"]) == (6, replies.count("A"))
-    assert set(full["groups"]) == set(groups.split())
-
-
-def test_pope_has_precision_recall_and_f1_of_yes(tmp_path, evaluated):
-    gold = ["yes"] * 4 + ["no"] * 4 + ["yes"]
-    own(tmp_path, "pope", gold, group=["random", "popular", "adversarial"] * 3)
-    replies = [
-        *["Yes", "**Answer: Yes**", "yes, there is.", "Perhaps."],  # 3 hits, 1 miss (unparsed)
-        *["Yes.", "yes", "No", "There is no dog in the image."],  # 2 false alarms, 2 right
-        None,  # unreadable
-    ]
-    full = evaluated("pope", replies)["full"]
-    assert full == full | {"n": 8, "right": 5, "unparsed": 1, "errors": 1, "accuracy": 5 / 8}
-    f1 = pytest.approx(2 / 3)  # 2 * (3/5 * 3/4) / (3/5 + 3/4) = 0.9 / 1.35
-    assert full == full | {"precision": 3 / 5, "recall": 3 / 4, "f1": f1, "yes_rate": 5 / 8}
-    counts = {group: (g["right"], g["n"]) for group, g in full["groups"].items()}
-    assert counts == {"random": (2, 3), "popular": (2, 3), "adversarial": (1, 2)}
-
-
-def test_an_mmvp_pair_is_right_when_both_of_it_are(tmp_path, evaluated):
-    own(tmp_path, "mmvp", "AAAAAA", pair="001122")
-    full = evaluated("mmvp", list("AAABBA"))["full"]  # pairs: both, the first, the second
-    assert full == full | {"accuracy": 4 / 6, "pair_accuracy": 1 / 3}
-
-
-def test_the_gap_is_over_the_rows_answered_in_both_views(tmp_path, evaluated):
-    own(tmp_path, "zoombench", "AAAAAAA", 5)
-    replies, crop = ["A", "B", "B", "A", None, "A", "A"], ["A", "A", "B", None, "A"]
-    # rows 5 and 6 have no crop: no error, just not in this view
-    bench = evaluated("zoombench", replies, crop)
-    assert bench["full"] == bench["full"] | {"n": 6, "right": 4, "errors": 1}  # rows 0, 3, 5, 6
-    assert bench["crop"] == bench["crop"] | {"n": 4, "right": 3, "errors": 1}  # rows 0, 1, 4
-    gap = pytest.approx(1 / 3)  # rows 0, 1, 2; and not 3/4 - 4/6
-    assert bench["gap"] == bench["gap"] | {"n": 3, "full": 1 / 3, "crop": 2 / 3, "gap": gap}
-    low, high = bench["gap"]["interval"]
-    assert -1 <= low < 1 / 3 < high <= 1
