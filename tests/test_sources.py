@@ -416,6 +416,7 @@ DAMAGES = [  # benchmark, form, file, what of it becomes what, what the error na
     ("cv-bench", "parquet", "test_2d.parquet", ".*", POINTER, "test_2d.parquet"),
     ("hrbench-4k", "tsv", "hr_bench_4k.tsv", ".{9}$", "!", "hr_bench_4k.tsv"),
     ("mme-realworld", "json", "images.tar.gz.part_ab", None, None, "images.tar.gz"),
+    ("mmvp", "Index", "Questions.csv", None, None, r"mmvp.*Questions\.csv"),  # no form is left
     (
         "mme-realworld-lite",
         "tsv image",
@@ -467,39 +468,25 @@ def test_an_absent_source_is_fetched_and_one_that_broke_off_is_fetched_again(
     assert asked == [(repo, "dataset") for repo in (repos[0], *repos)]
 
 
-def test_a_folder_that_holds_no_known_form_is_refused_with_what_was_expected(tmp_path):
-    put(tmp_path / "mmvp/readme.txt", "questions?")
-    with pytest.raises((ValueError, FileNotFoundError), match=r"(?s)mmvp.*Questions\.csv"):
-        read_rows("mmvp", tmp_path)
-
-
 # ------------------------------------------------------------------------ benchmarks of one's own
 
 
-def own(root: Path, name: str, answers, crops: int = 0, **columns) -> list[dict]:
-    """root/name.jsonl in the neutral form, an image of its own in every row and a crop in the first
-    ones. columns: a key's values, row by row."""
-    rows = []
-    for n, answer in enumerate(answers):
-        kind, options = ("mc", COLOURS) if answer in COLOURS else ("yn", {})
-        r = {"id": f"{name}/{n}", "prompt": f"question {n}", "answer": answer}
-        r |= {"kind": kind, "options": options, "image": f"{name}-images/image{n}.png"}
-        r |= {key: values[n] for key, values in columns.items()}
-        put(root / r["image"], picture(n, 8, 8))
-        if n < crops:
-            r["crop"] = f"{name}-images/crop{n}.png"
-            put(root / r["crop"], picture(1000 + n, 8, 8))
-        rows.append(r)
-    put(root / f"{name}.jsonl", lines(rows))
-    return rows
+def own(folder: Path, content: str) -> list[dict]:
+    """The questions of a file in the neutral form."""
+    put(folder / "signs.jsonl", content)
+    return read_rows(str(folder / "signs.jsonl"), folder)
 
 
 def test_a_benchmark_of_ones_own_is_read_from_its_file(tmp_path):
-    rows = own(tmp_path / "mine", "signs", ["A", "yes"], 1, group=["hard", "easy"])
-    rows[0] |= {"image": picture(0, 8, 8), "crop": picture(1000, 8, 8)}
-    rows[1] |= {"image": picture(1, 8, 8)}
-    found = read(str(tmp_path / "mine/signs.jsonl"), tmp_path)
-    assert found == [dict.fromkeys(KEYS) | r for r in rows]
+    first = row("What ?", "A", "images/0.png", COLOURS, "hard", crop="1.png")
+    second = row("Is it ?", "yes", "2.png", {}, "easy", "yn") | {"id": "x"}
+    path = tmp_path / "mine/signs.jsonl"
+    table(path, [first, second])
+    images = {name: picture(n) for n, name in enumerate(("images/0.png", "1.png", "2.png"))}
+    for name, content in images.items():
+        put(path.parent / name, content)
+    first |= {"id": "0", "image": images["images/0.png"], "crop": images["1.png"]}
+    assert read(str(path), tmp_path) == [first, second | {"image": images["2.png"]}]
 
 
 GOOD = {"id": "x", "prompt": "?", "image": "a.png", "answer": "A", "options": COLOURS}
@@ -511,8 +498,7 @@ def test_numbers_may_stand_where_texts_are_meant_and_other_keys_mean_nothing(tmp
         GOOD | {"id": None, "answer": " a ", "error": None, "calls": 3, "output": "A"},
         GOOD | {"id": 8, "kind": "yn", "answer": " Yes "},
     ]
-    put(tmp_path / "own.jsonl", "\ufeff" + lines(rows))
-    found = read_rows(str(tmp_path / "own.jsonl"), tmp_path)
+    found = own(tmp_path, "\ufeff" + lines(rows))
     told = [[r[key] for key in ("id", "answer", "group", "pair")] for r in found]
     assert told == [["7", "3", "2", "0"], ["1", "A", None, None], ["8", "yes", None, None]]
     assert set(found[1]) == set(KEYS)
@@ -538,25 +524,22 @@ def test_numbers_may_stand_where_texts_are_meant_and_other_keys_mean_nothing(tmp
     ],
 )
 def test_a_broken_row_in_such_a_file_is_named(second, message, tmp_path):
-    put(tmp_path / "signs.jsonl", "\n".join(map(json.dumps, [GOOD, second])))
     with pytest.raises(ValueError, match=rf"signs\.jsonl, row 2: .*{message}"):
-        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
+        own(tmp_path, lines([GOOD, second]))
 
 
 def test_a_list_of_answers_means_any_of_them(tmp_path):
-    row = GOOD | {"kind": "free", "answer": ["red", "dark\nred", "12"]}
-    put(tmp_path / "signs.jsonl", lines([row]))
-    question = sources.read_benchmark(str(tmp_path / "signs.jsonl"), tmp_path)[0]
-    assert question.answer == "red\ndark red\n12"
+    free = GOOD | {"kind": "free", "answer": ["red", "dark\nred", "12"]}
+    (question,) = own(tmp_path, lines([free]))
+    assert question["answer"] == "red\ndark red\n12"
 
 
 @pytest.mark.parametrize(
     "content, where", [("\n", "no rows"), ('{"id": "pro', "row 1: "), ("[" * 100_000, "row 1: ")]
 )
 def test_a_file_without_rows_or_with_a_torn_one_is_refused(content, where, tmp_path):
-    put(tmp_path / "signs.jsonl", content)
     with pytest.raises(ValueError, match=f"signs.jsonl.*{where}"):
-        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
+        own(tmp_path, content)
 
 
 @pytest.mark.parametrize(
