@@ -4,14 +4,14 @@ counts by hand."""
 import itertools
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluate import reply, results, score_all
+from test_evaluate import figures_of, reply, results
 
 from benchmarks import figures, sources
 from benchmarks.rows import Answer
+from benchmarks.scoring import score
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,6 @@ def marks(text: str, **more) -> list[Answer]:
     ]
 
 
-def figures_of(folder: Path, answers: list[Answer], bench: str = "mine", **how) -> dict:
-    """{view: figures} of a benchmark's answers."""
-    return results(folder, answers, **how)["benches"][bench]
-
-
 def both_views(full: str, crop: str) -> list[Answer]:
     return marks(full) + marks(crop, view="crop")
 
@@ -61,7 +56,7 @@ def both_views(full: str, crop: str) -> list[Answer]:
 def test_a_paired_difference_has_the_interval_of_its_formula_and_the_p_of_all_coin_flips(
     first, second
 ):
-    found = figures.paired(score_all(marks(first)), score_all(marks(second)))
+    found = figures.paired(map(score, marks(first)), map(score, marks(second)))
     a, b = np.array(list(first), int), np.array(list(second), int)
     difference = pytest.approx((b - a).mean())
     assert (found.n, found.first, found.second) == (len(a), a.mean(), b.mean())
@@ -141,7 +136,7 @@ def test_the_interval_of_a_mean_over_groups_is_about_the_normal_one():
         p = right / n
         shares.append(p)
         variance += p * (1 - p) / n
-        answers += score_all(marks("1" * right + "0" * (n - right), group=group))
+        answers += map(score, marks("1" * right + "0" * (n - right), group=group))
     mean, interval = figures.headline("visualprobe", answers)
     assert figures.headline("visualprobe", answers[::-1]) == (mean, interval)
     half = 1.96 / 3 * math.sqrt(variance)
