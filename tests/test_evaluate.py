@@ -71,11 +71,17 @@ def own(folder: Path, gold: list[str] = GOLD, name: str = "mine", crops: bool = 
 
 def reply(n, output: str, answer: str = "A", kind: str = "mc", **more) -> Answer:
     """A line of answers-BENCH-RANK.jsonl."""
-    options = COLOURS if kind == "mc" else {}
-    given = Answer(id=str(n), image=f"{n}.png", prompt=f"question {n}", answer=answer, kind=kind)
-    about = {"bench": "mine", "options": options, "tokens": 4, "truncated": False, "seconds": 0.5}
-    vars(given).update(about | more, output=output)
-    return given
+    fields = {
+        "id": str(n),
+        "image": f"{n}.png",
+        "prompt": f"question {n}",
+        "options": COLOURS if kind == "mc" else {},
+        "bench": "mine",
+        "tokens": 4,
+        "truncated": False,
+        "seconds": 0.5,
+    }
+    return Answer(output=output, answer=answer, kind=kind, **fields | more)
 
 
 def results(folder: Path, answers: list[Answer], **how) -> dict:
