@@ -430,15 +430,6 @@ def show_saved(settings: Settings, scorer: Scorer) -> None:
         print(write_page(page))
 
 
-def parse(argv: list[str] | None) -> Settings:
-    parser = settings_parser(Settings, __doc__)
-    settings = Settings(**vars(parser.parse_args(argv)))
-    reason = why_not(settings)
-    if reason:
-        parser.error(reason)
-    return settings
-
-
 def why_not(settings: Settings) -> str | None:
     """Why flags that are each in order make no command together; None where they do."""
     unknown = [n for n in settings.names() if n not in KNOWN and not Path(n).exists()]
@@ -477,7 +468,11 @@ def why_not(settings: Settings) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(argv)
+    parser = settings_parser(Settings, __doc__)
+    settings = Settings(**vars(parser.parse_args(argv)))
+    reason = why_not(settings)
+    if reason:
+        parser.error(reason)
     scorer = Scorer(settings.scorer, settings.judge, settings.judge_model)
     if settings.report or settings.rescore or settings.compare:
         show_saved(settings, scorer)

@@ -95,11 +95,13 @@ def neutral_question(row: dict, name: str, place: Callable) -> Question:
             raise ValueError(f"answer is {answer!r:.60}. Expected texts, of which any is right")
         if all(isinstance(each, str) for each in answers):
             row = row | {"answer": "\n".join(" ".join(each.split()) for each in answers)}
+    texts = {}
     for key in TEXTS:
         value = row.get(key)
         if isinstance(value, bool | dict | list) or value != value:
             raise ValueError(f"{key} is {value!r:.60}. Expected a text or a number")
-    texts = {key: str(row[key]) for key in TEXTS if row.get(key) is not None}
+        if value is not None:
+            texts[key] = str(value)
     answer = texts.pop("answer")
     options = row.get("options") or {}
     good = isinstance(options, dict) and set(ascii_letters).issuperset(options)

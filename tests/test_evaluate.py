@@ -31,7 +31,7 @@ import model as vision_model
 import rollout
 from benchmarks import figures, page, scoring, sources, zoom
 from benchmarks import judge as judging
-from benchmarks.rows import Answer, Scored
+from benchmarks.rows import Answer
 from storage.checkpoint import save
 from storage.images import load_image
 from toy.scenes import draw
@@ -71,15 +71,17 @@ def own(folder: Path, gold: list[str] = GOLD, name: str = "mine", crops: bool = 
 
 def reply(n, output: str, answer: str = "A", kind: str = "mc", **more) -> Answer:
     """A line of answers-BENCH-RANK.jsonl."""
-    options = COLOURS if kind == "mc" else {}
-    given = Answer(id=str(n), image=f"{n}.png", prompt=f"question {n}", answer=answer, kind=kind)
-    about = {"bench": "mine", "options": options, "tokens": 4, "truncated": False, "seconds": 0.5}
-    vars(given).update(about | more, output=output)
-    return given
-
-
-def score_all(answers: list[Answer]) -> list[Scored]:
-    return list(map(scoring.score, answers))
+    fields = {
+        "id": str(n),
+        "image": f"{n}.png",
+        "prompt": f"question {n}",
+        "options": COLOURS if kind == "mc" else {},
+        "bench": "mine",
+        "tokens": 4,
+        "truncated": False,
+        "seconds": 0.5,
+    }
+    return Answer(output=output, answer=answer, kind=kind, **fields | more)
 
 
 def results(folder: Path, answers: list[Answer], **how) -> dict:
@@ -90,8 +92,20 @@ def results(folder: Path, answers: list[Answer], **how) -> dict:
     return figures.summarise(folder, figures.Scorer(**how))
 
 
+def figures_of(folder: Path, answers: list[Answer], bench: str = "mine", **how) -> dict:
+    """{view: figures} of a benchmark's answers."""
+    return results(folder, answers, **how)["benches"][bench]
+
+
 def saved_benches(out: Path) -> dict:
     return json.loads((out / "result.json").read_text())["benches"]
+
+
+def data_of(page: Path) -> dict:
+    """The data that a page draws, read as strictly as a browser reads it."""
+    text = page.read_text()
+    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1]
+    return json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def outcome(out: Path) -> tuple[dict, dict]:
@@ -106,10 +120,11 @@ def outcome(out: Path) -> tuple[dict, dict]:
 @pytest.fixture
 def model(monkeypatch):
     """A model that says REPLIES[n] to question n (model.says changes that: the last word of a
-    question -> what is said), and model.asked: the questions of every batch."""
+    question -> what is said). model.asked: the questions of every batch; model.shown: all images.
+    """
 
     class Scripted:
-        asked = []
+        asked, shown = [], []
         says = dict(zip("0123456", REPLIES, strict=True))
 
         @staticmethod
@@ -119,6 +134,7 @@ def model(monkeypatch):
         assert len(images) == len(prompts) > 0
         Scripted.before(prompts)
         Scripted.asked.append(prompts)
+        Scripted.shown += [image.tobytes() for image in images]
         texts = [Scripted.says[prompt.split()[-1]] for prompt in prompts]
         return [rollout.Reply(text, len(text), len(text) > 12) for text in texts]
 
@@ -203,6 +219,12 @@ def test_every_batch_is_on_disk_before_the_next_is_asked(model, tmp_path):
     answer(own(tmp_path), out, batch=3)
     assert on_disk == [0, 3, 6, 9, 12]
     assert list(map(len, model.asked)) == [3, 3, 3, 3, 2]
+
+
+def test_each_question_is_put_with_its_own_image_and_its_own_crop(model, tmp_path):
+    answer(own(tmp_path), tmp_path / "out")
+    assert list(chain(*model.asked)) == [f"question {n // 2}" for n in range(14)]
+    assert model.shown == [noise(32, 48, seed).tobytes() for seed in range(14)]
 
 
 @pytest.mark.parametrize("call", range(7))
@@ -302,33 +324,32 @@ def test_what_cannot_be_asked_is_an_error_tried_again_and_batches_are_halved_unt
 @pytest.mark.parametrize(
     "changed, repainted, stale, again",
     [
-        ({"prompt": "another 1"}, None, ["full", "crop"], ["full", "crop"]),
-        ({"answer": "C"}, None, ["full", "crop"], ["full", "crop"]),
-        ({"options": COLOURS | {"D": "black"}}, None, ["full", "crop"], ["full", "crop"]),
-        ({}, "image", ["full"], ["full"]),
-        ({}, "crop", ["crop"], ["crop"]),
-        ({"crop": None}, None, ["crop"], []),
+        ({"prompt": "another 1"}, None, "full crop", "full crop"),
+        ({"answer": "C"}, None, "full crop", "full crop"),
+        ({"options": COLOURS | {"D": "black"}}, None, "full crop", "full crop"),
+        ({}, "image", "full", "full"),
+        ({}, "crop", "crop", "crop"),
+        ({"crop": None}, None, "crop", ""),
     ],
 )
 def test_only_what_changed_in_a_benchmark_is_asked_again(
     changed, repainted, stale, again, model, asked
 ):
     path, out = asked
-    before = lines_of(out)
+    before = set(lines_of(out))
     rows = list(map(json.loads, path.read_text().splitlines()))
     rows[1] |= changed
     if repainted:
         noise(32, 48, 99).save(path.parent / rows[1][repainted])
     path.write_text("\n".join(map(json.dumps, rows)))
-    said = ask(path, more="--view both")
-    assert f"mine: {len(stale)} answers are to rows that have changed" in said
-    assert sum(map(len, model.asked)) == len(again)
-    after = lines_of(out)
-    new = list(map(json.loads, set(after) - set(before)))
-    assert sorted(line["view"] for line in new) == sorted(again)
+    stale = len(stale.split())
+    assert f"mine: {stale} answers are to rows that have changed" in ask(path, more="--view both")
+    after = set(lines_of(out))
+    assert len(before - after) == stale
+    new = list(map(json.loads, after - before))
+    assert {line["view"] for line in new} == set(again.split())
     fields = {"id": "1", "prompt": rows[1]["prompt"], "answer": rows[1]["answer"]}
     assert new == [line | fields for line in new]
-    assert len(set(before) - set(after)) == len(stale)
     model.asked.clear()
     assert "have changed" not in ask(path, more="--view both")
     assert not model.asked
@@ -586,8 +607,7 @@ def test_the_official_scorer_leaves_all_its_misses_to_the_judge_and_none_of_its_
 ):
     judge.says = {"Answer: C": "Yes", "(B)": "No"}
     answers = [reply(0, "Answer: C", "C"), reply(1, "(B)"), reply(2, "Answer: C"), reply(3, "(A)")]
-    result = results(tmp_path, answers, scorer="official", judge=judge.url)
-    full = result["benches"]["mine"]["full"]
+    full = figures_of(tmp_path, answers, scorer="official", judge=judge.url)["full"]
     assert len(judge.requests) == 2
     assert (full["right"], full["judged"], full["official"]) == (3, 2, 0.5)
 
@@ -615,15 +635,14 @@ def test_a_local_language_model_can_be_the_judge(tmp_path):
     tokenizer.save_pretrained(folder)
     replies = judging.ask_judge(folder, None, ["red ?", "a blue cross ?"])
     assert list(replies) == ["Yes<|im_end|>"] * 2
-    result = results(tmp_path / "out", FREE, judge=folder)
-    assert result["benches"]["mine"]["full"]["right"] == 4
+    assert figures_of(tmp_path / "out", FREE, judge=folder)["full"]["right"] == 4
 
 
 def test_the_judge_is_not_asked_about_nothing(judge, tmp_path):
     judge.says = {"": "Yes"}
     nothing = ["", "  ", "<think>Maybe A, or B", "<think>A?</think>"]
     answers = [reply(n, output) for n, output in enumerate(nothing)]
-    found = results(tmp_path, answers, judge=judge.url)["benches"]["mine"]["full"]
+    found = figures_of(tmp_path, answers, judge=judge.url)["full"]
     assert judge.requests == []
     assert (found["right"], found["unparsed"]) == (0, 4)
 
@@ -697,16 +716,19 @@ def test_the_toys_small_and_large_targets_and_ones_own_rows_share_a_folder(
     monkeypatch.setattr("toy.scenes.draw", draw_fewer)
     model.says = defaultdict(lambda: "A")
     path, out = own(tmp_path), tmp_path / "out"
+    own(tmp_path, name="vstar")
     flags = f"--data-root {tmp_path} --limit 7 --model m --view both --out {out}"
-    run(f"--bench toy,{path} {flags}")
+    run(f"--bench toy,{path},vstar {flags}")
     (out / "answers-torn-0.jsonl").write_text('{"id": "0", "bench": "to')
     _, benches = outcome(out)
     both = {"full": 7, "crop": 7, "gap": 7}
-    want = {"toy": both, "toy-large": both, "mine": both, "toy-holdout": {"full": 7}}
+    want = dict.fromkeys(("toy", "toy-large", "mine", "vstar"), both)
+    want["toy-holdout"] = {"full": 7}
     assert {name: {view: f["n"] for view, f in benches[name].items()} for name in benches} == want
     groups = {f"{a.bench} {a.group}" for a in figures.saved_answers(out)}
     corners = {"toy-holdout colour", "toy-holdout corner"}
-    assert groups == {"toy small", "toy pair", "toy-large large", "mine None"} | corners
+    ours = {"mine None", "vstar None"}
+    assert groups == {"toy small", "toy pair", "toy-large large"} | corners | ours
 
 
 def test_two_files_of_the_same_name_are_refused(model, tmp_path):
@@ -781,8 +803,7 @@ def test_the_checkpoints_of_a_run_make_a_trajectory(checkpoint, tmp_path):
     assert models == [str(checkpoint), f"{training}/checkpoint-000005"]
     told = re.findall(r"^step +(\d+) mine +full +\S+  crop +\S+  gap +\S+$", printed, re.M)
     assert told == ["0", "5", "10"]
-    html = (out / "report.html").read_text()
-    data = json.loads(re.search(r'application/json">(.*?)</script>', html, re.S)[1])
+    data = data_of(out / "report.html")
     shown = [(row["step"], row["bench"]) for row in data["trajectory"]]
     assert shown == [(0, "mine"), (5, "mine"), (10, "mine")]
     assert list(data["results"]) == ["step-000000", "step-000010"]

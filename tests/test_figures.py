@@ -7,10 +7,11 @@ import re
 
 import numpy as np
 import pytest
-from test_evaluate import reply, results, score_all
+from test_evaluate import figures_of, reply, results
 
 from benchmarks import figures, sources
 from benchmarks.rows import Answer
+from benchmarks.scoring import score
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def both_views(full: str, crop: str) -> list[Answer]:
 def test_a_paired_difference_has_the_interval_of_its_formula_and_the_p_of_all_coin_flips(
     first, second
 ):
-    found = figures.paired(score_all(marks(first)), score_all(marks(second)))
+    found = figures.paired(map(score, marks(first)), map(score, marks(second)))
     a, b = np.array(list(first), int), np.array(list(second), int)
     difference = pytest.approx((b - a).mean())
     assert (found.n, found.first, found.second) == (len(a), a.mean(), b.mean())
@@ -135,7 +136,7 @@ def test_the_interval_of_a_mean_over_groups_is_about_the_normal_one():
         p = right / n
         shares.append(p)
         variance += p * (1 - p) / n
-        answers += score_all(marks("1" * right + "0" * (n - right), group=group))
+        answers += map(score, marks("1" * right + "0" * (n - right), group=group))
     mean, interval = figures.headline("visualprobe", answers)
     assert figures.headline("visualprobe", answers[::-1]) == (mean, interval)
     half = 1.96 / 3 * math.sqrt(variance)
@@ -198,22 +199,24 @@ def test_avg_c_is_the_mean_over_subtasks_and_avg6_that_of_six_benchmarks(tmp_pat
 def test_lengths_and_loops_stand_beside_the_accuracy(tmp_path):
     answers = [reply(n, "A", tokens=n) for n in range(100)]
     answers += [reply(100, "round and round it goes, " * 9, tokens=1000)]
-    full = results(tmp_path, answers)["benches"]["mine"]["full"]
+    full = figures_of(tmp_path, answers)["full"]
     assert (full["tokens_p95"], full["loops"]) == (95, 1)
 
 
 @pytest.mark.parametrize(
     "scorer, said_no, expected",
     [
-        ("ours", "hm", (2 / 3, 1 / 2, 1.0, 1.0)),  # unparsed on a gold no: a yes
-        ("ours", "There is none.", (1.0, 1.0, 1.0, 1 / 2)),
-        ("official", "There is none.", (2 / 3, 1 / 2, 1.0, 1.0)),  # it reads a last word
-        ("official", "no dog", (1.0, 1.0, 1.0, 1 / 2)),
+        ("ours", "hm", (1 / 2, 1 / 2, 1 / 2, 2 / 3)),  # unparsed on a gold no: a yes
+        ("ours", "There is none.", (2 / 3, 1.0, 1 / 2, 1 / 3)),
+        ("official", "There is none.", (1 / 2, 1 / 2, 1 / 2, 2 / 3)),  # it reads a last word
+        ("official", "no dog", (2 / 3, 1.0, 1 / 2, 1 / 3)),
     ],
 )
 def test_yes_no_figures_are_of_the_scorers_own_reading(scorer, said_no, expected, tmp_path):
-    answers = [reply(0, "Yes", "yes", "yn"), reply(1, said_no, "no", "yn")]
-    full = results(tmp_path, answers, scorer=scorer)["benches"]["mine"]["full"]
+    said = [("Yes", "yes"), ("No", "yes"), (said_no, "no")]
+    answers = [reply(n, *pair, "yn") for n, pair in enumerate(said)]
+    answers.append(reply(3, None, "yes", "yn", error="no image"))
+    full = figures_of(tmp_path, answers, scorer=scorer)["full"]
     assert [full[key] for key in ("f1", "precision", "recall", "yes_rate")] == list(expected)
 
 
@@ -223,8 +226,61 @@ def test_a_failed_call_whose_error_has_a_no_in_it_is_no_verdict(tmp_path, monkey
 
 
 def test_an_answer_counts_and_not_the_error_beside_it_and_of_pairs_only_whole_ones(tmp_path):
-    lone = reply(2, "A", pair="y")
-    answers = [*marks("10", pair="x"), lone, reply(2, None, error="no image")]
+    answers = marks("110100")
+    for answer, pair in zip(answers, "xxyyzz", strict=True):  # both, the second, none
+        answer.pair = pair
+    answers += [reply(6, "A", pair="w"), reply(6, None, error="no image")]
     for given in (answers, answers[::-1]):
-        found = results(tmp_path, given)["benches"]["mine"]["full"]
-        assert found == found | {"n": 3, "errors": 0, "pair_accuracy": 0}
+        found = figures_of(tmp_path, given)["full"]
+        assert found == found | {"n": 7, "errors": 0, "pair_accuracy": 1 / 3}
+
+
+def test_wrong_unparsed_truncated_and_unreadable_rows_are_counted_apart(tmp_path):
+    answers = [
+        # right by both rules, but for the last: the first capital is an A
+        reply(0, "A", group="near"),
+        reply(1, "The best answer is (B).", "B", group="near"),
+        reply(2, "Answer: C", "C", group="far"),
+        reply(3, "blue", "B", group="far"),  # by its text; officially there is no letter
+        reply(4, "B", group="near"),
+        reply(5, "I cannot tell.", "D", group="far"),
+        reply(6, "<think> it may be", truncated=True, tokens=18, group="far"),
+        reply(7, None, error="no image", group="far"),
+    ]
+    full = figures_of(tmp_path, answers)["full"]
+    counts = {"n": 7, "right": 4, "unparsed": 2, "judged": 0, "truncated": 1, "errors": 1}
+    counts |= {"accuracy": 4 / 7, "official": 2 / 7, "tokens": (6 * 4 + 18) / 7, "seconds": 0.5}
+    assert full == full | counts
+    assert full["groups"] == {
+        "near": {"n": 3, "right": 2, "accuracy": 2 / 3},
+        "far": {"n": 4, "right": 2, "accuracy": 0.5},
+    }
+
+
+@pytest.mark.parametrize(
+    "bench, groups, said, accuracy",
+    [  # every answer is A; but for the last two, what follows is never right over n
+        ("cv-bench", "2D 2D 3D 3D 3D 3D", "ABAAAB", 0.625),  # (1/2 + 3/4) / 2
+        ("visualprobe", "Easy Medium Medium Hard Hard Hard", "AABBBB", 0.5),  # (1 + 1/2 + 0) / 3
+        ("hrbench-8k", "single single cross cross cross cross", "ABAAAB", 4 / 6),  # of all rows
+        ("mme-realworld-cn", "a a b b b b", "ABAAAB", 4 / 6),
+    ],
+)
+def test_the_headline_is_the_papers(bench, groups, said, accuracy, tmp_path):
+    rows = enumerate(zip(said, groups.split(), strict=True))
+    answers = [reply(n, text, bench=bench, group=group) for n, (text, group) in rows]
+    full = figures_of(tmp_path, answers, bench)["full"]
+    assert full["accuracy"] == pytest.approx(accuracy)
+    assert full["interval"][0] < accuracy < full["interval"][1]
+    assert (full["n"], full["right"]) == (6, said.count("A"))
+    assert set(full["groups"]) == set(groups.split())
+
+
+def test_the_gap_is_over_the_rows_answered_in_both_views(tmp_path):
+    found = figures_of(tmp_path, both_views("1001x11", "110x1"))  # 5 and 6 have no crop
+    assert found["full"] == found["full"] | {"n": 6, "right": 4, "errors": 1}
+    assert found["crop"] == found["crop"] | {"n": 4, "right": 3, "errors": 1}
+    gap = pytest.approx(1 / 3)  # rows 0, 1, 2; and not 3/4 - 4/6
+    assert found["gap"] == found["gap"] | {"n": 3, "full": 1 / 3, "crop": 2 / 3, "gap": gap}
+    low, high = found["gap"]["interval"]
+    assert -1 <= low < 1 / 3 < high <= 1

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import noise
 from PIL import Image
-from test_evaluate import reply, results
+from test_evaluate import data_of, reply, results
 
 import evaluate
 from benchmarks import page as pages
@@ -90,13 +90,6 @@ def begun(tmp_path) -> Path:
     log = [{"step": step, "steps": 9, "loss": loss} for step, loss in losses]
     write(tmp_path / "begun/log.jsonl", log)
     return tmp_path / "begun"
-
-
-def data_of(page: Path) -> dict:
-    """The data that a page draws, read as strictly as a browser reads it."""
-    text = page.read_text()
-    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1]
-    return json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def build(folder: Path) -> dict:

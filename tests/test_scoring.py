@@ -18,36 +18,36 @@ CASES = json.loads(Path(__file__).with_name("scoring_cases.json").read_text(enco
 NUMBERS = CASES["options"]["numbers"]
 
 
-def test_a_letter_is_found_only_where_the_answer_commits_to_it():
+def misread(section: str, expected: str, read) -> list[tuple]:
+    """(output, what read(output, row) takes it to say, row) where that is not row[expected]."""
     wrong = []
-    for row in CASES["choices"]:
-        options = CASES["options"][row["options"]]
+    for row in CASES[section]:
         for output in row["outputs"]:
-            said = scoring.parse_choice(output, options)
-            if said != row["letter"]:
-                wrong.append((output, said, row["letter"]))
-    assert wrong == []
+            said = read(output, row)
+            if said != row[expected]:
+                wrong.append((output, said, row))
+    return wrong
+
+
+def test_a_letter_is_found_only_where_the_answer_commits_to_it():
+    def read(output, row):
+        return scoring.parse_choice(output, CASES["options"][row["options"]])
+
+    assert misread("choices", "letter", read) == []
 
 
 def test_yes_and_no_are_told_from_hedges():
-    wrong = []
-    for row in CASES["yes_no"]:
-        for output in row["outputs"]:
-            said = scoring.parse_yes_no(output)
-            if said != row["means"]:
-                wrong.append((output, said, row["means"]))
-    assert wrong == []
+    assert misread("yes_no", "means", lambda output, _: scoring.parse_yes_no(output)) == []
 
 
 def test_a_value_is_the_same_or_different_only_when_that_is_certain():
-    wrong = []
-    for row in CASES["free_form"]:
-        for output in row["outputs"]:
-            right = scoring.match_free_form(output, row["answer"])
-            expected = [False, None] if row["right"] == "not true" else [row["right"]]
-            if right not in expected:
-                wrong.append((row["answer"], output, right))
-    assert wrong == []
+    def read(output, row):
+        right = scoring.match_free_form(output, row["answer"])
+        if row["right"] == "not true" and right is not True:  # a reader could argue
+            return "not true"
+        return right
+
+    assert misread("free_form", "right", read) == []
 
 
 OFFICIAL = [  # benchmark, kind, the right answer, whether outputs count as right

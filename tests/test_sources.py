@@ -1,5 +1,4 @@
-"""The public benchmarks: small files in each source's own layout, what they are converted to, and
-the figures computed from answers.
+"""The public benchmarks: small files in each source's own layout, and what they are converted to.
 
 Every source below is written to a folder as its repository has it, and returns the rows it must
 become (images as bytes).
@@ -18,13 +17,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import noise
 
-import evaluate
-import rollout
 from benchmarks import sources
-from storage.images import load_image
 from toy import scenes
 from triplets.format import read_triplets
 
@@ -421,6 +416,7 @@ DAMAGES = [  # benchmark, form, file, what of it becomes what, what the error na
     ("cv-bench", "parquet", "test_2d.parquet", ".*", POINTER, "test_2d.parquet"),
     ("hrbench-4k", "tsv", "hr_bench_4k.tsv", ".{9}$", "!", "hr_bench_4k.tsv"),
     ("mme-realworld", "json", "images.tar.gz.part_ab", None, None, "images.tar.gz"),
+    ("mmvp", "Index", "Questions.csv", None, None, r"mmvp.*Questions\.csv"),  # no form is left
     (
         "mme-realworld-lite",
         "tsv image",
@@ -472,39 +468,25 @@ def test_an_absent_source_is_fetched_and_one_that_broke_off_is_fetched_again(
     assert asked == [(repo, "dataset") for repo in (repos[0], *repos)]
 
 
-def test_a_folder_that_holds_no_known_form_is_refused_with_what_was_expected(tmp_path):
-    put(tmp_path / "mmvp/readme.txt", "questions?")
-    with pytest.raises((ValueError, FileNotFoundError), match=r"(?s)mmvp.*Questions\.csv"):
-        read_rows("mmvp", tmp_path)
-
-
 # ------------------------------------------------------------------------ benchmarks of one's own
 
 
-def own(root: Path, name: str, answers, crops: int = 0, **columns) -> list[dict]:
-    """root/name.jsonl in the neutral form, an image of its own in every row and a crop in the first
-    ones. columns: a key's values, row by row."""
-    rows = []
-    for n, answer in enumerate(answers):
-        kind, options = ("mc", COLOURS) if answer in COLOURS else ("yn", {})
-        r = {"id": f"{name}/{n}", "prompt": f"question {n}", "answer": answer}
-        r |= {"kind": kind, "options": options, "image": f"{name}-images/image{n}.png"}
-        r |= {key: values[n] for key, values in columns.items()}
-        put(root / r["image"], picture(n, 8, 8))
-        if n < crops:
-            r["crop"] = f"{name}-images/crop{n}.png"
-            put(root / r["crop"], picture(1000 + n, 8, 8))
-        rows.append(r)
-    put(root / f"{name}.jsonl", lines(rows))
-    return rows
+def own(folder: Path, content: str) -> list[dict]:
+    """The questions of a file in the neutral form."""
+    put(folder / "signs.jsonl", content)
+    return read_rows(str(folder / "signs.jsonl"), folder)
 
 
 def test_a_benchmark_of_ones_own_is_read_from_its_file(tmp_path):
-    rows = own(tmp_path / "mine", "signs", ["A", "yes"], 1, group=["hard", "easy"])
-    rows[0] |= {"image": picture(0, 8, 8), "crop": picture(1000, 8, 8)}
-    rows[1] |= {"image": picture(1, 8, 8)}
-    found = read(str(tmp_path / "mine/signs.jsonl"), tmp_path)
-    assert found == [dict.fromkeys(KEYS) | r for r in rows]
+    first = row("What ?", "A", "images/0.png", COLOURS, "hard", crop="1.png")
+    second = row("Is it ?", "yes", "2.png", {}, "easy", "yn") | {"id": "x"}
+    path = tmp_path / "mine/signs.jsonl"
+    table(path, [first, second])
+    images = {name: picture(n) for n, name in enumerate(("images/0.png", "1.png", "2.png"))}
+    for name, content in images.items():
+        put(path.parent / name, content)
+    first |= {"id": "0", "image": images["images/0.png"], "crop": images["1.png"]}
+    assert read(str(path), tmp_path) == [first, second | {"image": images["2.png"]}]
 
 
 GOOD = {"id": "x", "prompt": "?", "image": "a.png", "answer": "A", "options": COLOURS}
@@ -516,8 +498,7 @@ def test_numbers_may_stand_where_texts_are_meant_and_other_keys_mean_nothing(tmp
         GOOD | {"id": None, "answer": " a ", "error": None, "calls": 3, "output": "A"},
         GOOD | {"id": 8, "kind": "yn", "answer": " Yes "},
     ]
-    put(tmp_path / "own.jsonl", "\ufeff" + lines(rows))
-    found = read_rows(str(tmp_path / "own.jsonl"), tmp_path)
+    found = own(tmp_path, "\ufeff" + lines(rows))
     told = [[r[key] for key in ("id", "answer", "group", "pair")] for r in found]
     assert told == [["7", "3", "2", "0"], ["1", "A", None, None], ["8", "yes", None, None]]
     assert set(found[1]) == set(KEYS)
@@ -543,25 +524,22 @@ def test_numbers_may_stand_where_texts_are_meant_and_other_keys_mean_nothing(tmp
     ],
 )
 def test_a_broken_row_in_such_a_file_is_named(second, message, tmp_path):
-    put(tmp_path / "signs.jsonl", "\n".join(map(json.dumps, [GOOD, second])))
     with pytest.raises(ValueError, match=rf"signs\.jsonl, row 2: .*{message}"):
-        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
+        own(tmp_path, lines([GOOD, second]))
 
 
 def test_a_list_of_answers_means_any_of_them(tmp_path):
-    row = GOOD | {"kind": "free", "answer": ["red", "dark\nred", "12"]}
-    put(tmp_path / "signs.jsonl", lines([row]))
-    question = sources.read_benchmark(str(tmp_path / "signs.jsonl"), tmp_path)[0]
-    assert question.answer == "red\ndark red\n12"
+    free = GOOD | {"kind": "free", "answer": ["red", "dark\nred", "12"]}
+    (question,) = own(tmp_path, lines([free]))
+    assert question["answer"] == "red\ndark red\n12"
 
 
 @pytest.mark.parametrize(
     "content, where", [("\n", "no rows"), ('{"id": "pro', "row 1: "), ("[" * 100_000, "row 1: ")]
 )
 def test_a_file_without_rows_or_with_a_torn_one_is_refused(content, where, tmp_path):
-    put(tmp_path / "signs.jsonl", content)
     with pytest.raises(ValueError, match=f"signs.jsonl.*{where}"):
-        read_rows(str(tmp_path / "signs.jsonl"), tmp_path)
+        own(tmp_path, content)
 
 
 @pytest.mark.parametrize(
@@ -595,115 +573,3 @@ def test_a_bad_line_of_triplets_is_named_once(flaw, found, tmp_path):
     put(folder / "train.jsonl", lines([first, second | flaw]))
     with pytest.raises(ValueError, match=f"^{folder}{found}"):
         read_rows(str(folder), tmp_path)
-
-
-# ----------------------------------------------------------------------------------------- figures
-
-
-@pytest.fixture
-def evaluated(monkeypatch, tmp_path):
-    """evaluated(name, replies): result.json's part about a benchmark for a model that says these
-    (a text or a Reply), row by row. Of a None the image is cut off. Every reply is given to its own
-    image and prompt only."""
-
-    def go(name: str, replies: list, crop: list = ()) -> dict:
-        said = {}
-        rows = read_rows(name, tmp_path)
-        shown = [(r["image"], r["prompt"]) for r in rows]
-        shown += [(r["crop"], r["prompt"]) for r in rows if r["crop"]]
-        for (image, prompt), reply in zip(shown, [*replies, *crop], strict=False):
-            if reply is None:
-                image.write_bytes(image.read_bytes()[:50])
-                continue
-            if isinstance(reply, str):
-                reply = rollout.Reply(reply, 10, False)
-            said[load_image(image).tobytes(), prompt] = reply
-
-        def answers(model, processor, images, prompts, max_new_tokens):
-            asked = zip(images, prompts, strict=True)
-            return [said[image.tobytes(), prompt] for image, prompt in asked]
-
-        monkeypatch.setattr("rollout.answers", answers)
-        monkeypatch.setattr("model.load", lambda path, **how: (torch.nn.Linear(1, 1), None))
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        flags = f"--bench {name} --model m --data-root {tmp_path} --out {tmp_path}/out --device cpu"
-        evaluate.main([*flags.split(), "--view", "both" if crop else "full"])
-        return json.loads((tmp_path / "out/result.json").read_text())["benches"][name]
-
-    return go
-
-
-def test_wrong_unparsed_truncated_and_unreadable_rows_are_counted_apart(tmp_path, evaluated):
-    groups = ["near", "near", "far", "far", "near", "far", "far", "far"]
-    own(tmp_path, "vstar", "ABCBADBA", group=groups)
-    replies = [
-        # right by both rules, but for the last: the first capital is an A
-        *["A", "The best answer is (B).", "Answer: C"],
-        "blue",  # right by its text; officially there is no letter
-        *["B", "I cannot tell."],  # wrong; unparsed
-        rollout.Reply("<think> it may be", 80, True),  # while thinking, so unparsed too
-        None,  # an unreadable image: no answer, so not in n
-    ]
-    full = evaluated("vstar", replies)["full"]
-    counts = {"n": 7, "right": 4, "unparsed": 2, "judged": 0, "truncated": 1, "errors": 1}
-    assert full == full | counts
-    assert (full["accuracy"], full["official"]) == (4 / 7, 2 / 7)
-    assert full["groups"] == {
-        "near": {"n": 3, "right": 2, "accuracy": 2 / 3},
-        "far": {"n": 4, "right": 2, "accuracy": 0.5},
-    }
-    assert full["tokens"] == 20  # (6 * 10 + 80) / 7
-    assert full["seconds"] >= 0
-
-
-@pytest.mark.parametrize(
-    "name, groups, replies, accuracy",
-    [  # every answer is A; but for the last two, what follows is never right over n
-        ("cv-bench", "2D 2D 3D 3D 3D 3D", "ABAAAB", 0.625),  # (1/2 + 3/4) / 2
-        ("visualprobe", "Easy Medium Medium Hard Hard Hard", "AABBBB", 0.5),  # (1 + 1/2 + 0) / 3
-        ("hrbench-8k", "single single cross cross cross cross", "ABAAAB", 4 / 6),  # of all rows
-        ("mme-realworld-cn", "a a b b b b", "ABAAAB", 4 / 6),
-    ],
-)
-def test_the_headline_is_the_papers(name, groups, replies, accuracy, tmp_path, evaluated):
-    own(tmp_path, name, "AAAAAA", group=groups.split())
-    full = evaluated(name, list(replies))["full"]
-    assert full["accuracy"] == pytest.approx(accuracy)
-    assert full["interval"][0] < accuracy < full["interval"][1]
-    assert (full["n"], full["right"]) == (6, replies.count("A"))
-    assert set(full["groups"]) == set(groups.split())
-
-
-def test_pope_has_precision_recall_and_f1_of_yes(tmp_path, evaluated):
-    gold = ["yes"] * 4 + ["no"] * 4 + ["yes"]
-    own(tmp_path, "pope", gold, group=["random", "popular", "adversarial"] * 3)
-    replies = [
-        *["Yes", "**Answer: Yes**", "yes, there is.", "Perhaps."],  # 3 hits, 1 miss (unparsed)
-        *["Yes.", "yes", "No", "There is no dog in the image."],  # 2 false alarms, 2 right
-        None,  # unreadable
-    ]
-    full = evaluated("pope", replies)["full"]
-    assert full == full | {"n": 8, "right": 5, "unparsed": 1, "errors": 1, "accuracy": 5 / 8}
-    f1 = pytest.approx(2 / 3)  # 2 * (3/5 * 3/4) / (3/5 + 3/4) = 0.9 / 1.35
-    assert full == full | {"precision": 3 / 5, "recall": 3 / 4, "f1": f1, "yes_rate": 5 / 8}
-    counts = {group: (g["right"], g["n"]) for group, g in full["groups"].items()}
-    assert counts == {"random": (2, 3), "popular": (2, 3), "adversarial": (1, 2)}
-
-
-def test_an_mmvp_pair_is_right_when_both_of_it_are(tmp_path, evaluated):
-    own(tmp_path, "mmvp", "AAAAAA", pair="001122")
-    full = evaluated("mmvp", list("AAABBA"))["full"]  # pairs: both, the first, the second
-    assert full == full | {"accuracy": 4 / 6, "pair_accuracy": 1 / 3}
-
-
-def test_the_gap_is_over_the_rows_answered_in_both_views(tmp_path, evaluated):
-    own(tmp_path, "zoombench", "AAAAAAA", 5)
-    replies, crop = ["A", "B", "B", "A", None, "A", "A"], ["A", "A", "B", None, "A"]
-    # rows 5 and 6 have no crop: no error, just not in this view
-    bench = evaluated("zoombench", replies, crop)
-    assert bench["full"] == bench["full"] | {"n": 6, "right": 4, "errors": 1}  # rows 0, 3, 5, 6
-    assert bench["crop"] == bench["crop"] | {"n": 4, "right": 3, "errors": 1}  # rows 0, 1, 4
-    gap = pytest.approx(1 / 3)  # rows 0, 1, 2; and not 3/4 - 4/6
-    assert bench["gap"] == bench["gap"] | {"n": 3, "full": 1 / 3, "crop": 2 / 3, "gap": gap}
-    low, high = bench["gap"]["interval"]
-    assert -1 <= low < 1 / 3 < high <= 1

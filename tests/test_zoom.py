@@ -4,7 +4,6 @@ import json
 import math
 
 import pytest
-import torch
 from conftest import noise
 from PIL import Image
 
@@ -26,43 +25,24 @@ def said(chat: list[dict]) -> str:
 
 
 class Play:
-    """zoomed answers of a model that says what is scripted; every prompt is really encoded."""
+    """The replies of a model that says what is scripted; every prompt is really encoded."""
 
     def __init__(self):
-        self.model, self.processor = tiny()
+        self.processor = tiny()[1]
         self.calls = []  # for each time that the model was called, its rows: (images, chat)
 
-    def tokens(self, text: str) -> list[int]:
-        tokenizer = self.processor.tokenizer
-        ids = tokenizer(text, split_special_tokens=True)["input_ids"]
-        return [*ids, tokenizer.eos_token_id]
-
-    def encode(self, processor, images, chats):
-        rows = zip(images, chats, strict=True)
-        self.calls.append([(list(views), list(chat)) for views, chat in rows])
-        return vision_model.encode(processor, images, chats)
-
-    def sample(self, model, processor, prompt, group, *, max_new_tokens, temperature):
-        assert (group, temperature, max_new_tokens) == (1, 0, 99)
-        shown = sum(len(views) for views, _ in self.calls[-1])
-        assert prompt["image_grid_thw"].shape[0] == shown
-        turns = []
-        for _, chat in self.calls[-1]:
-            said = self.script[question(chat)][len(chat) // 2 - 1]
-            turns.append(torch.tensor(self.tokens(said)))
-        ids = torch.nn.utils.rnn.pad_sequence(turns, batch_first=True)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([[len(turn)] for turn in turns])
-        ended = torch.ones(len(turns), dtype=torch.bool)
-        return rollout.Rollout(ids, mask, ended, torch.full(ids.shape, torch.nan))
-
     def __call__(self, script: dict[str, list[str]], images: list, rounds: int) -> list[dict]:
-        """The replies to {question: the model's turns}."""
-        self.script = script
+        """script: {question: the model's turns}."""
 
-        def ask(images, chats):
-            return rollout.answers(self.model, self.processor, images, chats, 99)
+        def answer(images, chats):
+            rows = list(zip(images, chats, strict=True))
+            self.calls.append([(list(views), list(chat)) for views, chat in rows])
+            prompt = vision_model.encode(self.processor, images, chats)
+            assert prompt["image_grid_thw"].shape[0] == sum(map(len, images))
+            turns = [script[question(chat)][len(chat) // 2 - 1] for chat in chats]
+            return [rollout.Reply(turn, len(turn), False) for turn in turns]
 
-        return zoom.answer_with_zoom(ask, images, list(script), rounds)
+        return zoom.answer_with_zoom(answer, images, list(script), rounds)
 
 
 def question(chat: list[dict]) -> str:
@@ -70,18 +50,15 @@ def question(chat: list[dict]) -> str:
 
 
 @pytest.fixture
-def play(monkeypatch) -> Play:
-    play = Play()
-    monkeypatch.setattr(rollout, "encode", play.encode)
-    monkeypatch.setattr(rollout, "sample", play.sample)
-    return play
+def play() -> Play:
+    return Play()
 
 
 def test_a_call_gives_the_region_enlarged_and_the_next_turn_is_the_answer(play):
     image = noise(640, 480)
     turns = ["I look closer. " + call(250, 500, 500, 1000, label="the sign"), "It is red."]
     (reply,) = play({"what ?": turns}, [image], 1)
-    tokens = sum(len(play.tokens(turn)) for turn in turns)
+    tokens = sum(map(len, turns))
     counts = {"tokens": tokens, "truncated": False, "calls": 1, "malformed": 0}
     assert reply == {"output": "It is red.", **counts}
     ((views, first),), ((more, second),) = play.calls
@@ -122,10 +99,13 @@ def test_a_region_is_in_thousandths_of_the_images_sides(size, box, pixels):
 
 def test_calls_go_on_for_as_many_rounds_as_allowed_and_no_more(play):
     turns = [call(0, 0, 500, 500), call(500, 500, 1000, 1000), call(0, 0, 100, 100), "never said"]
-    (reply,) = play({"what ?": turns}, [noise(64, 64)], 2)
+    image = noise(64, 64)
+    (reply,) = play({"what ?": turns}, [image], 2)
+    ((views, _),) = play.calls[-1]
+    assert_enlarged(views[2], image.crop((32, 32, 64, 64)), (448, 448))  # of the image, not a crop
     assert [len(views) for ((views, _),) in play.calls] == [1, 2, 3]
     assert ["last call" in said(chat) for ((_, chat),) in play.calls] == [False, False, True]
-    assert reply["tokens"] == sum(len(play.tokens(turn)) for turn in turns[:3])
+    assert reply["tokens"] == sum(map(len, turns[:3]))
     assert reply == reply | {"output": turns[2], "truncated": False, "calls": 2, "malformed": 0}
 
 
@@ -194,7 +174,7 @@ def test_rows_that_do_not_call_are_done_while_the_others_go_on(play):
     found = [(r["output"], r["calls"], r["malformed"]) for r in replies]
     assert found == [("late", 1, 0), ("at once", 0, 0), ("latest", 2, 1)]
     for reply, turns in zip(replies, script.values(), strict=True):
-        assert reply["tokens"] == sum(len(play.tokens(turn)) for turn in turns)
+        assert reply["tokens"] == sum(map(len, turns))
 
 
 def test_with_a_tool_that_no_row_calls_the_answers_take_one_turn(lively):
