@@ -77,7 +77,8 @@ START = r"(?m:^)[^\w«‹\n\u4e00-\u9fff]*|[.!]\s+|;\s*|(?<![A-Z]),\s*"
 WITHIN = (
     r"[:=»›]\s*|-\s+|[\u4e00-\u9fff]\s*|\b(?i:answer(?:'s)?|is|are|be|it's|choos(?:e|ing)|chose|"
     r"pick|select|leaves|so|hence|thus|therefore|think|say|with|for|likely|probably|clearly|but|"
-    r"only|undoubtedly|guess|leaving|definitely|between|either|neither|both|among|not|no|like|actually|meant|wait|rather)\s+"
+    r"only|undoubtedly|guess|leaving|definitely|between|either|neither|both|among|not|no|like|"
+    r"actually|meant|wait|rather)\s+"
 )
 AFTER = (
     r"\s*(?:$|[,:;!.。()/\n]|- |(?<!\bA)(?<!\bA )[«‹]|[是而对正错项不都和与或及、选也])|"

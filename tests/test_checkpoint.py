@@ -1,5 +1,6 @@
 """A checkpoint directory: saved so that other tools read it, refused where it would mislead."""
 
+import json
 import os
 
 import pytest
@@ -54,6 +55,19 @@ def test_a_served_checkpoint_thinks_only_where_it_is_asked_to(
     assert said(chat, tokenize=False) == unasked
     assert said(chat, tokenize=False, enable_thinking=True) == asked
     assert said(chat, tokenize=False, enable_thinking=False) == refused
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.json"])
+def test_a_template_in_an_older_layout_does_not_think_either(place, checkpoint, tmp_path):
+    (checkpoint / "chat_template.jinja").unlink()
+    path = checkpoint / place
+    there = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(there | {"chat_template": ENDS.replace("CASE", "false")}))
+    save(*load(str(checkpoint)), tmp_path / "saved")
+    _, processor = load(str(tmp_path / "saved"))
+    chat = [{"role": "user", "content": "?"}]
+    for said in (processor, processor.tokenizer):
+        assert said.apply_chat_template(chat, tokenize=False) == "YES"
 
 
 def test_all_but_the_weights_is_the_originals(checkpoint, tmp_path):
@@ -114,6 +128,10 @@ def remove(name):
         (remove("chat_template.jinja"), "chat_template"),
         (write("chat_template.jinja", "{% if %}"), "does not load"),
         (write("config.json", "{"), "does not load"),
+        (write("chat_template.jinja", "{{ 1 + 'a' }}"), "does not load"),
+        (write("generation_config.json", "[]"), "does not load"),
+        (write("tokenizer_config.json", "[]"), "does not load"),
+        (write("preprocessor_config.json", "[]"), "does not load"),
         (remove("model.safetensors"), "does not load"),
     ],
 )

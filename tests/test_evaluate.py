@@ -299,7 +299,9 @@ def test_what_cannot_be_asked_is_an_error_tried_again_and_batches_are_halved_unt
     (path, wanted), out, image = whole, tmp_path / "out", tmp_path / "mine3-image.png"
 
     def memory(prompts):
-        if len(prompts) > 2 or "question 5" in prompts:
+        if len(prompts) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        if "question 5" in prompts:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     model.before = memory
@@ -362,6 +364,48 @@ def test_answers_to_rows_that_are_gone_are_left_out_and_those_beyond_a_limit_are
     path.write_text(path.read_text().rpartition("\n")[0])
     assert "2 to rows that are gone" in ask(path)
     assert saved_benches(out)["mine"]["full"]["n"] == len(GOLD) - 1
+
+
+def test_copies_of_answers_are_not_ours(model, asked):
+    path, out = asked
+    for name in ("answers-mine-backup.jsonl", "answers-mine-0-backup.jsonl"):
+        shutil.copy(out / "answers-mine-0.jsonl", out / name)
+    (out / "answers-notes.jsonl").write_text('{"note": 1}')
+    copied = (out / "answers-mine-0-backup.jsonl").read_bytes()
+    model.asked.clear()
+    path.write_text(path.read_text().replace("question 1", "another 1"))
+    assert "2 answers are to rows that have changed" in ask(path, more="--view both")
+    assert model.asked == [["another 1", "another 1"]]
+    assert (out / "answers-mine-0-backup.jsonl").read_bytes() == copied
+
+
+def test_images_that_come_after_the_first_run_are_asked_about(model, tmp_path):
+    path = own(tmp_path)
+    images = list(tmp_path.glob("*.png"))
+    contents = [image.read_bytes() for image in images]
+    for image in images:
+        image.unlink()
+    ask(path)
+    assert saved_benches(tmp_path / "out")["mine"]["full"]["errors"] == len(GOLD)
+    for image, content in zip(images, contents, strict=True):
+        image.write_bytes(content)
+    ask(path)
+    assert saved_benches(tmp_path / "out")["mine"]["full"]["n"] == len(GOLD)
+
+
+def test_a_typed_folder_is_not_made(tmp_path):
+    with pytest.raises(FileNotFoundError, match="typo"):
+        run(f"--rescore {tmp_path}/typo")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_changed_picture_is_no_pair_of_a_comparison(tmp_path):
+    first = [reply(n, "A", digest=f"d{n}") for n in range(4)]
+    second = [reply(n, "A", digest=f"d{n}") for n in range(3)] + [reply(3, "B", digest="other")]
+    for name, answers in (("a", first), ("b", second)):
+        results(tmp_path / name, answers)
+    _, found = figures.compare(tmp_path / "a", tmp_path / "b")
+    assert found["mine"]["full"]["n"] == 3
 
 
 def test_another_benchmark_of_the_same_name_takes_no_answers_away(asked):
@@ -581,9 +625,36 @@ def test_a_reply_that_drips_ends_at_the_deadline(judge, tmp_path, monkeypatch):
     assert time.perf_counter() - start < 10
 
 
+NO_TEXT = b'{"choices": [{"message": {"content": null, "reasoning_content": "Yes"}}]}'
+
+
+@pytest.mark.parametrize("key, sent", [("sk-x\r\n", "Bearer sk-x"), ("", "Bearer none")])
+def test_a_key_read_from_a_file_is_sent_without_its_line_end(
+    key, sent, judge, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    judge.says = {"hm": "Yes"}
+    results(tmp_path, [reply(3, "hm")], judge=judge.url)
+    assert [key for _, key, _ in judge.requests] == [sent]
+
+
+def test_a_key_of_two_lines_is_refused_without_being_shown(judge, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-one\nsk-two")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
+        results(tmp_path, [reply(3, "hm")], judge=judge.url)
+    assert "sk-" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "said",
-    ["Yes, no. I mean no", b"cut off", b"[" * 100_000, b" " * 1_100_000, b'{"choices": 5}'],
+    [
+        "Yes, no. I mean no",
+        b"cut off",
+        b"[" * 100_000,
+        b" " * 1_100_000,
+        b'{"choices": 5}',
+        NO_TEXT,
+    ],
 )
 def test_replies_that_are_no_verdict_are_counted(said, judge, tmp_path):
     judge.says = {"hm": said}

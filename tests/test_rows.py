@@ -1,8 +1,15 @@
-"""What an answer's text and length tell."""
+"""What an answer's text and length tell, and that no text is in the way of a file."""
 
 import pytest
 
 from benchmarks.rows import repeats_itself
+from storage.files import read_jsonl, write_jsonl
+
+
+def test_half_a_character_is_written_and_read_again(tmp_path):
+    rows = [{"text": "a sign \ud83d, 木"}]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    assert read_jsonl(tmp_path / "x.jsonl", []) == rows
 
 
 @pytest.mark.parametrize(
@@ -22,6 +29,7 @@ from benchmarks.rows import repeats_itself
         (" ".join(f"row {n} of the table" for n in range(90)), False),
         ("x" * 300 + "y" * 300, True),
         ("".join(chr(97 + n % 26) for n in range(333)) * 3, True),
+        ("".join(f"word {n} of a paragraph. " for n in range(22)) * 20, True),  # of 500 characters
     ],
 )
 def test_a_text_that_ends_in_a_loop_is_one(text, loops):

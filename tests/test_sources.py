@@ -509,6 +509,12 @@ def test_numbers_may_stand_where_texts_are_meant_and_other_keys_mean_nothing(tmp
     [
         (GOOD | {"options": {"red": "red", "blue": "blue"}}, "options are"),
         (GOOD | {"options": ["red", "blue"]}, "Expected different letters"),
+        (GOOD | {"options": {"A": None}}, "options are"),
+        (GOOD | {"options": {"A": {"x": 1}}}, "options are"),
+        (GOOD | {"options": {"A": True}}, "options are"),
+        (GOOD | {"options": {"A": "red", "a": "blue"}}, "options are"),
+        (GOOD | {"kind": "free", "answer": []}, "answer is"),
+        (GOOD | {"kind": "free", "answer": ["", ""]}, "answer is"),
         (GOOD, "twice: 'x'"),
         (GOOD | {"answer": "E"}, "'E'"),
         (GOOD | {"kind": "odd"}, "'odd'"),
