@@ -1,8 +1,9 @@
 """Answers as models write them: the letter, yes or no, or value that is scored, and what stays
 undecided (None).
 
-scoring_cases.json is a table of outputs with what a careful reader takes them to say. A wrong
-letter is the worst outcome, so where a reader could argue, the expected result is null.
+scoring_cases.json is a table of outputs with what a careful reader takes them to say; its last
+part: what the official rule does. A wrong letter is the worst outcome, so where a reader could
+argue, the expected result is null.
 """
 
 import json
@@ -50,47 +51,13 @@ def test_a_value_is_the_same_or_different_only_when_that_is_certain():
     assert misread("free_form", "right", read) == []
 
 
-OFFICIAL = [  # benchmark, kind, the right answer, whether outputs count as right
-    # the first capital letter is often not the answer: an error of the rule, kept for comparison
-    ("", "mc", "A", True, ["Answer: C", "Final Answer: **C**"]),
-    ("", "mc", "A", True, ["An error occurred: request timed out"]),
-    ("", "mc", "A", True, ["A close look at the flag shows the hull. The answer is B."]),
-    ("", "mc", "B", False, ["A close look at the flag shows the hull. The answer is B."]),
-    ("", "mc", "C", True, ["<answer>C</answer> or <answer>D</answer>", "\\boxed{C}"]),
-    ("", "mc", "C", True, ["The hull shows it (C)", "c", "(c)"]),
-    ("", "mc", "C", False, ["Answer: C", ""]),
-    ("", "yn", "yes", True, ["Yes, there is.", "answer: yes", "I see it: yes.", "so **Yes**."]),
-    ("yn", "yn", "yes", True, ["**Yes**", "\\boxed{yes}"]),
-    ("", "yn", "yes", False, ["Answer: Yes", "**Answer: Yes**"]),  # crashes in the original
-    ("", "yn", "no", True, ["Note that there is a dog, so yes"]),  # it starts with "no"
-    ("", "yn", "no", False, ["There is none"]),
-    # free form: as mathruler compares
-    (
-        "",
-        "free",
-        "15",
-        True,
-        [" 15 ", "15.0", "015", "(15)", "\\boxed{15}", "15 cm", "$15", "15%", "15."],
-    ),
-    ("", "free", "15", False, ["fifteen", "15 km", "Answer: 15", "15\nmore"]),
-    ("", "free", "1,000", True, ["1000", "1,000", "\\text{1000}"]),
-    ("", "free", "C", True, ["(C)", "[c]", "\\boxed{C}"]),
-    ("", "free", "Red", True, ["red", "It is <answer>red</answer>"]),
-    ("", "free", "red", False, ["Red.", "(red)"]),
-    ("", "free", "red\ncrimson", True, ["crimson", "Red"]),  # either is right
-    ("", "exact", "a b .", True, [" a  b ."]),
-    ("", "exact", "a b .", False, ["A b .", "ab."]),
-    # MMVP has a rule of its own
-    ("mmvp", "mc", "A", True, ["Open is wrong; the answer is (a)."]),
-    ("mmvp", "mc", "B", False, ["A closed door: b"]),
-    ("mmvp", "mc", "B", True, ["(b) Closed", "It is (B)."]),
-]
+def test_the_official_rule_is_reproduced_with_its_mistakes():
+    def read(output, row):
+        rule = row["rule"]  # a kind, or a benchmark that has one of its own
+        kind = "mc" if rule == "mmvp" else rule
+        return scoring.official_right(output, kind, row["answer"], rule)
 
-
-@pytest.mark.parametrize("bench, kind, answer, right, outputs", OFFICIAL)
-def test_the_official_rule_is_reproduced_with_its_mistakes(bench, kind, answer, right, outputs):
-    for output in outputs:
-        assert scoring.official_right(output, kind, answer, bench) is right, output
+    assert misread("official", "right", read) == []
 
 
 THOUGHT = "Okay, so there is a boat. The answer might be C. Wait, the answer is B"

@@ -127,8 +127,7 @@ MALFORMED = {
     "words": call("a", "b", "c", "d"),
     "null": call(None, 0, 9, 9),
     "a vision token": call(0, 0, 9, 9, name="<|vision_start|>"),
-}
-BREAKING = {  # each would end the whole evaluation
+    # each would end the whole evaluation
     "too large for a float": call(0, 0, 10**400, 9),  # OverflowError is no ValueError
     "ever deeper": "<tool_call>" + "[" * 50_000,  # RecursionError neither
     "a vision token escaped": call(0, 0, 9, 9, name="<|vision_start|>").replace(
@@ -140,9 +139,7 @@ BREAKING = {  # each would end the whole evaluation
 }  # over 200 times as high as wide: the image processor's ValueError
 
 
-@pytest.mark.parametrize(
-    "turn", [*MALFORMED.values(), *BREAKING.values()], ids=[*MALFORMED, *BREAKING]
-)
+@pytest.mark.parametrize("turn", MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_call_is_counted_and_answered_with_an_error(turn, play):
     (reply,) = play({"what ?": [turn, "red"]}, [noise(800, 600)], 3)
     assert reply == reply | {"output": "red", "calls": 1, "malformed": 1}
