@@ -37,7 +37,7 @@ def why_not(settings) -> str | None:
     """Why flags that are each in order make no run together; None where they do."""
     method, ranks = settings.method, settings.plan or int(os.environ.get("WORLD_SIZE", 1))
     if METHODS[method].writer == "teacher" and settings.teacher == "trust-region":
-        return f"--method {method} samples from one set of weights, trust-region is a mixture"
+        return f"--method {method} samples from one set of weights: no --teacher trust-region"
     if METHODS[method].writer is None and settings.group > 1:
         return f"--method {method} samples nothing, a prompt has one label: add --group 1"
     if method in ("grpo", "dapo") and settings.group < 2:
