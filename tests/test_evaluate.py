@@ -518,7 +518,7 @@ def judge(monkeypatch):
 
     class Handler(BaseHTTPRequestHandler):
         requests, says = [], {}
-        location, drip = None, False
+        drip = False
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -529,8 +529,7 @@ def judge(monkeypatch):
             if not isinstance(reply, bytes):
                 content = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
             self.send_response(reply if isinstance(reply, int) else 200)
-            if self.location:
-                self.send_header("Location", self.location)
+            self.send_header("Location", f"{self.url}/elsewhere")  # of a redirect
             length = 999 if reply == b"cut off" else len(content)
             self.send_header("Content-Length", str(length))
             self.end_headers()
@@ -608,14 +607,6 @@ def test_a_call_that_fails_is_tried_again_then_counted_then_asked_next_time(
     assert "mine 2" in printed and "mine 3: 'hm'" in printed
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_the_judges_key_follows_no_redirect(status, judge, tmp_path):
-    judge.says = {"hm": status}
-    judge.location = f"{judge.url}/elsewhere"
-    assert results(tmp_path, [reply(3, "hm")], judge=judge.url)["judge_failures"] == 1
-    assert [path for path, _, _ in judge.requests] == ["/v1/chat/completions"] * 3
-
-
 def test_a_reply_that_drips_ends_at_the_deadline(judge, tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "DEADLINE", 0.2)
     judge.drip = True
@@ -645,22 +636,22 @@ def test_a_key_of_two_lines_is_refused_without_being_shown(judge, tmp_path, monk
     assert "sk-" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        "Yes, no. I mean no",
-        b"cut off",
-        b"[" * 100_000,
-        b" " * 1_100_000,
-        b'{"choices": 5}',
-        NO_TEXT,
-    ],
-)
-def test_replies_that_are_no_verdict_are_counted(said, judge, tmp_path):
+NO_VERDICTS = [
+    "Yes, no. I mean no",
+    b"cut off",
+    b"[" * 100_000,
+    b" " * 1_100_000,
+    b'{"choices": 5}',
+    NO_TEXT,
+]
+REDIRECTS = [301, 302, 303, 307, 308]
+
+
+@pytest.mark.parametrize("said", NO_VERDICTS + REDIRECTS)
+def test_what_is_no_verdict_is_counted_and_the_key_follows_no_redirect(said, judge, tmp_path):
     judge.says = {"hm": said}
-    result = results(tmp_path, [reply(3, "hm")], judge=judge.url)
-    assert result["benches"]["mine"]["full"]["right"] == 0
-    assert result["judge_failures"] == 1
+    assert results(tmp_path, [reply(3, "hm")], judge=judge.url)["judge_failures"] == 1
+    assert {path for path, _, _ in judge.requests} == {"/v1/chat/completions"}
 
 
 def test_a_verdict_torn_by_a_kill_is_asked_again_once(judge, tmp_path):
@@ -688,16 +679,12 @@ def test_a_local_language_model_can_be_the_judge(tmp_path):
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
+        num_hidden_layers=0,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     judge = LlamaForCausalLM(config).requires_grad_(False)
-    # a layer that adds nothing; each token calls for the next: the prompt's last newline, Y ..
-    judge.model.layers[0].self_attn.o_proj.weight.zero_()
-    judge.model.layers[0].mlp.down_proj.weight.zero_()
+    # each token calls for the next: the prompt's last newline, Y ..
     chain = tokenizer.convert_tokens_to_ids(["\u010a", "Y", "e", "s"]) + [tokenizer.eos_token_id]
     directions = torch.nn.functional.normalize(judge.model.embed_tokens.weight[chain[:-1]])
     judge.lm_head.weight.zero_()[chain[1:]] = directions
