@@ -233,7 +233,7 @@ def answer_all(
     A line has an error instead when its image cannot be read, or it cannot be encoded or does not
     fit in memory alone: counted, never scored, and tried again by the next run.
     """
-    from rollout import Batches
+    from launch.batches import Batches
 
     n = min(how.limit or len(questions), len(questions))
     spread = [questions[i * len(questions) // n] for i in range(n)]

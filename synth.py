@@ -234,7 +234,7 @@ class Engine:
     """What proposes and answers."""
 
     model: tuple  # (model, processor) of model.load
-    batches: object  # rollout.Batches: how many prompts fit at once
+    batches: object  # launch.batches.Batches: how many prompts fit at once
     settings: Settings
     mark: str  # a digest of what the samples depend on, but for where the photographs are
     find: str  # how the model is to reply with names or boxes; "" where it is not asked
@@ -300,7 +300,7 @@ def load_engine(settings, config: dict, given: dict) -> Engine:
     import torch
 
     import model
-    import rollout
+    from launch.batches import Batches
 
     device, dtype = "cpu", torch.float32
     if torch.cuda.is_available():
@@ -314,7 +314,7 @@ def load_engine(settings, config: dict, given: dict) -> Engine:
         find, boxes_in = "", partial(given_boxes, given)
     anywhere = json.dumps(config | {"images": ""}, sort_keys=True)
     mark = hashlib.sha256(anywhere.encode()).hexdigest()[:12]
-    return Engine(loaded, rollout.Batches(settings.batch), settings, mark, find, boxes_in)
+    return Engine(loaded, Batches(settings.batch), settings, mark, find, boxes_in)
 
 
 # ----------------------------------------------------------------------------------------- running

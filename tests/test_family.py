@@ -307,6 +307,13 @@ def test_the_masked_box_keeps_its_frame_and_all_around_it(row):
     assert np.abs(colour - before[around].mean(0)).max() <= 0.5
 
 
+@pytest.mark.parametrize("box", [[40, 20, 41, 21], [0, 0, 90, 60], [88, 58, 90, 60]])
+def test_boxes_of_any_size_can_be_masked_and_have_another_part(box, row):
+    row.bbox = box
+    for view in (views.masked_box, views.unrelated_crop):
+        assert min(view(row.image, row, random.Random(0)).size) > 0
+
+
 def test_an_unrelated_crop_is_another_part_as_large_as_the_crop(row):
     for seed in range(20):
         found = views.unrelated_crop(row.image, row, random.Random(seed))

@@ -7,6 +7,7 @@ from conftest import alone, noise
 
 import model as vision_model
 import rollout
+from launch.batches import Batches
 from rollout import sample
 
 
@@ -240,7 +241,7 @@ def test_batches_that_fit(most, fits, bad, want, left):
             raise ValueError
         return batch
 
-    batches = rollout.Batches(most)
+    batches = Batches(most)
     found = []
     for batch, result in batches.run("012345678", work, bad_item=(ValueError,)):
         if isinstance(result, Exception):

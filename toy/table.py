@@ -40,6 +40,15 @@ VARIANTS = {  # what one would add to train.py --toy
     "grpo": "--method grpo --prompts 4 --group 8",
     "dapo": "--method dapo --prompts 4 --group 8 --resample 2",
     "crops": "--method crops --prompts 32 --group 1",
+    "opd-aha": "--method opd-aha",
+    "ead": "--method ead",
+    "vad": "--method vad",
+    "opd-v": "--method opd-v",
+    "vcsd": "--method vcsd",
+    "va-opd": "--method va-opd --prompts 4 --group 8",
+    "v-zero": "--method v-zero --prompts 4 --group 8",
+    "cv-opd": "--method cv-opd",
+    "s2vopd": "--method s2vopd",
 }
 RATES = (1e-4, 2.5e-4, 6e-4, 1.5e-3)
 SEARCH_STEPS = 100

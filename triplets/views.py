@@ -1,16 +1,13 @@
 """Further views of a row's picture, which some methods show to student or teacher (methods.py).
 
-Each is a function (picture, row, draw) -> picture, the same for the same seed and row: `draw` is a
-random.Random of these. docs/views.png shows all of them.
+Each is a function (picture, row, draw) -> picture: an RGB image of its triplet, and a random.Random
+of seed and row, for which it is always the same. docs/views.png shows all of them.
 """
 
-import random
-
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from storage.images import image_size
-from triplets.format import Triplet
 
 OVERLAP = 0.1  # of an unrelated crop with the box, intersection over union at most
 TRIES = 100  # places of an unrelated crop
@@ -20,42 +17,43 @@ SCALES = (0.3, 0.6)  # of a scaled student's picture
 NOISE = 0.11  # its standard deviation, pixels being 0 to 1; in half of the pictures
 
 
-def mean_colour(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+def mean_colour(picture, row, draw):
     """All of it in its own mean colour (OPD-Aha)."""
     return Image.new("RGB", picture.size, mean_of(picture))
 
 
-def black(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+def black(picture, row, draw):
     """VCSD."""
     return Image.new("RGB", picture.size)
 
 
-def coarse(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+def coarse(picture, row, draw):
     """A tenth of its size, bilinear, and back, nearest (VAD, VA-OPD)."""
     small = [max(1, round(COARSE * side)) for side in picture.size]
     reduced = picture.resize(small, Image.Resampling.BILINEAR)
     return reduced.resize(picture.size, Image.Resampling.NEAREST)
 
 
-def masked_box(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+def masked_box(picture, row, draw):
     """The inside of the box in the mean colour of what is around it, the frame kept (EAD)."""
     left, top, right, bottom = row.bbox
-    edge = min(max(round(min(picture.size) / 300), 1), 16)  # the frame's width, as in synthesis
-    width, height = right - left, bottom - top
-    around = (left - width // 2, top - height // 2, right + width // 2, bottom + height // 2)
+    half = ((right - left) // 2, (bottom - top) // 2)
     pixels = np.asarray(picture, dtype=float)
-    outside = np.zeros(pixels.shape[:2], bool)
-    outside[max(0, around[1]) : around[3], max(0, around[0]) : around[2]] = True
-    outside[top:bottom, left:right] = False
-    colour = pixels[outside].mean(0) if outside.any() else pixels.mean((0, 1))
+    around = np.zeros(pixels.shape[:2], bool)
+    rows = slice(max(0, top - half[1]), bottom + half[1])
+    columns = slice(max(0, left - half[0]), right + half[0])
+    around[rows, columns] = True
+    around[top:bottom, left:right] = False
+    if not around.any():  # the box is all there is
+        around[:] = True
+    edge = min(max(round(min(picture.size) / 300), 1), 16)  # the frame's width, as in synthesis
+    inside = (left + edge, top + edge, max(left, right - edge), max(top, bottom - edge))
     masked = picture.copy()
-    inside = (left + edge, top + edge, right - edge - 1, bottom - edge - 1)
-    if inside[0] <= inside[2] and inside[1] <= inside[3]:
-        ImageDraw.Draw(masked).rectangle(inside, fill=tuple(colour.round().astype(int).tolist()))
+    masked.paste(rounded(pixels[around].mean(0)), inside)
     return masked
 
 
-def masked_crop(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+def masked_crop(picture, row, draw):
     """The crop with its middle, half as wide and high, in its mean colour (OPD-V; the geometry is
     ours, no source gives it)."""
     size = [max(1, round(MASKED * side)) for side in picture.size]
@@ -65,14 +63,14 @@ def masked_crop(picture: Image.Image, row: Triplet, draw: random.Random) -> Imag
     return masked
 
 
-def unrelated_crop(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+def unrelated_crop(picture, row, draw):
     """Another part of the full picture, as large as the box and enlarged like the crop, that shares
     at most a tenth with the box (V-Zero, CV-OPD); where there is none, the least of what was
     tried."""
     left, top, right, bottom = row.bbox
     width, height = right - left, bottom - top
 
-    def overlap(place: tuple[int, int]) -> float:
+    def overlap(place):
         across = max(0, width - abs(place[0] - left))
         down = max(0, height - abs(place[1] - top))
         shared = across * down
@@ -90,7 +88,7 @@ def unrelated_crop(picture: Image.Image, row: Triplet, draw: random.Random) -> I
     return picture.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.LANCZOS)
 
 
-def scaled_and_noisy(picture: Image.Image, row: Triplet, draw: random.Random) -> Image.Image:
+def scaled_and_noisy(picture, row, draw):
     """Scaled by 0.3 to 0.6 and, half of the time, with Gaussian noise (S2VOPD)."""
     scale = draw.uniform(*SCALES)
     small = picture.resize([max(1, round(scale * side)) for side in picture.size])
@@ -103,6 +101,9 @@ def scaled_and_noisy(picture: Image.Image, row: Triplet, draw: random.Random) ->
     return Image.fromarray(noisy.astype(np.uint8))
 
 
-def mean_of(picture: Image.Image) -> tuple[int, int, int]:
-    colour = np.asarray(picture, dtype=float).mean((0, 1))
+def mean_of(picture):
+    return rounded(np.asarray(picture, dtype=float).mean((0, 1)))
+
+
+def rounded(colour):
     return tuple(colour.round().astype(int).tolist())
