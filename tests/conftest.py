@@ -137,9 +137,10 @@ def alone(prompt, row: int) -> dict:
     }
 
 
-def ask(processor, image: Path, text: str) -> dict:
+def ask(processor, image: Path | Image.Image, text: str) -> dict:
     """The prompt of one image and question, as in training."""
-    return vision_model.encode(processor, [load_image(image)], ["\n" + text])
+    picture = image if isinstance(image, Image.Image) else load_image(image)
+    return vision_model.encode(processor, [picture], ["\n" + text])
 
 
 def respond(model, processor, prompt, group: int, key: str) -> list[torch.Tensor]:

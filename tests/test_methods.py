@@ -20,7 +20,9 @@ import train
 from model import VISION_TOKENS
 from rollout import Rollout
 from sharding import join_ranks, save_checkpoint
+from storage.images import load_image
 from toy.tiny import tiny
+from triplets import views
 from triplets.format import Triplet
 from triplets.order import batch_rows
 
@@ -285,6 +287,7 @@ class Answer:
     ids: Tensor  # (T,)
     logits: Tensor  # (T, V) the student's, with a gradient
     teacher: Tensor  # (T, V)
+    extra: Tensor  # (T, V) under the extra view
     right: bool
 
 
@@ -293,7 +296,7 @@ def token_losses(settings, group: list[Answer]):
     rewards = [float(answer.right) for answer in group]
     if settings.method == "dapo":  # with a limit of 6 tokens, the buffer is the last
         rewards = [r - (len(answer.ids) == 6) for r, answer in zip(rewards, group, strict=True)]
-    spread = statistics.stdev(rewards) + 1e-6
+    spread = (statistics.stdev(rewards) if len(rewards) > 1 else 0.0) + 1e-6
     for answer, reward in zip(group, rewards, strict=True):
         advantage = (reward - statistics.mean(rewards)) / spread
         log_s = picked(answer.logits, answer.ids)
@@ -301,6 +304,19 @@ def token_losses(settings, group: list[Answer]):
         one = (log_s - log_s.detach()).exp()  # the policy that wrote it is the policy now
         if settings.method == "sft":
             yield answer.right, -log_s
+        elif settings.method == "crops":
+            yield True, -log_s
+        elif settings.method == "opd-aha":
+            q = 5 * answer.teacher.log_softmax(-1) - 4 * answer.extra.log_softmax(-1)
+            yield True, loss.divergence(answer.logits, q, k=settings.top_k)
+        elif settings.method == "ead":
+            s, t, x = (
+                each.detach().softmax(-1) for each in (answer.logits, answer.teacher, answer.extra)
+            )
+            u, e = (t - s) / s.sqrt(), (s - x) / s.sqrt()
+            cosine = (u * e).sum(-1) / (u.norm(dim=-1) * e.norm(dim=-1))
+            losses = loss.divergence(answer.logits, answer.teacher, k=settings.top_k)
+            yield True, cosine.clamp(min=0) * losses
         elif settings.method == "grpo":
             yield advantage != 0, -one * advantage
         elif settings.method == "dapo":
@@ -329,9 +345,23 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
             "your own approach below:"
         )
         shown = ask(processor, row.image, row.question + hint)
-    writer, asked = (initial, shown) if settings.method == "sft" else (student, full)
+    writer, asked = (student, full)
+    if settings.method in ("sft", "off-policy"):
+        writer, asked = ema, shown
+    extra, reader = shown, ema
+    if settings.method == "opd-aha":
+        crop = load_image(row.crop)
+        extra = ask(processor, views.mean_colour(crop, row, None), row.question)
+    elif settings.method == "ead":
+        image = load_image(row.image)
+        extra, reader = ask(processor, views.masked_box(image, row, None), row.question), student
     group = []
-    for ids in respond(writer, processor, asked, 3, f"5/1/{row.id}"):
+    answers = respond(writer, processor, asked, 3, f"5/1/{row.id}")
+    if settings.method == "crops":
+        full = shown
+        ids = processor.tokenizer(row.answer + processor.tokenizer.eos_token)["input_ids"]
+        answers = [torch.tensor(ids)[: settings.max_new_tokens]]
+    for ids in answers:
         with torch.no_grad():
             teacher = plain_logits(ema, shown, ids)
             if settings.teacher == "trust-region":
@@ -339,7 +369,9 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
                 teacher = mixed + 0.3 * plain_logits(student, shown, ids)
         text = processor.tokenizer.decode(ids, skip_special_tokens=True)
         logits = plain_logits(student, full, ids)
-        group.append(Answer(ids, logits, teacher, parity(row, text)))
+        with torch.no_grad():
+            tilted = plain_logits(reader, extra, ids)
+        group.append(Answer(ids, logits, teacher, tilted, parity(row, text)))
     return group
 
 
@@ -355,6 +387,10 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
         "--method grpo",
         "--method dapo --resample 0",
         "--method squared",
+        "--method off-policy",
+        "--method crops --group 1",
+        "--method opd-aha --top-k 9999",
+        "--method ead --top-k 9999",
     ],
 )
 def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags, begin):
@@ -377,7 +413,7 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags,
     for group in groups:
         kept += [losses for trained_on, losses in token_losses(settings, group) if trained_on]
     total = torch.cat(kept).mean()
-    if settings.method == "grpo":
+    if settings.method in ("grpo", "ead"):
         total = torch.stack([losses.mean() for losses in kept]).sum() / 6
     total.backward()
 
@@ -388,7 +424,7 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags,
     gradient = torch.cat(want)
     assert gradient.norm() > 0
     assert (torch.cat(got) - gradient).norm() < 1e-3 * gradient.norm()
-    if not run.method.distils:
+    if not run.method.distils and settings.method != "crops":
         right = sum(answer.right for group in groups for answer in group)
         assert entry["right"] == right / 6
         assert entry["kept"] == len(kept) / 6
