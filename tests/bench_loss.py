@@ -20,6 +20,7 @@ import time
 import torch
 
 from loss import divergence, topk_divergence
+from methods import tilted
 
 
 def matmuls(args, hidden, head, teacher, teacher_head):
@@ -45,6 +46,17 @@ def ours(args, hidden, head, teacher, teacher_head):
     return lambda: topk_divergence(
         hidden, head, [(teacher, teacher_head, 1.0)], weights, chunk=args.chunk
     )[0].backward()
+
+
+def extra(args, hidden, head, teacher, teacher_head):
+    weights = torch.full((len(hidden),), 1 / len(hidden), device=head.device)
+
+    def target(log_s, log_t, log_x, ids):
+        return [(tilted(log_t, log_x, 1.0, 0.1), torch.ones_like(log_t[:, 0]))]
+
+    sides = [(teacher, teacher_head, 1.0)]
+    how = {"chunk": args.chunk, "extra": sides, "target": target}
+    return lambda: topk_divergence(hidden, head, sides, weights, **how)[0].backward()
 
 
 @torch.no_grad()
@@ -78,6 +90,7 @@ def trl(args, hidden, head, teacher, teacher_head):
 CONTENDERS = {  # name: (function, its line in the table, what to install)
     "matmuls": (matmuls, "four bare matmuls", ""),
     "ours": (ours, "loss.py, topk_divergence (1)", ""),
+    "extra": (extra, "  with an extra view and a tilt", ""),
     "topk": (topk, "  of which topk", ""),
     "plain": (plain, "loss.py, divergence + autograd (1)", ""),
     "liger": (liger, "Liger-Kernel, LigerFusedLinearJSDLoss (2)", "liger-kernel"),
