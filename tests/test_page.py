@@ -334,6 +334,17 @@ def test_a_browser_draws_every_section_and_shows_markup_as_text(run):
 
 
 @chromium
+def test_tokens_that_count_differently_are_shaded_a_second_time(run):
+    said = ROLLOUTS[0] | {"weights": [2.0, *[0.5] * (len(ROLLOUTS[0]["tokens"]) - 1)]}
+    write(run / "rollouts.jsonl", [said])
+    seen, titles = probed(
+        pages.write_page(run), "[...document.querySelectorAll('.tokens span')].map(e => e.title)"
+    )
+    assert seen.count("how much each word counts") == 1
+    assert "counts 2.00 times as much as the mean token" in titles
+
+
+@chromium
 def test_a_loss_that_is_not_a_number_is_a_gap_and_a_step_written_twice_counts_once(begun):
     seen, losses = probed(pages.write_page(begun), "data.log.map(row => [row.step, row.loss])")
     assert losses == [[1, 1.0], [2, None], [3, None]]
