@@ -146,7 +146,7 @@ def evaluate(
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model, processor = load(path, device=device, dtype=dtype)
     if how.rank == 0:
-        claim_results(out, path, model, how)
+        claim_results(out, path, model, processor, how)
         for name, questions in benches.items():
             drop_stale(out, name, questions)
     if how.world > 1:
@@ -157,12 +157,13 @@ def evaluate(
         torch.distributed.barrier()
 
 
-def claim_results(out: Path, path: str, model, how: Asking) -> None:
+def claim_results(out: Path, path: str, model, processor, how: Asking) -> None:
     """Write out/args.json, or say whose answers `out` holds."""
-    from storage.checkpoint import fingerprint
+    from storage.checkpoint import fingerprint, prompts_digest
 
     now = {
         "weights": fingerprint(model),
+        "prompts": prompts_digest(processor),
         "max_new_tokens": how.max_new_tokens,
         "zoom": how.zoom,
     }
@@ -173,6 +174,7 @@ def claim_results(out: Path, path: str, model, how: Asking) -> None:
             f"{out} holds answers, but {notes[0]}: whose are they? Put the file back, or choose "
             "another --out."
         )
+    then.setdefault("prompts", now["prompts"])  # older folders do not say
     differ = [
         f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in now if then.get(key) != now[key]
     ]

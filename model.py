@@ -144,12 +144,7 @@ def encode(processor, images: list, texts: list, *, max_tokens: int | None = Non
     """
     chats, fitted, shrunk = [], [], []
     for image, text in zip(images, texts, strict=True):
-        found = [token for token in processor.tokenizer.all_special_tokens if token in str(text)]
-        if found:
-            raise ValueError(
-                f"The question {str(text)[:80]!r} holds {found}, which would change the number of "
-                "images, or of turns. Remove it."
-            )
+        refuse_special_tokens(processor, text)
         chats.append(chat(processor, text))
         chats[-1].encode()  # a ValueError for half a character, which no tokenizer takes
         small = image if max_tokens is None else fit(processor, image, chats[-1], max_tokens)
@@ -159,6 +154,16 @@ def encode(processor, images: list, texts: list, *, max_tokens: int | None = Non
         text=chats, images=fitted, padding=True, padding_side="left", return_tensors="pt"
     )
     return {**prompt, "shrunk": torch.tensor(shrunk)}
+
+
+def refuse_special_tokens(processor, text: str | list) -> None:
+    """Raises ValueError for a question, or a chat, that holds any."""
+    found = [token for token in processor.tokenizer.all_special_tokens if token in str(text)]
+    if found:
+        raise ValueError(
+            f"The question {str(text)[:80]!r} holds {found}, which would change the number of "
+            "images, or of turns. Remove it."
+        )
 
 
 def chat(processor, text: str | list) -> str:

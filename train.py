@@ -49,7 +49,7 @@ from launch.responses import count_responses, lengths
 from launch.run_folder import RunLog, claim, rows_digest, show
 from loss import DIVERGENCES
 from methods import METHODS, EncodedMicros, Micro, micros_on_device, refuse_unfit, shown_views
-from model import load, missing_kernels, response_hidden
+from model import load, missing_kernels, refuse_special_tokens, response_hidden
 from sharding import (
     Shards,
     join_ranks,
@@ -394,6 +394,7 @@ def check_rows(run: Run, begin: int) -> None:
         refuse_unfit(run.settings.method, [row])
         for view, _ in shown_views(run.settings).values():
             image_size(getattr(row, view.image))
+            refuse_special_tokens(run.processor, view.text(row))
 
 
 def load_ahead(run: Run, begin: int) -> Iterator:

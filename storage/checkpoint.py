@@ -77,6 +77,13 @@ def prediction_weights(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def prompts_digest(processor) -> str:
+    """Of what makes a prompt of images and a question: chat template, image processor."""
+    told = [processor.chat_template, processor.image_processor.to_dict()]
+    text = json.dumps(told, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def fingerprint(model) -> str:
     """Of a model's weights: 16 hex digits, from the first 64 numbers of each."""
     some = [weight.detach().flatten()[:64].float().cpu() for weight in model.parameters()]

@@ -69,6 +69,9 @@ def own(folder: Path, gold: list[str] = GOLD, name: str = "mine", crops: bool = 
     return path
 
 
+PROCESSOR = tiny()[1]
+
+
 def reply(n, output: str, answer: str = "A", kind: str = "mc", **more) -> Answer:
     """A line of answers-BENCH-RANK.jsonl."""
     fields = {
@@ -140,7 +143,7 @@ def model(monkeypatch):
 
     weights = torch.nn.Linear(1, 1)
     monkeypatch.setattr("rollout.answers", answers)
-    monkeypatch.setattr("model.load", lambda path, **how: (weights, None))
+    monkeypatch.setattr("model.load", lambda path, **how: (weights, PROCESSOR))
     return Scripted
 
 
@@ -415,6 +418,16 @@ def test_another_benchmark_of_the_same_name_takes_no_answers_away(asked):
     with pytest.raises(ValueError, match="another benchmark"):
         ask(path)
     assert lines_of(out) == before
+
+
+def test_answers_to_other_prompts_are_not_gone_on_with(checkpoint, tmp_path):
+    path = own(tmp_path)
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    ask(path, tmp_path / "copy", "--limit 1 --max-new-tokens 2")
+    template = tmp_path / "copy" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(ValueError, match="differs in prompts"):
+        ask(path, tmp_path / "copy", "--max-new-tokens 2")
 
 
 def test_answers_without_their_settings_are_not_gone_on_with(asked):
