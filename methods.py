@@ -124,8 +124,8 @@ class VisionOPD:
             return {"teacher": 1 - self.settings.trust, "student": self.settings.trust}
         return {"teacher": 1.0}
 
-    def respond(self, run, micros: list[Micro], step: int, extra: int = 0) -> None:
-        write(run, micros, self.writer, step, extra)
+    def respond(self, run, micros: list[Micro], step: int, further: int = 0) -> None:
+        write(run, micros, self.writer, step, further)
 
     def select(self, run, micros: list[Micro], step: int) -> list[Micro]:
         return micros
@@ -155,7 +155,7 @@ class VisionOPD:
             kind=settings.divergence,
             chunk=settings.chunk,
             agreement=True,
-            extra=micro.sides["extra"],
+            extra=micro.sides["extra"] if self.target else [],
             target=self.target,
             teachers_top=self.teachers_top,
         )
@@ -169,7 +169,7 @@ class VisionOPD:
         return {} if agreement is None else {"agreement": agreement}
 
 
-def write(run, micros: list[Micro], writer: str, step: int, extra: int) -> None:
+def write(run, micros: list[Micro], writer: str, step: int, further: int) -> None:
     """The writer answers each prompt G times, `gen_prompts` of them at once; all responses are
     kept.
 
@@ -178,7 +178,7 @@ def write(run, micros: list[Micro], writer: str, step: int, extra: int) -> None:
     settings = run.settings
     model = run.shards.publish(writer)
     pad_id = run.processor.tokenizer.pad_token_id
-    key = f"{settings.seed}/{step}" + (f"/{extra}" if extra else "")
+    key = f"{settings.seed}/{step}" + (f"/{further}" if further else "")
     calls = math.ceil(len(micros) / run.micros_at_once)
     bar = tqdm(
         desc=f"step {step + 1} rollouts",
@@ -315,7 +315,7 @@ class DAPO(GRPO):
             if enough or len(parts) > self.settings.resample:
                 break
             more = run.further_micros(step, len(parts))
-            self.respond(run, more, step, extra=len(parts))
+            self.respond(run, more, step, further=len(parts))
             parts.append(super().select(run, more, step))
         kept = torch.tensor(mixed, device=run.device).bool()  # (batches, prompts)
         kept &= kept.flatten().cumsum(0).view_as(kept) <= prompts
@@ -349,7 +349,7 @@ class Crops(Graded):
     default_teacher = None
     writer = None
 
-    def respond(self, run, micros, step, extra=0):
+    def respond(self, run, micros, step, further=0):
         tokenizer = run.processor.tokenizer
         for micro in micros:
             texts = [row.answer + tokenizer.eos_token for row in micro.rows]
@@ -481,8 +481,9 @@ class VAOPD(VisionOPD):
         count_top = (0.2 * lengths).ceil()  # (N, 1)
         order = gained.masked_fill(~mask, -1.0).argsort(dim=1, descending=True, stable=True)
         is_top = order.argsort(1) < count_top  # (N, T)
-        count_other = (lengths - count_top).clamp(min=1)
-        each = torch.where(is_top, 0.5 / count_top.clamp(min=1), 0.5 / count_other)
+        count_other = lengths - count_top
+        of_top = torch.where(count_other > 0, 0.5, 1.0)  # a single token has all of it
+        each = torch.where(is_top, of_top / count_top.clamp(min=1), 0.5 / count_other.clamp(min=1))
         return mask * each * shares * group / max(1, count["responses"])
 
 
@@ -626,11 +627,11 @@ class EncodedMicros(torch.utils.data.Dataset):
 
 def refuse_unfit(method: str, rows: list[Triplet]) -> None:
     """ValueError where the method needs what rows do not have."""
-    boxless = [row.id for row in rows if row.bbox is None]
+    boxless = [row.id for row in rows if row.bbox is None or not has_area(row.bbox)]
     if boxless and METHODS[method].needs_boxes:
         raise ValueError(
-            f"--method {method} needs the boxes of the data, and samples {boxless} have none. "
-            "Give bbox in extra_info, or train with a method that needs none."
+            f"--method {method} needs boxes, and samples {boxless} have none with an area. Give "
+            "bbox, [x1, y1, x2, y2] in pixels, in train.jsonl, or train with another method."
         )
     without = [row.id for row in rows if row.answer is None]
     if without and METHODS[method].needs_answers:
@@ -640,6 +641,11 @@ def refuse_unfit(method: str, rows: list[Triplet]) -> None:
         )
 
 
+def has_area(box: list[int]) -> bool:
+    left, top, right, bottom = box
+    return 0 <= left < right and 0 <= top < bottom
+
+
 def shown_views(settings) -> dict[str, tuple[View, int]]:
     """What student, teacher and extra view show, if there are these, in how many tokens at most."""
     method = METHODS[settings.method]
@@ -647,7 +653,9 @@ def shown_views(settings) -> dict[str, tuple[View, int]]:
     if method.teacher_view:
         shown["teacher"] = (method.teacher_view, settings.max_crop_prompt)
     if method.extra_view:
-        shown["extra"] = (method.extra_view, settings.max_crop_prompt)
+        by_student = method.extra_by == "student"  # compared with it: in the same resolution
+        most = settings.max_prompt if by_student else settings.max_crop_prompt
+        shown["extra"] = (method.extra_view, most)
     return shown
 
 

@@ -101,18 +101,20 @@ class Settings:
     max_prompt: int = setting(
         8192, "student's prompt tokens; larger images are scaled down to fit", positive_int
     )
-    max_crop_prompt: int = setting(10240, "the same for the teacher's prompt", positive_int)
+    max_crop_prompt: int = setting(
+        10240, "the same for the teacher's prompt and its extra view", positive_int
+    )
     # method and objective (paper, section 4.1; the others: Tables 2, 3, 4 and 6)
     method: str = setting(
         "vision-opd",
-        "who writes, what the teacher sees, a token's loss: see methods.py; all but vision-opd "
-        "need answers in the data",
+        "who writes, what the teacher sees, a token's loss: see methods.py; opsd, sft, grpo, dapo "
+        "and crops need answers in the data",
         list(METHODS),
     )
     teacher: str = setting(
         None,
-        "whose weights (default: ema; of sft: initial, frozen). current: the student's; "
-        "trust-region: logits (1 - trust) initial + trust current",
+        "whose weights (default: ema; of sft, opd-aha, vad: initial, frozen). current: the "
+        "student's; trust-region: logits (1 - trust) initial + trust current",
         TEACHERS,
     )
     trust: float = setting(0.05, "the current student's share in a trust-region teacher", share)
@@ -126,7 +128,9 @@ class Settings:
     )
     beta: float = setting(0.5, "JSD's weight of the teacher in the mixture, in (0, 1)", inner_share)
     top_k: int = setting(
-        100, "student tokens compared one by one; the rest share a tail", positive_int
+        100,
+        "student's tokens compared one by one, a tail for the rest; s2vopd: teacher's, no tail",
+        positive_int,
     )
     tilt_floor: float = setting(
         None,
@@ -282,7 +286,8 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
         totals[1] += (weights[micro.rollout.mask] != 0).sum()
         if agree is not None:
             totals[2] += agree.sum()
-        if not shown and (step % settings.show_every == 0 or step + 1 == settings.steps):
+        looked_at = step % settings.show_every == 0 or step + 1 == settings.steps
+        if run.rank == 0 and not shown and looked_at:
             shown = show(run, step + 1, micro, per_token, weights if agree is not None else None)
     loss, counted, agreed = over_ranks(totals.tolist(), run.device)
     norm = shards.gradient_norm()
@@ -317,6 +322,7 @@ def teach(run: Run, micros: list[Micro]) -> None:
     heads = {}
     sides = [("teacher", *side) for side in run.method.teacher_sides().items()]
     sides += [("extra", *side) for side in run.method.extra_sides().items()]
+    sides.sort(key=lambda side: side[1], reverse=True)  # teacher, student: each published once
     for view, who, share_of_logits in sides:
         model = run.shards.publish(who)
         if who not in heads:  # the model is freed before the student's pass

@@ -11,13 +11,13 @@ def flags_with_effect(settings) -> dict[str, bool]:
     """The flags that only some methods, teachers and objectives read."""
     method = METHODS[settings.method]
     topk = method.distils and settings.objective == "topk"
-    whole = method.extra_view is not None or method.teachers_top  # needs the top-K loss
+    needs_topk = method.target or method.extra_view or method.teachers_top
     return {
         "--retrain-base": settings.toy and settings.model == f"{settings.out}/base",
         "--teacher": method.default_teacher is not None,
         "--max-crop-prompt": method.teacher_view is not None,
         "--trust": settings.teacher == "trust-region",
-        "--objective": method.distils and not whole,
+        "--objective": method.distils and not needs_topk,
         "--ema-rate": settings.teacher == "ema",
         "--divergence": topk,
         "--tilt-floor": settings.method in ("opd-aha", "vcsd"),
@@ -30,7 +30,8 @@ def flags_with_effect(settings) -> dict[str, bool]:
 
 def described(settings) -> str:
     names = ("method", "teacher", "objective", "divergence")
-    return ", ".join(f"--{name} {getattr(settings, name)}" for name in names)
+    given = {name: getattr(settings, name) for name in names}
+    return ", ".join(f"--{name} {value}" for name, value in given.items() if value)
 
 
 def why_not(settings) -> str | None:
@@ -40,7 +41,7 @@ def why_not(settings) -> str | None:
         return f"--method {method} samples from one set of weights: no --teacher trust-region"
     if METHODS[method].writer is None and settings.group > 1:
         return f"--method {method} samples nothing, a prompt has one label: add --group 1"
-    if method in ("grpo", "dapo") and settings.group < 2:
+    if method in ("grpo", "dapo", "v-zero") and settings.group < 2:
         return f"--method {method} compares the responses to a prompt: --group must be at least 2"
     if settings.toy and settings.plan:
         return "--plan needs data and a model that are there: leave --toy out"

@@ -121,12 +121,17 @@ def show(
     weight as a multiple of the mean one. per_token: (n,); weights: (N, T)."""
     shown, mask, folder = [], micro.rollout.mask, run.settings.out
     per_response = per_token.split(mask.sum(1).tolist())
+    if not mask.any():
+        return []
     scored = weights is not None
     differ = scored and weights[mask].min() < weights[mask].max()
     for i, row in enumerate(micro.rows[:4]):
         first = i * run.settings.group
         ids = micro.rollout.ids[first][mask[first]].tolist()
         divergence = [round(d, 5) for d in per_response[first].tolist()]
+        if differ:  # a token that does not count was not compared
+            counts = weights[first][mask[first]] / weights[mask].mean()
+            divergence = [d if count else None for d, count in zip(divergence, counts, strict=True)]
         if ids:  # it is trained on
             shown.append(
                 {
@@ -141,7 +146,6 @@ def show(
                 }
             )
             if differ:
-                counts = weights[first][mask[first]] / weights[mask].mean()
                 shown[-1]["weights"] = [round(count, 3) for count in counts.tolist()]
     return shown
 

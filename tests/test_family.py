@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise
+from PIL import ImageDraw
 from test_loss import kl
 from torch import float64
 from torch.autograd import grad
@@ -17,7 +18,7 @@ import train
 from loss import topk_divergence
 from rollout import Rollout
 from triplets import views
-from triplets.format import Triplet
+from triplets.format import RED, Triplet
 
 pytestmark = pytest.mark.core
 
@@ -66,8 +67,7 @@ def jsd(p, q):
 
 
 def opd_aha(s, t, x, top, floor):
-    q = (t**5 / x**4) * (t >= floor * t.amax(-1, keepdim=True))
-    q = torch.where(t >= floor * t.amax(-1, keepdim=True), q, t)
+    q = torch.where(t >= floor * t.amax(-1, keepdim=True), t**5 / x**4, t)
     return jsd(q / q.sum(-1, keepdim=True), s)
 
 
@@ -251,7 +251,7 @@ def va_opd(ratios, tokens, responses):
         order = sorted(range(len(response)), key=lambda i: -response[i])
         each = [0.5 / max(1, len(response) - first)] * len(response)
         for i in order[:first]:
-            each[i] = 0.5 / first
+            each[i] = (0.5 if len(response) > first else 1.0) / first
         weights.append([share * w for w in each])
     return weights
 
@@ -260,7 +260,7 @@ WEIGHTS = {"opd-v": opd_v, "v-zero": v_zero, "va-opd": va_opd}
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize("group, lengths", [(4, [5, 12, 1, 7, 3, 3, 9, 2]), (1, [6, 1])])
+@pytest.mark.parametrize("group, lengths", [(4, [5, 12, 1, 7, 3, 3, 9, 2]), (2, [6, 1])])
 def test_token_weights_are_those_of_the_formula(name, group, lengths):
     method = method_of(name, f"--group {group} --chunk 3")
     micro, ratios = micro_of(lengths, group)
@@ -294,17 +294,42 @@ def test_a_view_has_the_size_of_what_it_is_made_of(view, row):
     assert whole.tobytes() == (row.image if view == "masked_box" else row.crop).tobytes()
 
 
-def test_the_masked_box_keeps_its_frame_and_all_around_it(row):
-    before = np.asarray(row.image)
-    after = np.asarray(views.masked_box(row.image, row, random.Random(0)))
+@pytest.mark.parametrize("inwards", [0, 1, 3])
+def test_the_masked_box_keeps_its_frame_and_all_around_it(inwards, row):
+    """A frame round the box, as synth.py draws it, or inside it, as in the toy."""
+    picture = noise(90, 60, 1).point(lambda value: value // 2)
+    left, top, right, bottom = row.bbox
+    if inwards:
+        edges = (left, top, right - 1, bottom - 1)
+    else:
+        edges = (left - 3, top - 3, right + 2, bottom + 2)
+    ImageDraw.Draw(picture).rectangle(edges, outline=RED, width=inwards or 3)
+    before = np.asarray(picture)
+    after = np.asarray(views.masked_box(picture, row, random.Random(0)))
     inside = np.zeros(before.shape[:2], bool)
-    inside[21:35, 41:59] = True
+    inside[top + inwards : bottom - inwards, left + inwards : right - inwards] = True
     assert (after[~inside] == before[~inside]).all()
-    (colour,) = np.unique(after[inside], axis=0)
+    red = (before == RED).all(-1)
     around = np.zeros_like(inside)
-    around[12:44, 30:70] = True
-    around[20:36, 40:60] = False
-    assert np.abs(colour - before[around].mean(0)).max() <= 0.5
+    around[top - 8 : bottom + 8, left - 10 : right + 10] = True
+    around[top:bottom, left:right] = False
+    (colour,) = np.unique(after[inside], axis=0)
+    assert np.abs(colour - before[around & ~red].mean(0)).max() <= 0.5
+
+
+def test_an_unrelated_crop_is_not_distorted_where_the_crop_has_margins(row):
+    row.crop = row.image.crop((36, 16, 66, 40)).resize((120, 96))  # 4 times
+    lines = row.image.copy()
+    lines.paste((0, 0, 0), (0, 0, *lines.size))
+    lines.paste((255, 255, 255), (0, 50, 90, 53))  # 3 px high and 3 px wide
+    lines.paste((255, 255, 255), (10, 0, 13, 60))
+    high = wide = 0
+    for seed in range(60):
+        found = np.asarray(views.unrelated_crop(lines, row, random.Random(seed)))[..., 0] > 128
+        high = max(high, found.all(1).sum())
+        wide = max(wide, found.all(0).sum())
+    assert high > 9
+    assert abs(high - wide) <= 2
 
 
 @pytest.mark.parametrize("box", [[40, 20, 41, 21], [0, 0, 90, 60], [88, 58, 90, 60]])
@@ -348,10 +373,11 @@ def test_a_view_is_the_same_for_the_same_seed_and_row(row, tmp_path):
 # ------------------------------------------------------------------------------------ wrong usage
 
 
+@pytest.mark.parametrize("box", [None, [4, 4, 4, 9], [9, 9, 3, 3], [-1, 0, 5, 5]])
 @pytest.mark.parametrize("name", ["ead", "v-zero", "cv-opd"])
-def test_data_without_boxes_is_refused_where_a_view_needs_one(name, row):
+def test_data_without_boxes_is_refused_where_a_view_needs_one(name, box, row):
     methods.refuse_unfit(name, [row])
-    row.bbox = None
+    row.bbox = box
     with pytest.raises(ValueError, match="boxes"):
         methods.refuse_unfit(name, [row])
     methods.refuse_unfit("s2vopd", [row])
@@ -365,6 +391,7 @@ def test_data_without_boxes_is_refused_where_a_view_needs_one(name, row):
         ("--method vad --tilt-floor 0.1", "--tilt-floor"),
         ("--method opd-aha --tau 0.7", "--tau"),
         ("--method vcsd --tilt-floor 1.5", "--tilt-floor"),
+        ("--method v-zero --group 1", "--group"),
     ],
 )
 def test_flags_without_effect_are_refused(flags, named, capsys):

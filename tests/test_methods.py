@@ -176,7 +176,7 @@ def select(micros: list, flags: str, further=()) -> tuple[list, list[int]]:
     join_ranks("cpu")
     method = methods.METHODS[settings.method](settings)
     # They have their responses already.
-    method.respond = lambda run, micros, step, extra: answered.append(extra)
+    method.respond = lambda run, micros, step, further: answered.append(further)
     return method.select(run, micros, 0), answered
 
 

@@ -335,7 +335,7 @@ def test_a_variant_that_fails_is_named_with_its_output(toy, started, tmp_path, m
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SystemExit):
         toy("--ablate", "--out", tmp_path, "--variants", "grpo", "--seeds", 2, "--jobs", 1)
-    assert "vision-opd-0.0001/output.txt" in capsys.readouterr().err
+    assert "vision-opd-2/output.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", table.VARIANTS)

@@ -126,7 +126,8 @@ def run(out: Path, job: Job) -> None:
         *VARIANTS[job.variant].split(),
     ]
     with (job.folder / "output.txt").open("a") as output:
-        if subprocess.run(command, stdout=output, stderr=output).returncode:
+        failed = subprocess.run(command, stdout=output, stderr=output).returncode
+        if failed and job.seed != SEARCH_SEED:  # a learning rate that fails is not chosen
             raise OSError(
                 f"{job.variant} with seed {job.seed} failed: see {job.folder}/output.txt. Mend "
                 "what it names, then run the same command: it goes on from here."
@@ -137,8 +138,9 @@ def chosen_rates(out: Path, variants: list[str]) -> dict[str, float]:
     """The learning rate of each variant; of equal ones the smallest."""
 
     def read(variant: str, rate: float) -> float:
-        last = read_jsonl(out / "search" / f"{variant}-{rate:g}" / "log.jsonl", [])[-1]
-        return last["probe_full"] + last["probe_crop"]
+        log = read_jsonl(out / "search" / f"{variant}-{rate:g}" / "log.jsonl", [])
+        last = log[-1] if log else {}
+        return last.get("probe_full", 0) + last.get("probe_crop", 0)
 
     return {variant: max(RATES, key=lambda rate: read(variant, rate)) for variant in variants}
 

@@ -167,7 +167,7 @@ def read_row(line: bytes, number: int, folder: Path, is_there) -> Triplet:
         question=question.removeprefix("\n"),
         image=image,
         crop=crop,
-        bbox=box,
+        bbox=box and [round(edge) for edge in box],
         answer=None if answer in (None, "") else str(answer),
         extra=extra,
     )

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from storage.images import image_size
+from triplets.format import RED
 
 OVERLAP = 0.1  # of an unrelated crop with the box, intersection over union at most
 TRIES = 100  # places of an unrelated crop
@@ -35,22 +36,24 @@ def coarse(picture, row, draw):
 
 
 def masked_box(picture, row, draw):
-    """The inside of the box in the mean colour of what is around it, the frame kept (EAD)."""
+    """The box in the mean colour of what is around it, its red frame kept (EAD)."""
     left, top, right, bottom = row.bbox
+    pixels = np.array(picture, dtype=float)
+    red = (abs(pixels - RED) <= 60).all(-1)  # also of a JPEG
+    band = min(16, (right - left) // 4, (bottom - top) // 4)  # in which a frame may lie
+    red[top + band : bottom - band, left + band : right - band] = False
+    box = np.zeros(red.shape, bool)
+    box[top:bottom, left:right] = True
+    around = np.zeros(red.shape, bool)
     half = ((right - left) // 2, (bottom - top) // 2)
-    pixels = np.asarray(picture, dtype=float)
-    around = np.zeros(pixels.shape[:2], bool)
     rows = slice(max(0, top - half[1]), bottom + half[1])
     columns = slice(max(0, left - half[0]), right + half[0])
     around[rows, columns] = True
-    around[top:bottom, left:right] = False
+    around &= ~box & ~red
     if not around.any():  # the box is all there is
         around[:] = True
-    edge = min(max(round(min(picture.size) / 300), 1), 16)  # the frame's width, as in synthesis
-    inside = (left + edge, top + edge, max(left, right - edge), max(top, bottom - edge))
-    masked = picture.copy()
-    masked.paste(rounded(pixels[around].mean(0)), inside)
-    return masked
+    pixels[box & ~red] = pixels[around].mean(0)
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def masked_crop(picture, row, draw):
@@ -64,17 +67,20 @@ def masked_crop(picture, row, draw):
 
 
 def unrelated_crop(picture, row, draw):
-    """Another part of the full picture, as large as the box and enlarged like the crop, that shares
-    at most a tenth with the box (V-Zero, CV-OPD); where there is none, the least of what was
-    tried."""
+    """Another part of the full picture, with the crop's proportions and at least as large as the
+    box in one direction, enlarged to the crop's size, that shares at most a tenth with the box
+    (V-Zero, CV-OPD); where there is none, the least of what was tried."""
     left, top, right, bottom = row.bbox
-    width, height = right - left, bottom - top
+    size = row.crop.size if isinstance(row.crop, Image.Image) else image_size(row.crop)
+    scale = min(size[0] / (right - left), size[1] / (bottom - top))
+    width, height = (max(1, round(side / scale)) for side in size)
 
     def overlap(place):
-        across = max(0, width - abs(place[0] - left))
-        down = max(0, height - abs(place[1] - top))
-        shared = across * down
-        return shared / (2 * width * height - shared)
+        x, y = place
+        across = max(0, min(right, x + width) - max(left, x))
+        down = max(0, min(bottom, y + height) - max(top, y))
+        both = width * height + (right - left) * (bottom - top)
+        return across * down / (both - across * down)
 
     places = []
     for _ in range(TRIES):
@@ -84,7 +90,6 @@ def unrelated_crop(picture, row, draw):
         if overlap((x, y)) <= OVERLAP:
             break
     x, y = min(places, key=overlap)
-    size = row.crop.size if isinstance(row.crop, Image.Image) else image_size(row.crop)
     return picture.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.LANCZOS)
 
 
