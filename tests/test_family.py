@@ -24,6 +24,7 @@ pytestmark = pytest.mark.core
 
 N, V, K = 9, 23, 6  # tokens, vocabulary, compared
 END = 3  # ends a response
+MEAN = 0.2  # JSD of teacher and student over the batch (cv-opd)
 
 
 def settings_of(flags):
@@ -32,7 +33,7 @@ def settings_of(flags):
 
 def method_of(name, flags=""):
     method = methods.METHODS[name](settings_of(f"--method {name} {flags}"))
-    method.mean = 0.2  # of the batch (cv-opd)
+    method.mean = MEAN
     method.ends = torch.tensor([END])  # (vcsd)
     return method
 
@@ -114,7 +115,7 @@ def vcsd(s, t, x, top, floor):
 
 def cv_opd(s, t, x, top, floor):
     to_teacher = jsd(t, s)
-    margin = 0.1 * (0.1 + to_teacher - jsd(x, s)).clamp(min=0) * (to_teacher.detach() > 0.2)
+    margin = 0.1 * (0.1 + to_teacher - jsd(x, s)).clamp(min=0) * (to_teacher.detach() > MEAN)
     return to_teacher + margin - 0.01 * (margin.detach() > 0)
 
 

@@ -3,6 +3,7 @@ few plain lines."""
 
 import copy
 import math
+import random
 import shutil
 import statistics
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from itertools import islice
 from types import SimpleNamespace
 
 import pytest
+import test_family
 import torch
 from conftest import SMALL, ask, plain_logits, respond, small_run
 from torch import Tensor
@@ -306,6 +308,24 @@ def token_losses(settings, group: list[Answer]):
             yield answer.right, -log_s
         elif settings.method == "crops":
             yield True, -log_s
+        elif settings.method in ("vad", "vcsd", "cv-opd"):
+            top = answer.logits.detach().argsort(-1, descending=True)
+            events = (answer.logits, answer.teacher, answer.extra)
+            s, t, x = (logits.softmax(-1).gather(-1, top) for logits in events)
+            formula, floor = test_family.FORMULAS[settings.method]
+            yield True, formula(s, t, x, top, floor)
+        elif settings.method == "v-zero":
+            means = [
+                float((picked(a.teacher, a.ids) - picked(a.extra, a.ids)).mean()) for a in group
+            ]
+            mine = float((log_t - picked(answer.extra, answer.ids)).mean())
+            z = (mine - statistics.mean(means)) / (statistics.pstdev(means) + 1e-6)
+            losses = loss.divergence(answer.logits, answer.teacher, k=settings.top_k)
+            yield True, min(max(1 + 0.5 * z, 0), 2) * losses
+        elif settings.method == "s2vopd":
+            top = answer.teacher.topk(settings.top_k).indices
+            s, t = (x.gather(-1, top).softmax(-1) for x in (answer.logits, answer.teacher))
+            yield True, test_family.jsd(t, s)
         elif settings.method == "opd-aha":
             q = 5 * answer.teacher.log_softmax(-1) - 4 * answer.extra.log_softmax(-1)
             yield True, loss.divergence(answer.logits, q, k=settings.top_k)
@@ -333,6 +353,16 @@ def token_losses(settings, group: list[Answer]):
             yield True, loss.divergence(answer.logits, answer.teacher, **options)
 
 
+EXTRA_VIEWS = {
+    "opd-aha": ("crop", views.mean_colour),
+    "ead": ("image", views.masked_box),
+    "vad": ("crop", views.coarse),
+    "vcsd": ("image", views.black),
+    "v-zero": ("image", views.unrelated_crop),
+    "cv-opd": ("image", views.unrelated_crop),
+}
+
+
 def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
     """The answers to a row in the second step, and what student and teacher say about them."""
     settings, processor = run.settings, run.processor
@@ -348,13 +378,17 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
     writer, asked = (student, full)
     if settings.method in ("sft", "off-policy"):
         writer, asked = ema, shown
-    extra, reader = shown, ema
-    if settings.method == "opd-aha":
-        crop = load_image(row.crop)
-        extra = ask(processor, views.mean_colour(crop, row, None), row.question)
-    elif settings.method == "ead":
-        image = load_image(row.image)
-        extra, reader = ask(processor, views.masked_box(image, row, None), row.question), student
+    extra, reader = shown, student if settings.method == "ead" else ema
+    if settings.method in EXTRA_VIEWS:
+        name, change = EXTRA_VIEWS[settings.method]
+        draw = random.Random(f"5/{row.id}")
+        extra = ask(processor, change(load_image(getattr(row, name)), row, draw), row.question)
+    if settings.method in ("vcsd", "s2vopd"):
+        shown = full
+    if settings.method == "s2vopd":
+        draw = random.Random(f"5/{row.id}")
+        small = views.scaled_and_noisy(load_image(row.image), row, draw)
+        asked = full = ask(processor, small, row.question)
     group = []
     answers = respond(writer, processor, asked, 3, f"5/1/{row.id}")
     if settings.method == "crops":
@@ -391,9 +425,16 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
         "--method crops --group 1",
         "--method opd-aha --top-k 9999",
         "--method ead --top-k 9999",
+        "--method vad --top-k 9999",
+        "--method vcsd --top-k 9999",
+        "--method v-zero",
+        "--method cv-opd --top-k 9999",
+        "--method s2vopd --top-k 9",
     ],
 )
-def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags, begin):
+def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(
+    flags, begin, monkeypatch
+):
     """`squared` is a method that is not ours: a class, and a line in METHODS."""
     run = begin(f"--prompts 2 --group 3 --seed 5 {flags}")
     settings, shards = run.settings, run.shards
@@ -409,6 +450,10 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(flags,
 
     batch = [run.rows[i] for i in batch_rows(len(run.rows), 2, 5, 1)]
     groups = [read_answers(run, row, initial, student, ema) for row in batch]
+    monkeypatch.setattr(test_family, "END", PROCESSOR.tokenizer.eos_token_id)
+    answers = [answer for group in groups for answer in group]
+    apart = [loss.divergence(each.logits.detach(), each.teacher, k=9999) for each in answers]
+    monkeypatch.setattr(test_family, "MEAN", torch.cat(apart).mean())
     kept = []
     for group in groups:
         kept += [losses for trained_on, losses in token_losses(settings, group) if trained_on]
