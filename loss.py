@@ -104,6 +104,7 @@ def divergence(
         jsd          beta KL(T || M) + (1 - beta) KL(S || M),   M = beta T + (1 - beta) S
         forward_kl   KL(T || S)
         reverse_kl   KL(S || T)
+        soft_forward_kl   4 KL(T || S) of both at temperature 2
 
     student_logits, teacher_logits: (n, V), any float dtype. k = V - 1: the tail is the last token.
     k >= V: no tail. Returns (n,) in fp32 (float64 for float64 logits). No gradient flows to the
