@@ -1,7 +1,7 @@
 """Draw triplets of the toy world, or train and compare train.py's methods on it.
 
 python -m toy --out data/toy --n 100            draw triplets: no model, no labels needed
-python -m toy --ablate --out runs/ablate        the table: every method, several seeds; an hour
+python -m toy --ablate --out runs/ablate        the table: every method, several seeds; hours
 """
 
 import launch.environment  # noqa: F401  (first: it sets what torch and transformers read)
