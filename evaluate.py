@@ -39,7 +39,7 @@ from benchmarks.figures import (
 from benchmarks.page import trajectory, write_page
 from benchmarks.rows import Answer, Question
 from benchmarks.scoring import score
-from benchmarks.sources import BENCHES, GROUPS, most_pixels, read_benchmark
+from benchmarks.sources import BENCHES, GROUPS, KNOWN, most_pixels, read_benchmark
 from benchmarks.zoom import answer_with_zoom, neutralised
 from launch import script
 from launch.flags import device_name, natural, positive_int, setting, settings_parser
@@ -55,8 +55,6 @@ from storage.files import (
 )
 from storage.images import load_image
 from toy.scenes import held_out
-
-KNOWN = (*BENCHES, *GROUPS["toy"])  # benchmarks that are no file of one's own
 
 
 @dataclass

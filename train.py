@@ -525,7 +525,7 @@ def train(settings: Settings, rank: int, world: int, device: torch.device, probe
             log.write(entry, shown)
         if saves:
             save_checkpoint(out, step + 1, run.processor, run.shards)
-        if saves and log:
+        if saves and log and step + 1 < settings.steps:  # else main writes it
             write_page(out)
     return out / f"checkpoint-{settings.steps:06d}"
 

@@ -30,6 +30,7 @@ BENCHES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="
 GROUPS = BENCHES.pop("groups")
 GROUPS["all"] = list(BENCHES)
 LETTERS = "ABCDEFGH"
+KNOWN = (*BENCHES, *GROUPS["toy"])  # benchmarks that are no file of one's own
 PILLOWS_LIMIT, TABLES_LIMIT = Image.MAX_IMAGE_PIXELS, 250_000_000
 TEXTS = ("id", "prompt", "answer", "group", "pair")  # of a question; numbers may stand there too
 
@@ -37,8 +38,7 @@ TEXTS = ("id", "prompt", "answer", "group", "pair")  # of a question; numbers ma
 def most_pixels(names: Iterable[str]) -> int:
     """What these benchmarks' pictures may have; Pillow refuses one of twice as many. The table's
     files are trusted, and some are huge; with one of one's own it is Pillow's own limit."""
-    known = {*BENCHES, *GROUPS["toy"]}
-    return TABLES_LIMIT if known.issuperset(names) else PILLOWS_LIMIT
+    return TABLES_LIMIT if set(KNOWN).issuperset(names) else PILLOWS_LIMIT
 
 
 def read_benchmark(name: str, root: Path) -> list[Question]:

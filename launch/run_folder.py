@@ -95,7 +95,8 @@ class RunLog:
         for path, rows in zip(self.files, ([entry], shown), strict=True):
             with path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-        if entry["step"] % self.every == 0 or entry["step"] == entry["steps"]:
+        last = entry["step"] == entry["steps"]
+        if last or entry["step"] % self.every == 0:
             tqdm.write(log_line(entry), file=sys.stdout)
         self.entries.append(entry)
         for key, warning in runaways(self.entries):
@@ -106,7 +107,7 @@ class RunLog:
             full, crop = entry["probe_full"], entry["probe_crop"]
             self.bar.set_postfix_str(f"reads {full:.0%} in full view, {crop:.0%} of crops")
         self.bar.update()
-        if entry["step"] == entry["steps"]:
+        if last:
             self.bar.close()
         if self.board:
             for key, value in entry.items():

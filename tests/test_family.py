@@ -384,23 +384,6 @@ def test_data_without_boxes_is_refused_where_a_view_needs_one(name, box, row):
     methods.refuse_unfit("s2vopd", [row])
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        ("--method ead --objective sampled-token", "--objective"),
-        ("--method s2vopd --objective topk", "--objective"),
-        ("--method vad --tilt-floor 0.1", "--tilt-floor"),
-        ("--method opd-aha --tau 0.7", "--tau"),
-        ("--method vcsd --tilt-floor 1.5", "--tilt-floor"),
-        ("--method v-zero --group 1", "--group"),
-    ],
-)
-def test_flags_without_effect_are_refused(flags, named, capsys):
-    with pytest.raises(SystemExit):
-        settings_of(flags)
-    assert named in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_teachers_and_divergences_are_as_published_and_can_be_chosen():
     told = {name: settings_of(f"--method {name}") for name in methods.METHODS if name != "crops"}
     frozen = {name for name, settings in told.items() if settings.teacher == "initial"}

@@ -390,6 +390,13 @@ def test_help_tells_the_defaults(toy, lr, capsys):
         "--plan --toy",
         "--group=1 --method=grpo",
         "--teacher=trust-region --method=sft",
+        "--objective=sampled-token --method=ead",
+        "--objective=topk --method=s2vopd",
+        "--tilt-floor=0.1 --method=vad",
+        "--tilt-floor=1.5 --method=vcsd",
+        "--tau=0.7 --method=opd-aha",
+        "--group=1 --method=v-zero",
+        "--group=2 --method=crops",
     ],
 )
 def test_a_flag_that_is_wrong_or_would_be_ignored_is_named(flags, capsys, monkeypatch):

@@ -23,6 +23,7 @@ from storage.images import save_image
 RED = (255, 0, 0)  # the box
 AT_ONCE = 50_000_000  # bytes of train.jsonl that are read at once (ours: a second or two)
 FOLDERS = ("images", "teacher_images")  # of full images and of crops; keys of a row as well
+HALF = re.compile("[\ud800-\udfff]")  # of a character: JSON can say it, no file can hold it
 # each of these would change the number of images, or begin and end turns of the chat
 TAG = re.compile(r"<image>|<video>|<\|\w+\|>")
 
@@ -143,8 +144,7 @@ def read_row(line: bytes, number: int, folder: Path, is_there) -> Triplet:
     """The triplet of a line of train.jsonl, the `number`-th. is_there: a path -> bool."""
     row = read_object(line)
     problem = str(row["problem"])
-    half = re.search("[\ud800-\udfff]", problem)  # of a character: no file can hold it
-    expect(row, "problem", not half, "text that can be written as UTF-8")
+    expect(row, "problem", not HALF.search(problem), "text that can be written as UTF-8")
     question = problem.removeprefix("<image>")
     tags = TAG.findall(problem)
     good = tags == ["<image>"] and question != problem and question.strip()
@@ -152,8 +152,8 @@ def read_row(line: bytes, number: int, folder: Path, is_there) -> Triplet:
     expect(row, "problem", good, f"{expected}; found {tags}")
     answer = row.get("answer")
     good = answer is None or type(answer) in (str, int, float) and answer == answer
-    half = re.search("[\ud800-\udfff]", str(answer))
-    expect(row, "answer", good and not half, "a text of whole characters, a number or null")
+    good = good and not HALF.search(str(answer))
+    expect(row, "answer", good, "a text of whole characters, a number or null")
     box = row.get("bbox")
     numbers = isinstance(box, list) and [isinstance(v, int | float) for v in box]
     good = box is None or numbers == [True] * 4
