@@ -268,11 +268,10 @@ def to_ask(name: str, questions: list[Question], out: Path, views: list[str]) ->
     asked = []
     for question in questions:
         row = dict(vars(question))
-        for view in ("image", "crop"):
-            if row[view]:
-                row[view] = os.path.relpath(row[view], out)
+        row["image"] = os.path.relpath(question.image, out)
+        row["crops"] = [os.path.relpath(crop, out) for crop in question.crops]
         for view in views:
-            if view == "full" or question.crop:
+            if question.shown(view):
                 digest = question.fingerprint(view)
                 asked.append(Answer(**row, bench=name, view=view, digest=digest))
     return asked
@@ -282,8 +281,10 @@ def replies_to(model, processor, out: Path, how: Asking, batch: list[Answer]) ->
     """What the model says to a batch: the fields of an Answer that it fills in."""
     from rollout import answers
 
-    paths = [out / (a.image if a.view == "full" else a.crop) for a in batch]
-    images = [load_image(os.path.normpath(path)) for path in paths]
+    images = []
+    for answer in batch:
+        paths = [os.path.normpath(out / path) for path in answer.shown(answer.view)]
+        images.append(list(map(load_image, paths)))
     prompts = [neutralised(answer.prompt) for answer in batch]  # no turn can be forged
     ask = partial(answers, model, processor, max_new_tokens=how.max_new_tokens)
     if how.zoom:
@@ -319,7 +320,7 @@ def where_crops_are(
     ValueError if none has, where they are asked for."""
     if view == "full":
         return benches
-    without = [name for name, rows in benches.items() if not any(row.crop for row in rows)]
+    without = [name for name, rows in benches.items() if not any(row.crops for row in rows)]
     if len(without) == len(benches):
         raise ValueError(
             f"--view {view}: {', '.join(without)} has no crops. zoombench, toy and folders of "

@@ -53,19 +53,23 @@ OPSD_HINT = (
 class View:
     """What a model is shown beside the question."""
 
-    image: str  # of a triplet: "image" (the full one) or "crop"
+    image: str  # of a triplet: "image" (the full one) or "crop" (all of them)
     hint: str = ""  # added to the question; {answer} is the label
-    change: Callable | None = None  # of triplets/views.py: (picture, row, draw) -> picture
+    change: Callable | None = None  # of triplets/views.py: (picture, row, draw) -> picture, or more
 
-    def picture(self, row: Triplet, seed: int) -> Image:
+    def pictures(self, row: Triplet, seed: int) -> list[Image]:
         """The same for the same seed and row."""
-        picture = load_image(getattr(row, self.image))
+        pictures = list(map(load_image, row.shown(self.image)))
         if self.change is None:
-            return picture
-        return self.change(picture, row, random.Random(f"{seed}/{row.id}"))
+            return pictures
+        draw, changed = random.Random(f"{seed}/{row.id}"), []
+        for picture in pictures:
+            new = self.change(picture, row, draw)
+            changed += new if isinstance(new, list) else [new]
+        return changed
 
     def text(self, row: Triplet) -> str:
-        """What stands after the image. The newline is the official training prompt's; its
+        """What stands after the images. The newline is the official training prompt's; its
         evaluation, and ours, have none."""
         return "\n" + row.question + self.hint.format(answer=row.answer)
 
@@ -616,7 +620,7 @@ class EncodedMicros(torch.utils.data.Dataset):
             rows = [self.rows[j] for j in numbers]
             refuse_unfit(self.method, rows)
             for who, (view, most) in self.views.items():
-                images = [view.picture(row, self.seed) for row in rows]
+                images = [view.pictures(row, self.seed) for row in rows]
                 texts = [view.text(row) for row in rows]
                 prompt = encode(self.processor, images, texts, max_tokens=most)
                 prompts[who] = prompt | {"pixel_values": prompt["pixel_values"].to(self.dtype)}
@@ -627,11 +631,11 @@ class EncodedMicros(torch.utils.data.Dataset):
 
 def refuse_unfit(method: str, rows: list[Triplet]) -> None:
     """ValueError where the method needs what rows do not have."""
-    boxless = [row.id for row in rows if row.bbox is None or not has_area(row.bbox)]
+    boxless = [row.id for row in rows if not row.boxes or not all(map(has_area, row.boxes))]
     if boxless and METHODS[method].needs_boxes:
         raise ValueError(
             f"--method {method} needs boxes, and samples {boxless} have none with an area. Give "
-            "bbox, [x1, y1, x2, y2] in pixels, in train.jsonl, or train with another method."
+            "bbox, [x1, y1, x2, y2] in pixels a crop, in train.jsonl, or train with another method."
         )
     without = [row.id for row in rows if row.answer is None]
     if without and METHODS[method].needs_answers:

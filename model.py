@@ -134,22 +134,23 @@ def missing_kernels(model) -> list[str]:
 
 
 def encode(processor, images: list, texts: list, *, max_tokens: int | None = None) -> Prompt:
-    """Per row an image and a question, or a list of images and a chat (messages as chat templates
-    take them) that has as many -> left-padded prompts that end with the non-thinking generation
-    prefix.
+    """Per row an image, or a list of them, and a question about all, or a chat (messages as chat
+    templates take them) that has as many -> left-padded prompts that end with the non-thinking
+    generation prefix.
 
     Returns a Prompt with pixel_values in float32; `shrunk`: prompts over `max_tokens` have their
-    one image scaled down to fit (cutting ids would cut image tokens). Raises ValueError when the
-    text alone is too long or holds a special token.
+    images scaled down to fit (cutting ids would cut image tokens). Raises ValueError when the text
+    alone is too long or holds a special token.
     """
     chats, fitted, shrunk = [], [], []
-    for image, text in zip(images, texts, strict=True):
+    for shown, text in zip(images, texts, strict=True):
+        shown = shown if isinstance(shown, list) else [shown]
         refuse_special_tokens(processor, text)
-        chats.append(chat(processor, text))
+        chats.append(chat(processor, text, len(shown)))
         chats[-1].encode()  # a ValueError for half a character, which no tokenizer takes
-        small = image if max_tokens is None else fit(processor, image, chats[-1], max_tokens)
-        fitted += small if isinstance(small, list) else [small]
-        shrunk.append(small is not image)
+        small = shown if max_tokens is None else fit(processor, shown, chats[-1], max_tokens)
+        fitted += small
+        shrunk.append(small is not shown)
     prompt = processor(
         text=chats, images=fitted, padding=True, padding_side="left", return_tensors="pt"
     )
@@ -166,47 +167,47 @@ def refuse_special_tokens(processor, text: str | list) -> None:
         )
 
 
-def chat(processor, text: str | list) -> str:
-    """A question about one image, or a chat's messages, as the model reads it, with a placeholder
-    for each image."""
+def chat(processor, text: str | list, images: int = 1) -> str:
+    """A question about so many images, or a chat's messages, as the model reads it, with a
+    placeholder for each image."""
     if isinstance(text, str):
-        content = [{"type": "image"}, {"type": "text", "text": text}]
+        content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
         text = [{"role": "user", "content": content}]
     return processor.apply_chat_template(text, add_generation_prompt=True, enable_thinking=False)
 
 
-def text_tokens(processor, chat: str) -> int:
-    """Tokens of a chat about one image, without those of the image (it holds one placeholder)."""
-    return len(processor.tokenizer(chat)["input_ids"]) - 1
-
-
-def image_tokens(processor, size: tuple[int, int]) -> int:
-    """Tokens of an image of `size` (width, height) in pixels."""
+def prompt_tokens(processor, chat: str, sizes: list) -> int:
+    """Tokens of a chat and of its images, whose sizes are (width, height) in pixels."""
     vision = processor.image_processor
-    patches = vision.get_number_of_image_patches(size[1], size[0], {})
-    return patches // vision.merge_size**2
+    patches = sum(vision.get_number_of_image_patches(high, wide, {}) for wide, high in sizes)
+    text = len(processor.tokenizer(chat)["input_ids"]) - len(sizes)  # less the placeholders
+    return text + patches // vision.merge_size**2
 
 
-def fit(processor, image: Image.Image, chat: str, max_tokens: int) -> Image.Image:
-    """`image` itself when its prompt has at most `max_tokens` tokens, else a copy scaled down so
-    that it has."""
-    room = max_tokens - text_tokens(processor, chat)
-    if image_tokens(processor, image.size) <= room:
-        return image
+def fit(processor, images: list, chat: str, max_tokens: int) -> list:
+    """`images` itself when their prompt has at most `max_tokens` tokens, else copies, scaled down
+    by one factor, with which it has."""
+    sizes = [image.size for image in images]
+    if prompt_tokens(processor, chat, sizes) <= max_tokens:
+        return images
     vision = processor.image_processor
     side = vision.patch_size * vision.merge_size  # px per image token along an edge
+    room = max_tokens - prompt_tokens(processor, chat, []) + len(images)
     # A grid below the processor's minimum is enlarged again.
-    least = 2 * math.ceil(vision.size["shortest_edge"] / side**2)
+    least = 2 * math.ceil(vision.size["shortest_edge"] / side**2) * len(images)
     if room < least:
         raise ValueError(
             f"A question of {len(chat)} characters leaves {room} of {max_tokens} prompt tokens for "
-            f"its image, which needs at least {least}. Raise the prompt limit or shorten the "
+            f"its image(s), which need at least {least}. Raise the prompt limit or shorten the "
             f"question: {chat[:120]!r}"
         )
-    scale = math.sqrt(room / (image.width * image.height))  # image tokens per px
-    columns = min(max(1, int(image.width * scale)), room)
-    rows = min(max(1, int(image.height * scale)), room // columns)
-    return image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    scale = math.sqrt(room / sum(map(math.prod, sizes)))  # image tokens per px along an edge
+    while prompt_tokens(processor, chat, sizes) > max_tokens:
+        sizes = [
+            [side * min(max(1, int(edge * scale)), room) for edge in image.size] for image in images
+        ]
+        scale *= 0.99  # several may take more than one: by rounding up, by that minimum
+    return list(map(Image.Image.resize, images, sizes))  # bicubic
 
 
 def join(prompts: list[Prompt], pad_id: int) -> Prompt:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from methods import METHODS, View
-from model import ImageTextProcessor, chat, image_tokens, text_tokens
+from model import ImageTextProcessor, chat, prompt_tokens
 from storage.checkpoint import find
 from storage.images import image_size
 from triplets.format import Triplet
@@ -262,11 +262,11 @@ def prompt_lengths(rows: list[Triplet], view: View, processor) -> list[int]:
     lengths = []
     for row in tqdm(rows, desc=f"prompts of the {view.image}", leave=False):
         try:
-            size = image_size(getattr(row, view.image))
+            sizes = list(map(image_size, row.shown(view.image)))
         except ValueError as error:
             raise ValueError(f"sample {row.id}: {error}") from error
-        text = chat(processor, view.text(row))
-        lengths.append(text_tokens(processor, text) + image_tokens(processor, size))
+        text = chat(processor, view.text(row), len(sizes))
+        lengths.append(prompt_tokens(processor, text, sizes))
     return lengths
 
 

@@ -380,7 +380,7 @@ def share_of_step(run: Run, step: int, seed: int) -> list[list[int]]:
     if settings.method == "dapo":  # whose select counts in the batch's order
         places = range(run.rank * mine, (run.rank + 1) * mine)
     else:
-        sizes = [os.path.getsize(run.rows[j].image) for j in batch]
+        sizes = [run.rows[j].bytes for j in batch]
         places = deal(sizes, run.rank, run.world)
     size = settings.micro_prompts
     return [[batch[place] for place in places[i : i + size]] for i in range(0, mine, size)]
@@ -399,7 +399,7 @@ def check_rows(run: Run, begin: int) -> None:
         row = run.rows[j]
         refuse_unfit(run.settings.method, [row])
         for view, _ in shown_views(run.settings).values():
-            image_size(getattr(row, view.image))
+            list(map(image_size, row.shown(view.image)))
             refuse_special_tokens(run.processor, view.text(row))
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.figures import scored_answers, scorer_of, table
+from benchmarks.rows import crops_of
 from benchmarks.sources import BENCHES, most_pixels
 from storage.files import numbered, read_json, read_jsonl, write
 from storage.images import load_image
@@ -59,7 +60,7 @@ def write_page(out: Path) -> Path:
     logs = notes if training else []  # only of a run it is told that they are missing
     rollouts = read_jsonl(out / "rollouts.jsonl", logs)
     ends = {row["step"] for row in rollouts[:1] + rollouts[-1:]}
-    rollouts = [row for row in rollouts if row["step"] in ends]
+    rollouts = [row | {"crops": crops_of(row)} for row in rollouts if row["step"] in ends]
     shown = sorted(samples.values(), key=dull)[:MOST_SAMPLES]
     data = {
         "name": name,
@@ -107,12 +108,12 @@ def trajectory(folder: Path) -> Iterator[dict]:
 
 
 def answers_shown(folder: Path, out: Path) -> Iterator[dict]:
-    """The scored answers in a results folder, as the page's script reads them: image and crop
+    """The scored answers in a results folder, as the page's script reads them: image and crops
     relative to the page, the error as the output where there is one."""
     for answer in scored_answers(folder, scorer_of(folder)):
         row = vars(answer)
-        for view in ("image", "crop"):
-            row[view] = row[view] and os.path.relpath(folder / row[view], out)
+        row["image"] = os.path.relpath(folder / row["image"], out)
+        row["crops"] = [os.path.relpath(folder / crop, out) for crop in row["crops"]]
         text = answer.error or answer.output
         if len(text) > ANSWER_LENGTH:
             text = f"{text[:ANSWER_LENGTH]} … {len(text) - ANSWER_LENGTH} more characters"
@@ -128,7 +129,7 @@ def dull(sample) -> tuple:
 def pictures(out: Path, rows: list[dict], notes: list[str]) -> dict[str, str]:
     """{path relative to `out`: data URI} of the rows' images and crops. What cannot be read, or
     does not fit, is missing and said in `notes`."""
-    paths = dict.fromkeys(row[view] for row in rows for view in ("image", "crop") if row.get(view))
+    paths = dict.fromkeys(path for row in rows for path in (row["image"], *row["crops"]))
     side = min(640, math.isqrt(IMAGE_PIXELS // max(1, len(paths))))
     uris, left, budget = {}, 0, IMAGE_BYTES
     with ThreadPoolExecutor(4) as pool:

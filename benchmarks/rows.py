@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from storage.images import file_at
+from triplets.format import only
 
 
 @dataclass(kw_only=True)
@@ -18,31 +19,35 @@ class Question:
     answer: str  # an option's letter (mc), yes or no (yn), or a text; of free, each line is right
     kind: str = "mc"  # mc, yn, free, or exact: word for word
     options: dict[str, str] = field(default_factory=dict)  # letter -> text
-    crop: Path | str | None = None
+    crops: list[Path | str] = field(default_factory=list)  # of what it takes to answer; or none
     group: str | None = None  # category, for accuracies by group
     pair: str | None = None  # questions that only count together (MMVP)
 
     def fingerprint(self, view: str) -> str:
-        """Of all that an answer to it in a view, and what that is worth, depend on, the picture's
+        """Of all that an answer to it in a view, and what that is worth, depend on, the pictures'
         bytes included, where they can be read."""
-        shown = self.image if view == "full" else self.crop
         told = [self.prompt, self.answer, self.kind, self.options, self.group, self.pair]
-        seen = None
-        if shown:
+        seen = []
+        for shown in self.shown(view):
+            seen.append(None)
             with suppress(OSError), file_at(shown).open("rb") as file:
-                seen = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashlib.sha256(ascii([told, seen]).encode()).hexdigest()[:20]
+                seen[-1] = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(ascii([told, only(seen)]).encode()).hexdigest()[:20]
+
+    def shown(self, view: str) -> list[Path | str]:
+        """The pictures of a view, full or crop."""
+        return [self.image] if view == "full" else self.crops
 
 
 @dataclass(kw_only=True)
 class Answer(Question):
     """A line of answers-BENCH-RANK.jsonl: a question and what a model answered, or an error.
 
-    image and crop: relative to the folder that holds the line.
+    image and crops: relative to the folder that holds the line.
     """
 
     bench: str = ""
-    view: str = "full"  # or crop: which image was shown
+    view: str = "full"  # or crop: what was shown
     digest: str | None = None  # the question's fingerprint, when it was asked
     output: str | None = None
     tokens: int | None = None
@@ -77,7 +82,17 @@ class Scored(Answer):
 def read_answer(line: dict) -> Answer:
     """The answer of a line, whatever else an older version wrote there."""
     known = {each.name for each in fields(Answer)}
+    line = line | {"crops": crops_of(line)}
     return Answer(**{key: value for key, value in line.items() if key in known})
+
+
+def crops_of(row: dict) -> list:
+    """What a row says of its crops: a list `crops`, or, as rows of one crop may, a `crop`. Raises
+    ValueError."""
+    crops = row.get("crops") or list(filter(None, [row.get("crop")]))
+    if not isinstance(crops, list):
+        raise ValueError(f"crops is {crops!r:.60}. Expected a list of the names of files")
+    return crops
 
 
 def repeats_itself(text: str) -> bool:

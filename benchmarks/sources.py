@@ -21,7 +21,7 @@ from string import ascii_letters
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.rows import Question
+from benchmarks.rows import Question, crops_of
 from storage.files import numbered_lines, write, write_jsonl
 from storage.hub import download, unpack
 from triplets.format import Triplet, read_triplets
@@ -55,7 +55,7 @@ def read_benchmark(name: str, root: Path) -> list[Question]:
 
     def own_picture(name) -> Path:
         if not isinstance(name, str):
-            raise ValueError(f"image or crop is {name!r:.60}. Expected the name of a file")
+            raise ValueError(f"an image or crop is {name!r:.60}. Expected the name of a file")
         return path.parent / name
 
     rows = read_triplets(path) if path.is_dir() else records(path)
@@ -129,7 +129,7 @@ def neutral_question(row: dict, name: str, place: Callable) -> Question:
         raise ValueError(f"the answer is {answer!r}. Expected one of {', '.join(allowed)}")
     return Question(
         image=place(row["image"]),
-        crop=place(row["crop"]) if row.get("crop") else None,
+        crops=list(map(place, crops_of(row))),
         answer=answer,
         kind=kind,
         options=options,

@@ -17,18 +17,18 @@ To call it, answer <tool_call>{"name": "image_zoom_in_tool", \
 
 
 def answer_with_zoom(answer, images: list, texts: list[str], rounds: int) -> list[dict]:
-    """As answer(images, chats) -> replies, but the model may call the tool at most `rounds` times a
-    row: the region comes back as a further image, or an error that it can react to.
+    """As answer(images, chats) -> replies, `images` being a list a row, but the model may call the
+    tool at most `rounds` times a row: the region comes back as a further image, or an error that it can react to.
 
     A dict a row: output (the last turn), tokens (of all turns), truncated, calls, malformed ones.
     Every turn computes its whole prompt anew.
     """
-    views = [[image] for image in images]
+    views = list(map(list, images))
     done = [{"tokens": 0, "calls": 0, "malformed": 0} for _ in texts]
     chats = []
-    for text in texts:
+    for shown, text in zip(images, texts, strict=True):
         system = {"role": "system", "content": TOOLS}
-        chats.append([system, from_user({"type": "image"}, words(text))])
+        chats.append([system, from_user(*[{"type": "image"}] * len(shown), words(text))])
     active = range(len(texts))
     for left in range(rounds, -1, -1):
         replies = answer([views[i] for i in active], [chats[i] for i in active])
@@ -43,7 +43,7 @@ def answer_with_zoom(answer, images: list, texts: list[str], rounds: int) -> lis
             done[i]["calls"] += 1
             try:
                 calls = re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", said, re.DOTALL)
-                views[i].append(zoomed_region(calls[-1], images[i]))
+                views[i].append(zoomed_region(calls[-1], images[i][0]))
                 seen = {"type": "image"}
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 done[i]["malformed"] += 1

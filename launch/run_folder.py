@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from launch.brakes import runaways
 from storage.files import read_json, read_jsonl, write, write_jsonl
-from triplets.format import LazyTriplets, Triplet
+from triplets.format import LazyTriplets, Triplet, only
 
 HERE = Path(__file__).parent
 
@@ -55,7 +55,10 @@ def rows_digest(rows: Sequence[Triplet], with_answers: bool) -> str:
     its bytes."""
     if isinstance(rows, LazyTriplets):
         return rows.sha256.hexdigest()
-    told = [[row.id, row.question, row.bbox, row.image.name, row.crop.name] for row in rows]
+    told = []
+    for row in rows:
+        crops = only([crop.name for crop in row.crops])
+        told.append([row.id, row.question, only(row.boxes), row.image.name, crops])
     if with_answers:
         told += [row.answer for row in rows]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
@@ -141,7 +144,7 @@ def show(
                     "question": row.question,
                     "answer": row.answer,
                     "image": os.path.relpath(row.image, folder),
-                    "crop": os.path.relpath(row.crop, folder),
+                    "crops": [os.path.relpath(crop, folder) for crop in row.crops],
                     "tokens": [run.processor.tokenizer.decode([token]) for token in ids],
                     "divergence": divergence if scored else [],
                 }

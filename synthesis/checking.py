@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from storage.images import image_size, load_image
 from synthesis.texts import PROMPTS, leaks, normal
-from triplets.format import Triplet, read_triplets
+from triplets.format import Triplet, only, read_triplets
 
 
 def check_triplets(folder: Path):
@@ -24,7 +24,7 @@ def check_triplets(folder: Path):
         print(f"error: {error}")
     for warning in balance(samples):
         print(f"warning: {warning}")
-    boxes = sum(sample.bbox is not None for sample in samples)
+    boxes = sum(sample.boxes is not None for sample in samples)
     answers = sum(sample.answer is not None for sample in samples)
     print(
         f"{folder}: {len(samples)} well-formed rows, {boxes} with a box, {answers} with an answer; "
@@ -38,19 +38,18 @@ def check_triplets(folder: Path):
 
 
 def flaw(sample: Triplet) -> str | None:
-    """What is wrong with a sample's images or box, if anything."""
+    """What is wrong with a sample's images or boxes, if anything."""
     try:
         width, height = load_image(sample.image).size
-        load_image(sample.crop)
-        for file in (sample.image, sample.crop):
+        for file in (sample.image, *sample.crops):
+            load_image(file)
             image_size(file)  # raises for one that is too long
     except (OSError, ValueError) as error:
         return f"sample {sample.id}: {error}"
-    if sample.bbox:
-        x1, y1, x2, y2 = sample.bbox
+    for x1, y1, x2, y2 in sample.boxes or []:
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             return (
-                f"sample {sample.id}: bbox is {sample.bbox}. Expected x1 < x2 <= {width}, y1 < y2 "
+                f"sample {sample.id}: bbox is {only(sample.boxes)}. Expected x1 < x2 <= {width}, y1 < y2 "
                 f"<= {height}: correct it, or write null."
             )
     return None

@@ -283,23 +283,23 @@ def row():
     picture.paste((200, 30, 40), (40, 20, 60, 36))
     picture.putpixel((50, 30), (0, 0, 0))
     crop = picture.crop((40, 20, 60, 36)).resize((40, 32))
-    return Triplet("r7", "what ?", picture, crop, [40, 20, 60, 36])
+    return Triplet("r7", "what ?", picture, [crop], [[40, 20, 60, 36]])
 
 
 @pytest.mark.parametrize("view", ["mean_colour", "black", "coarse", "masked_crop", "masked_box"])
 def test_a_view_has_the_size_of_what_it_is_made_of(view, row):
-    whole = row.image if view == "masked_box" else row.crop
+    whole = row.image if view == "masked_box" else row.crops[0]
     changed = getattr(views, view)(whole, row, random.Random(0))
     assert changed.size == whole.size
     assert changed.tobytes() != whole.tobytes()
-    assert whole.tobytes() == (row.image if view == "masked_box" else row.crop).tobytes()
+    assert whole.tobytes() == (row.image if view == "masked_box" else row.crops[0]).tobytes()
 
 
 @pytest.mark.parametrize("inwards", [0, 1, 3])
 def test_the_masked_box_keeps_its_frame_and_all_around_it(inwards, row):
     """A frame round the box, as synth.py draws it, or inside it, as in the toy."""
     picture = noise(90, 60, 1).point(lambda value: value // 2)
-    left, top, right, bottom = row.bbox
+    left, top, right, bottom = row.boxes[0]
     if inwards:
         edges = (left, top, right - 1, bottom - 1)
     else:
@@ -319,14 +319,15 @@ def test_the_masked_box_keeps_its_frame_and_all_around_it(inwards, row):
 
 
 def test_an_unrelated_crop_is_not_distorted_where_the_crop_has_margins(row):
-    row.crop = row.image.crop((36, 16, 66, 40)).resize((120, 96))  # 4 times
+    row.crops[0] = row.image.crop((36, 16, 66, 40)).resize((120, 96))  # 4 times
     lines = row.image.copy()
     lines.paste((0, 0, 0), (0, 0, *lines.size))
     lines.paste((255, 255, 255), (0, 50, 90, 53))  # 3 px high and 3 px wide
     lines.paste((255, 255, 255), (10, 0, 13, 60))
     high = wide = 0
     for seed in range(60):
-        found = np.asarray(views.unrelated_crop(lines, row, random.Random(seed)))[..., 0] > 128
+        (found,) = views.unrelated_crop(lines, row, random.Random(seed))
+        found = np.asarray(found)[..., 0] > 128
         high = max(high, found.all(1).sum())
         wide = max(wide, found.all(0).sum())
     assert high > 9
@@ -335,15 +336,16 @@ def test_an_unrelated_crop_is_not_distorted_where_the_crop_has_margins(row):
 
 @pytest.mark.parametrize("box", [[40, 20, 41, 21], [0, 0, 90, 60], [88, 58, 90, 60]])
 def test_boxes_of_any_size_can_be_masked_and_have_another_part(box, row):
-    row.bbox = box
-    for view in (views.masked_box, views.unrelated_crop):
-        assert min(view(row.image, row, random.Random(0)).size) > 0
+    row.boxes = box and [box]
+    masked = views.masked_box(row.image, row, random.Random(0))
+    for picture in (masked, *views.unrelated_crop(row.image, row, random.Random(0))):
+        assert min(picture.size) > 0
 
 
 def test_an_unrelated_crop_is_another_part_as_large_as_the_crop(row):
     for seed in range(20):
-        found = views.unrelated_crop(row.image, row, random.Random(seed))
-        assert found.size == row.crop.size
+        (found,) = views.unrelated_crop(row.image, row, random.Random(seed))
+        assert found.size == row.crops[0].size
         red = (np.asarray(found) == (200, 30, 40)).all(-1).mean()
         assert red <= 2 * views.OVERLAP / (1 + views.OVERLAP) + 0.05
 
@@ -367,7 +369,7 @@ def test_a_view_is_the_same_for_the_same_seed_and_row(row, tmp_path):
     row.image.save(tmp_path / "x.png")
     row.image = tmp_path / "x.png"
     shown = methods.View("image", change=views.scaled_and_noisy)
-    pictures = [shown.picture(row, seed) for seed in (1, 1, 2)]
+    pictures = [shown.pictures(row, seed)[0] for seed in (1, 1, 2)]
     assert pictures[0].tobytes() == pictures[1].tobytes() != pictures[2].tobytes()
 
 
@@ -378,7 +380,7 @@ def test_a_view_is_the_same_for_the_same_seed_and_row(row, tmp_path):
 @pytest.mark.parametrize("name", ["ead", "v-zero", "cv-opd"])
 def test_data_without_boxes_is_refused_where_a_view_needs_one(name, box, row):
     methods.refuse_unfit(name, [row])
-    row.bbox = box
+    row.boxes = box and [box]
     with pytest.raises(ValueError, match="boxes"):
         methods.refuse_unfit(name, [row])
     methods.refuse_unfit("s2vopd", [row])

@@ -367,7 +367,7 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
     """The answers to a row in the second step, and what student and teacher say about them."""
     settings, processor = run.settings, run.processor
     full = ask(processor, row.image, row.question)
-    shown = ask(processor, row.crop, row.question)
+    shown = ask(processor, row.crops[0], row.question)
     if settings.method == "opsd":
         hint = (
             f"\n\nHere is a reference solution to this problem:\n{row.answer}\n\n"

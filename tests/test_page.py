@@ -39,7 +39,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def toy(n: int, right: bool, view: str = "full") -> Answer:
     """An answer to question n: from the tenth on they are about large targets, without crops."""
-    about = {"bench": "toy", "group": "small", "crop": f"../images/crop{n}.png"}
+    about = {"bench": "toy", "group": "small", "crops": [f"../images/crop{n}.png"]}
     if n >= 10:
         about = {"bench": "toy-large", "group": "large"}
     gold = f"a red {n}"
@@ -57,7 +57,7 @@ def toy_answers(right: int) -> list[Answer]:
 def rollout(step: int, n: int, **more) -> dict:
     """A line of rollouts.jsonl."""
     row = {"step": step, "id": str(n), "question": f"question {n}", "answer": f"a red {n}"}
-    row |= {"image": f"images/{n}.png", "crop": f"images/crop{n}.png"}
+    row |= {"image": f"images/{n}.png", "crops": [f"images/crop{n}.png"]}
     return row | {"tokens": ["a", " cat", "<|im_end|>"], "divergence": [0.1, None, 0.6]} | more
 
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_has_a_row_a_benchmark_with_its_gap(run):
 def test_a_sample_has_its_images_its_question_and_the_answers_of_both_views(run):
     (sample,) = (rows for rows in build(run)["samples"] if rows[0]["id"] == "7")
     about = {"bench": "toy", "group": "small", "prompt": "question 7", "answer": "a red 7"}
-    about |= {"image": "images/7.png", "crop": "images/crop7.png"}
+    about |= {"image": "images/7.png", "crops": ["images/crop7.png"]}
     assert sample == [row | about for row in sample]
     assert [(row["label"], row["view"], row["output"], row["state"]) for row in sample] == [
         ("before", "full", "a blue cat", "wrong"),
@@ -144,7 +144,7 @@ def test_small_images_stay_exact_and_large_ones_become_a_jpeg_of_at_most_640_px(
     for side in (40, 900):
         image = noise(side, side // 2)
         image.save(tmp_path / "image.png")
-        (uri,) = pages.pictures(tmp_path, [{"image": "image.png"}], []).values()
+        (uri,) = pages.pictures(tmp_path, [{"image": "image.png", "crops": []}], []).values()
         kind, content = uri.split(";base64,")
         shown = Image.open(io.BytesIO(base64.b64decode(content)))
         sizes[kind] = shown.size
@@ -153,7 +153,7 @@ def test_small_images_stay_exact_and_large_ones_become_a_jpeg_of_at_most_640_px(
 
 
 def test_images_that_do_not_fit_are_counted_not_shown(tmp_path, monkeypatch):
-    rows = [{"image": f"{n}.png", "crop": None} for n in range(5)]
+    rows = [{"image": f"{n}.png", "crops": []} for n in range(5)]
     for n, row in enumerate(rows):
         noise(100, 100, n).save(tmp_path / row["image"])
     notes, whole = [], pages.pictures(tmp_path, rows, [])

@@ -317,7 +317,7 @@ def test_what_cannot_be_planned_is_said(flags, named, describe, capsys):
 def test_what_is_no_picture_and_no_model_is_named(describe, world, tmp_path):
     shutil.copytree(world / "data", tmp_path / "data")
     row = read_triplets(tmp_path / "data")[3]
-    row.crop.write_bytes(b"no picture")
+    row.crops[0].write_bytes(b"no picture")
     with pytest.raises(ValueError, match=f"sample {row.id}"):
         describe("--plan", f"--data {tmp_path / 'data'}")
     with pytest.raises(FileNotFoundError, match=r"config.json"):

@@ -150,12 +150,12 @@ def test_photographs_become_triplets_with_their_provenance(tmp_path, make):
     for t in found:
         assert t.question == "What colour is the tag?" + PROMPTS["hint"]
         assert t.answer is None
-        assert t.extra["box"] == t.bbox
+        assert t.extra["box"] == t.boxes[0]
         assert t.extra["source_size"] == [640, 480]
         source = load_image(tmp_path / "in" / t.extra["source"])
-        framed = Region(Photo("x", image=source), t.bbox).framed()
+        framed = Region(Photo("x", image=source), t.boxes[0]).framed()
         assert load_image(t.image).tobytes() == framed.tobytes()
-        assert load_image(t.crop).tobytes() == cut(framed, t.extra["window"]).tobytes()
+        assert load_image(t.crops[0]).tobytes() == cut(framed, t.extra["window"]).tobytes()
     told = stats(out)
     assert (told["photographs"], told["samples"]) == (3, 6)
     assert told["dropped"] == {"question_type": 6, "question_spare": 12}
@@ -228,7 +228,7 @@ def test_boxes_of_ones_own_need_no_model_to_find_them(tmp_path, make, capsys):
     assert stats(out)["dropped"]["nothing_found"] == 2
     for t in read_triplets(out):
         clean = cut(load_image(tmp_path / "in" / "0.jpg"), t.extra["window"])
-        assert load_image(t.crop).tobytes() == clean.tobytes()
+        assert load_image(t.crops[0]).tobytes() == clean.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -819,8 +819,8 @@ def sample(n, **changes):
         "question": f"What colour is tag {n}?",
         "answer": "red",
         "image": noise(40, 30, n),
-        "crop": noise(16, 16, n),
-        "bbox": [1, 2, 9, 10],
+        "crops": [noise(16, 16, n)],
+        "boxes": [[1, 2, 9, 10]],
         "extra": {"type": "colour"},
     }
     return Triplet(**fields | changes)
@@ -829,7 +829,7 @@ def sample(n, **changes):
 def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, capsys):
     samples = [
         sample(0),
-        sample(1, bbox=[1, 2, 41, 9]),
+        sample(1, boxes=[[1, 2, 41, 9]]),
         sample(2, question="What is red?"),
         sample(3),
         sample(4),

@@ -62,7 +62,7 @@ def test_splits_and_seeds_share_no_scene():
 
 def test_the_crop_is_the_target_and_only_the_full_view_has_the_red_box():
     for drawn in scenes():
-        left, top, right, bottom = drawn.bbox
+        left, top, right, bottom = drawn.boxes[0]
         full = pixels(drawn.image)
         frame = np.zeros((64, 64), bool)
         inside = np.s_[top + 1 : bottom - 1, left + 1 : right - 1]
@@ -72,7 +72,7 @@ def test_the_crop_is_the_target_and_only_the_full_view_has_the_red_box():
         assert (full[frame] == RED).all()
         assert (reddish(full) == frame).all()
 
-        crop = pixels(drawn.crop)
+        crop = pixels(drawn.crops[0])
         zoom = 32 // (bottom - top)
         target = crop[::zoom, ::zoom]
         assert (crop == target.repeat(zoom, 0).repeat(zoom, 1)).all()
@@ -106,7 +106,7 @@ def test_the_answer_is_what_the_crop_shows(objects):
     names = list(COLOURS)
     for each in scenes(30):
         told = []
-        for cell in np.split(pixels(each.crop)[::2, ::2], each.crop.width // 32, axis=1):
+        for cell in np.split(pixels(each.crops[0])[::2, ::2], each.crops[0].width // 32, axis=1):
             there = ((drawn == cell).all(-1) | ~opaque).all((1, 2))  # (300,)
             colour, shape, digit = kinds[np.where(there, sizes, 0).argmax()]
             told.append(f"a {names[colour]} {SHAPES[shape]} with {digit}")
@@ -119,7 +119,7 @@ def test_the_answer_is_what_the_crop_shows(objects):
 def test_a_corner_is_where_its_question_says():
     for index in range(40):
         drawn = scene(0, index, "corner")
-        left, top, *_ = drawn.bbox
+        left, top, *_ = drawn.boxes[0]
         vertical = "bottom" if top else "top"
         horizontal = "right" if left else "left"
         assert f"at the {vertical} {horizontal} ?" in drawn.question
@@ -131,7 +131,7 @@ def test_scenes_hold_4_to_12_objects_targets_everywhere_and_every_word():
     counts = set()
     for drawn in scenes(300):
         kind = drawn.extra["toy"]
-        boxes.add((kind, *drawn.bbox))
+        boxes.add((kind, *drawn.boxes[0]))
         words.update(drawn.answer.split(), drawn.question.split())
         cells = pixels(drawn.image).reshape(4, 16, 4, 16, 3)[:, 1:15, :, 1:15]  # without the box
         filled = (cells.max(-1) >= 120).any((1, 3))  # (4, 4)

@@ -64,7 +64,7 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     for number in batch_rows(len(rows), 4, 0, 0):
         row = rows[number]
         full = ask(processor, row.image, row.question)
-        crop = ask(processor, row.crop, row.question)
+        crop = ask(processor, row.crops[0], row.question)
         for answer in respond(student, processor, full, 2, f"0/0/{row.id}"):
             ended += int(answer[-1] == processor.tokenizer.eos_token_id)
             student_logits = plain_logits(student, full, answer)

@@ -42,8 +42,8 @@ def sample(name="a", **changes):
         "question": f"What colour is the sign?{HINT}\n\nA. grün\nB. red",
         "answer": "A",
         "image": noise(40, 40, seed),
-        "crop": noise(16, 16, seed),
-        "bbox": [1, 2, 9, 10],
+        "crops": [noise(16, 16, seed)],
+        "boxes": [[1, 2, 9, 10]],
         "extra": {"source": "x"},
     }
     return Triplet(**fields | changes)
@@ -76,7 +76,7 @@ def files_in(folder):
 
 
 def test_a_data_set_has_the_released_keys_and_layout_and_is_read_as_it_was_written(tmp_path):
-    written = [sample("a"), sample("b", answer=None, bbox=None)]
+    written = [sample("a"), sample("b", answer=None, boxes=None)]
     assert write_triplets(tmp_path, iter(written)) == 2
     first, second = map(json.loads, (tmp_path / "train.jsonl").open(encoding="utf-8"))
     question = sample().question
@@ -96,7 +96,7 @@ def test_a_data_set_has_the_released_keys_and_layout_and_is_read_as_it_was_writt
     for triplet in read:
         triplet.extra = {"source": triplet.extra["source"]}
         triplet.image = load_image(triplet.image)
-        triplet.crop = load_image(triplet.crop)
+        triplet.crops = list(map(load_image, triplet.crops))
     assert read == written
 
 
@@ -104,7 +104,7 @@ def test_full_images_can_be_jpeg_in_full_colour_resolution(tmp_path):
     data_set(tmp_path)
     line = write_sample(tmp_path, sample(image=Image.new("RGB", (8, 8), "red")), ".jpg")
     [read] = read_triplets(data_set(tmp_path, line))
-    assert (read.image.suffix, read.crop.suffix) == (".jpg", ".png")
+    assert (read.image.suffix, read.crops[0].suffix) == (".jpg", ".png")
     with Image.open(read.image) as image:
         assert [component[1:3] for component in image.layer] == [(1, 1)] * 3
         assert abs(np.asarray(image, int) - (255, 0, 0)).max() <= 2
@@ -115,8 +115,8 @@ def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
     other = row(problem=f"<image>\nWhat?{HINT}", answer="D", original_images=[], extra_info=about)
     image, crop = (tmp_path / key / "a.png" for key in FOLDERS)
     assert read_triplets(data_set(tmp_path, row(), other, "")) == [
-        Triplet("000000", "What?", image, crop),
-        Triplet("000001", f"What?{HINT}", image, crop, answer="D", extra=about),
+        Triplet("000000", "What?", image, [crop]),
+        Triplet("000001", f"What?{HINT}", image, [crop], answer="D", extra=about),
     ]
 
 
@@ -490,7 +490,7 @@ def test_the_contact_sheet_takes_any_data_set(tmp_path):
     wide = Image.new("RGB", (3000, 500), "blue")
     tall = Image.new("RGB", (7, 900), "green")
     samples = [
-        sample("a", image=wide, crop=tall, question="word " * 200, bbox=None, answer=None),
+        sample("a", image=wide, crops=[tall], question="word " * 200, boxes=None, answer=None),
         sample("b", question="x" * 500, answer="y" * 500),
     ]
     write_triplets(tmp_path, samples)

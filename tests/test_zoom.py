@@ -42,7 +42,9 @@ class Play:
             turns = [script[question(chat)][len(chat) // 2 - 1] for chat in chats]
             return [rollout.Reply(turn, len(turn), False) for turn in turns]
 
-        return zoom.answer_with_zoom(answer, images, list(script), rounds)
+        return zoom.answer_with_zoom(
+            answer, [[image] for image in images], list(script), rounds
+        )
 
 
 def question(chat: list[dict]) -> str:

@@ -81,7 +81,7 @@ def train_base(folder: Path, seed: int) -> None:
 def answer_losses(model, processor, shown, view, rng):
     """Per scene the cross-entropy of its answer, a mean over the tokens, and whether every token
     was the likeliest one; both (n,) float32. view: image or crop."""
-    images = [getattr(each, view) for each in shown]
+    images = [each.shown(view) for each in shown]
     # With and without the newline that the training prompt has, as a pretrained model knows both.
     questions = [rng.choice(["", "\n"]) + each.question for each in shown]
     prompt = encode(processor, images, questions)

@@ -63,7 +63,7 @@ def probe(model, processor) -> dict[str, float]:
     shown = [scene(0, i, ("small", "pair")[i % 2], "validation") for i in range(100)]
     found = {}
     for name, view in (("probe_full", "image"), ("probe_crop", "crop")):
-        pictures = [getattr(each, view) for each in shown]
+        pictures = [each.shown(view) for each in shown]
         questions = [each.question for each in shown]
         replies = answers(model, processor, pictures, questions, RUN["max_new_tokens"])
         pairs = zip(shown, replies, strict=True)

@@ -101,7 +101,7 @@ def scene(seed: int, index: int, kind: str, split: str = "train") -> Triplet:
         ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), outline=RED)
     question, answer = words(kind, row, column, objects[: len(targets)])
     name = f"{split}-{seed}-{index:06d}-{kind}"
-    return Triplet(name, question, picture, crop, box, answer, {"toy": kind})
+    return Triplet(name, question, picture, [crop], [box], answer, {"toy": kind})
 
 
 def background(rng) -> np.ndarray:
@@ -199,6 +199,6 @@ def held_out(folder: Path) -> dict[str, list[Question]]:
     for question in read_benchmark(str(draw(folder / "toy", 1200, 0, "eval")), folder):
         name = BENCHES[question.group]
         if name == "toy-holdout":
-            question.crop = None  # what these ask is easy in the full view
+            question.crops = []  # what these ask is easy in the full view
         benches[name].append(question)
     return benches

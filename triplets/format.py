@@ -1,12 +1,14 @@
 """The triplet format: full image with a red box, crop of what it frames, and a question, as
-released with the paper (Vision-OPD-6K): read, checked, written.
+released with the paper (Vision-OPD-6K): read, checked, written. There may be several boxes, with a
+crop of each (ours).
 
 A data set is a folder with `train.jsonl`, `images/` and `teacher_images/`. The student sees
-images[0], the teacher teacher_images[0], both the same question.
+images[0], the teacher all of teacher_images, both the same question.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 from array import array
@@ -30,17 +32,31 @@ TAG = re.compile(r"<image>|<video>|<\|\w+\|>")
 
 @dataclass
 class Triplet:
-    """One sample: a full image with a red box, a crop of what it frames, and a question about
-    it."""
+    """One sample: a full image with red boxes, mostly one, a crop of what each frames, and a
+    question about it."""
 
     id: str  # unique in its data set, and a plain file name
     question: str  # without the <image> tag, hint kept
     # the full image: its file, or, where it is still to be written, the picture (RGB)
     image: Path | Image.Image
-    crop: Path | Image.Image  # the same for the crop
-    bbox: list[int] | None = None  # [x1, y1, x2, y2] px in the full image
+    crops: list[Path | Image.Image]  # the same for the crops, at least one
+    boxes: list[list[int]] | None = None  # [x1, y1, x2, y2] px in the full image, one a crop
     answer: str | None = None
     extra: dict = field(default_factory=dict)  # extra_info, whole
+
+    def shown(self, view: str) -> list[Path | Image.Image]:
+        """The pictures of a view: of "image" the full one, of "crop" all crops."""
+        return [self.image] if view == "image" else self.crops
+
+    @property
+    def bytes(self) -> int:
+        """Of its files, but for the first crop: every row has one."""
+        return sum(map(os.path.getsize, [self.image, *self.crops[1:]]))
+
+
+def only(values: list | None):
+    """The one value of a list that has no other, else the list: data of one region stay flat."""
+    return values[0] if values and len(values) == 1 else values
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -154,20 +170,23 @@ def read_row(line: bytes, number: int, folder: Path, is_there) -> Triplet:
     good = answer is None or type(answer) in (str, int, float) and answer == answer
     good = good and not HALF.search(str(answer))
     expect(row, "answer", good, "a text of whole characters, a number or null")
-    box = row.get("bbox")
-    numbers = isinstance(box, list) and [isinstance(v, int | float) for v in box]
-    good = box is None or numbers == [True] * 4
-    expect(row, "bbox", good, "[x1, y1, x2, y2] in pixels, or null")
     extra = row.get("extra_info") or {}
     expect(row, "extra_info", isinstance(extra, dict), "an object, or nothing")
-    image, crop = (find_image(row, key, folder, is_there) for key in FOLDERS)
+    images, crops = (find_images(row, key, folder, is_there) for key in FOLDERS)
+    expect(row, "images", len(images) == 1, "a list of one file name")
+    boxes = row.get("bbox")
+    if isinstance(boxes, list) and not any(isinstance(box, list) for box in boxes):
+        boxes = [boxes]
+    good = isinstance(boxes, list) and len(boxes) == len(crops) and all(map(is_box, boxes))
+    expected = "[x1, y1, x2, y2] in pixels, of several crops a list with one of each, or null"
+    expect(row, "bbox", boxes is None or good, expected)
     name = extra.get("id")
     return Triplet(
         id=f"{number:06d}" if name is None else str(name),
         question=question.removeprefix("\n"),
-        image=image,
-        crop=crop,
-        bbox=box and [round(edge) for edge in box],
+        image=images[0],
+        crops=crops,
+        boxes=boxes and [[round(edge) for edge in box] for box in boxes],
         answer=None if answer in (None, "") else str(answer),
         extra=extra,
     )
@@ -197,25 +216,30 @@ def expect(row: dict, key: str, good: bool, expected: str):
         )
 
 
-def find_image(row: dict, key: str, folder: Path, is_there) -> Path:
-    """The file that row[key], a list of one name relative to `folder`, names."""
+def is_box(box) -> bool:
+    numbers = isinstance(box, list) and [isinstance(edge, int | float) for edge in box]
+    return numbers == [True] * 4 and all(abs(edge) < math.inf for edge in box)
+
+
+def find_images(row: dict, key: str, folder: Path, is_there) -> list[Path]:
+    """The files that row[key], a list of names relative to `folder`, names."""
     names = row[key]
-    is_one = isinstance(names, list) and [type(name) for name in names] == [str]
-    expect(row, key, is_one and Path(names[0]).suffix, "a list of one file name")
-    path = folder / names[0]
-    if not is_there(path):
-        raise FileNotFoundError(
-            f"{key}[0] is {names[0]!r}, and no such file is under {folder}. Unpack the archives "
-            "first, or give the folder that holds train.jsonl."
-        )
-    return path
+    good = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    expect(row, key, good and all(Path(name).suffix for name in names), "a list of file names")
+    for n, name in enumerate(names):
+        if not is_there(folder / name):
+            raise FileNotFoundError(
+                f"{key}[{n}] is {name!r}, and no such file is under {folder}. Unpack the archives "
+                "first, or give the folder that holds train.jsonl."
+            )
+    return [folder / name for name in names]
 
 
 # ----------------------------------------------------------------------------------------- writing
 
 
 def write_sample(folder: Path, sample: Triplet, suffix: str) -> dict:
-    """Saves image and crop of a sample (see write_triplets) and returns its row of train.jsonl.
+    """Saves image and crops of a sample (see write_triplets) and returns its row of train.jsonl.
     suffix: of the full image, ".png" or ".jpg". Raises ValueError."""
     name = sample.id
     question = sample.question
@@ -229,27 +253,36 @@ def write_sample(folder: Path, sample: Triplet, suffix: str) -> dict:
         raise ValueError(
             f"sample {name!r}: {question[:80]!r} is empty or holds a tag. Leave it out."
         )
+    count = len(sample.crops)
+    if count == 0 or len(sample.boxes or sample.crops) != count:
+        raise ValueError(
+            f"sample {name!r}: {count} crops, boxes {sample.boxes}. Give at least one crop, and no "
+            "boxes or one a crop."
+        )
     image = f"images/{name}{suffix}"
-    crop = f"teacher_images/{name}.png"
-    save_image(sample.image, folder / image)
-    save_image(sample.crop, folder / crop)
+    crops = [f"teacher_images/{name}-{n}.png" for n in range(1, count + 1)]
+    if count == 1:
+        crops = [f"teacher_images/{name}.png"]
+    for picture, file in zip([sample.image, *sample.crops], [image, *crops], strict=True):
+        save_image(picture, folder / file)
     return {
         "problem": f"<image>\n{question}",
         "answer": answer,
         "images": [image],
-        "teacher_images": [crop],
-        "bbox": sample.bbox,
+        "teacher_images": crops,
+        "bbox": only(sample.boxes),
         "extra_info": {**sample.extra, "id": name, "question": question, "answer": answer},
     }
 
 
 def write_triplets(folder: str | Path, samples: Iterable[Triplet]) -> int:
-    """Write a data set laid out as the released one: images/{id}.png, teacher_images/{id}.png, and
-    train.jsonl, which comes last, so a folder that has one is complete. Returns the number of rows.
+    """Write a data set laid out as the released one: images/{id}.png, teacher_images/{id}.png (of
+    several crops {id}-1.png, ..), and train.jsonl, which comes last, so a folder that has one is
+    complete. Returns the number of rows.
 
     samples: with pictures; an answer of None is written as "", `extra` joins extra_info.
     Raises FileExistsError when there is one; ValueError on a bad or repeated id, an image tag in a
-    question, no samples.
+    question, boxes that are not one a crop, no samples.
     """
     folder = Path(folder)
     path = folder / "train.jsonl"
@@ -260,10 +293,17 @@ def write_triplets(folder: str | Path, samples: Iterable[Triplet]) -> int:
     for key in FOLDERS:
         (folder / key).mkdir(parents=True, exist_ok=True)
     rows = {}  # by id
+    crops = set()
     for sample in samples:
         if sample.id in rows:
             raise ValueError(f"sample {sample.id!r}: the id is repeated. Expected unique ones.")
-        rows[sample.id] = write_sample(folder, sample, ".png")
+        row = rows[sample.id] = write_sample(folder, sample, ".png")
+        if not crops.isdisjoint(row["teacher_images"]):  # a second crop of "a", the crop of "a-2"
+            raise ValueError(
+                f"sample {sample.id!r}: {row['teacher_images']} are another sample's crops too. "
+                "Choose an id that is none with a number behind it."
+            )
+        crops.update(row["teacher_images"])
     if not rows:
         raise ValueError(f"no samples to write into {folder}. Expected at least one.")
     write_jsonl(path, rows.values())

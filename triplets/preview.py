@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from storage.images import load_image, save_image
 from triplets.format import Triplet, read_triplets
 
-WIDTH, HEIGHT = 360, 256  # px: the room of a full image; a crop has HEIGHT x HEIGHT
+WIDTH, HEIGHT = 360, 256  # px: the room of a full image; all crops have HEIGHT x HEIGHT
 GAP = 14  # px, between all things
 TEXT = WIDTH + GAP + HEIGHT  # px, a line of text: under both
 LINE = 24  # px from line to line
@@ -36,16 +36,17 @@ def draw_preview(folder: str | Path, font: Path | None = None) -> Path:
 
 
 def tile(triplet: Triplet, font):
-    """One triplet to look at: image (bbox marked yellow) and crop, below them question, answer,
-    sizes and the box's share."""
+    """One triplet to look at: image (boxes marked yellow) and crops, below them question, answer,
+    sizes and the boxes' shares."""
     image = load_image(triplet.image)
-    crop = load_image(triplet.crop)
+    crops = list(map(load_image, triplet.crops))
     shown = ImageOps.contain(image, (WIDTH, HEIGHT))
-    noted = "no box noted"
-    if triplet.bbox:
-        left, right = sorted(triplet.bbox[::2])
-        top, bottom = sorted(triplet.bbox[1::2])
-        noted = f"box {(right - left) * (bottom - top) / (image.width * image.height):.2%} of it"
+    noted = [] if triplet.boxes else ["no box noted"]
+    for box in triplet.boxes or []:
+        left, right = sorted(box[::2])
+        top, bottom = sorted(box[1::2])
+        share = (right - left) * (bottom - top) / (image.width * image.height)
+        noted.append(f"box {share:.2%} of it")
         scale = shown.width / image.width
         # round the red frame, which may be under a pixel wide here
         mark = (
@@ -55,11 +56,14 @@ def tile(triplet: Triplet, font):
             bottom * scale + 4,
         )
         ImageDraw.Draw(shown).rectangle(mark, outline="yellow", width=2)
-    facts = f"{triplet.id[:28]}: image {image.size} px, {noted}, crop {crop.size}"
+    noted += [f"crop {crop.size}" for crop in crops]
+    facts = f"{triplet.id[:28]}: image {image.size} px, {', '.join(noted)}"
     drawn = Image.new("RGB", (TEXT + 2 * GAP, HEIGHT + 20 * LINE), "white")
     drawn.paste(shown, (GAP, GAP))
-    detail = ImageOps.contain(crop, (HEIGHT, HEIGHT))
-    drawn.paste(detail, (WIDTH + 2 * GAP, GAP))
+    room = (HEIGHT + GAP) // len(crops)
+    for n, crop in enumerate(crops):
+        detail = ImageOps.contain(crop, (room - GAP, HEIGHT))
+        drawn.paste(detail, (WIDTH + 2 * GAP + n * room, GAP))
     draw = ImageDraw.Draw(drawn)
     y = HEIGHT + 2 * GAP
     for text, ink, most in (

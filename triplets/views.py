@@ -1,8 +1,11 @@
 """Further views of a row's picture, which some methods show to student or teacher (methods.py).
 
-Each is a function (picture, row, draw) -> picture: an RGB image of its triplet, and a random.Random
-of seed and row, for which it is always the same. docs/views.png shows all of them.
+Each is a function (picture, row, draw) -> picture, or a list of them: an RGB image of its triplet,
+and a random.Random of seed and row, for which it is always the same. docs/views.png shows all of
+them.
 """
+
+from operator import itemgetter
 
 import numpy as np
 from PIL import Image
@@ -36,23 +39,26 @@ def coarse(picture, row, draw):
 
 
 def masked_box(picture, row, draw):
-    """The box in the mean colour of what is around it, its red frame kept (EAD)."""
-    left, top, right, bottom = row.bbox
+    """Each box in the mean colour of what is around it, its red frame kept (EAD)."""
     pixels = np.array(picture, dtype=float)
     red = (abs(pixels - RED) <= 60).all(-1)  # also of a JPEG
-    band = min(16, (right - left) // 4, (bottom - top) // 4)  # in which a frame may lie
-    red[top + band : bottom - band, left + band : right - band] = False
-    box = np.zeros(red.shape, bool)
-    box[top:bottom, left:right] = True
-    around = np.zeros(red.shape, bool)
-    half = ((right - left) // 2, (bottom - top) // 2)
-    rows = slice(max(0, top - half[1]), bottom + half[1])
-    columns = slice(max(0, left - half[0]), right + half[0])
-    around[rows, columns] = True
-    around &= ~box & ~red
-    if not around.any():  # the box is all there is
-        around[:] = True
-    pixels[box & ~red] = pixels[around].mean(0)
+    boxed = np.zeros(red.shape, bool)
+    for left, top, right, bottom in row.boxes:
+        band = min(16, (right - left) // 4, (bottom - top) // 4)  # in which a frame may lie
+        red[top + band : bottom - band, left + band : right - band] = False
+        boxed[top:bottom, left:right] = True
+    for left, top, right, bottom in row.boxes:
+        around = np.zeros(red.shape, bool)
+        half = ((right - left) // 2, (bottom - top) // 2)
+        rows = slice(max(0, top - half[1]), bottom + half[1])
+        columns = slice(max(0, left - half[0]), right + half[0])
+        around[rows, columns] = True
+        around &= ~boxed & ~red
+        if not around.any():  # boxes are all there is
+            around[:] = True
+        box = np.zeros(red.shape, bool)
+        box[top:bottom, left:right] = True
+        pixels[box & ~red] = pixels[around].mean(0)
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
@@ -67,30 +73,33 @@ def masked_crop(picture, row, draw):
 
 
 def unrelated_crop(picture, row, draw):
-    """Another part of the full picture, with the crop's proportions and at least as large as the
-    box in one direction, enlarged to the crop's size, that shares at most a tenth with the box
-    (V-Zero, CV-OPD); where there is none, the least of what was tried."""
-    left, top, right, bottom = row.bbox
-    size = row.crop.size if isinstance(row.crop, Image.Image) else image_size(row.crop)
-    scale = min(size[0] / (right - left), size[1] / (bottom - top))
-    width, height = (max(1, round(side / scale)) for side in size)
+    """Of each crop another part of the full picture, with the crop's proportions and at least as
+    large as its box in one direction, enlarged to the crop's size, that shares at most a tenth with
+    any box (V-Zero, CV-OPD); where there is none, the least of what was tried."""
+    parts = []
+    for crop, box in zip(row.crops, row.boxes, strict=True):
+        size = crop.size if isinstance(crop, Image.Image) else image_size(crop)
+        scale = min(size[0] / (box[2] - box[0]), size[1] / (box[3] - box[1]))
+        width, height = (max(1, round(side / scale)) for side in size)
+        places = []
+        for _ in range(TRIES):
+            x = draw.randint(0, max(0, picture.width - width))
+            y = draw.randint(0, max(0, picture.height - height))
+            place = (x, y, x + width, y + height)
+            places.append((max(overlap(place, other) for other in row.boxes), place))
+            if places[-1][0] <= OVERLAP:
+                break
+        _, place = min(places, key=itemgetter(0))
+        parts.append(picture.crop(place).resize(size, Image.Resampling.LANCZOS))
+    return parts
 
-    def overlap(place):
-        x, y = place
-        across = max(0, min(right, x + width) - max(left, x))
-        down = max(0, min(bottom, y + height) - max(top, y))
-        both = width * height + (right - left) * (bottom - top)
-        return across * down / (both - across * down)
 
-    places = []
-    for _ in range(TRIES):
-        x = draw.randint(0, max(0, picture.width - width))
-        y = draw.randint(0, max(0, picture.height - height))
-        places.append((x, y))
-        if overlap((x, y)) <= OVERLAP:
-            break
-    x, y = min(places, key=overlap)
-    return picture.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.LANCZOS)
+def overlap(a, b) -> float:
+    """Intersection over union of two boxes."""
+    across = max(0, min(a[2], b[2]) - max(a[0], b[0]))
+    down = max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    both = sum((right - left) * (bottom - top) for left, top, right, bottom in (a, b))
+    return across * down / (both - across * down)
 
 
 def scaled_and_noisy(picture, row, draw):
