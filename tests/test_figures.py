@@ -160,7 +160,7 @@ def test_the_table_has_a_line_for_every_view_group_and_gap(tmp_path):
         reply(1, "B", group="far", truncated=True),
         reply(2, "hm", group="far", tokens=13),
         reply(3, "A", error="no image"),
-        *[reply(n, "Answer: A", view="crop", crop="c.png", group="far") for n in (1, 2)],
+        *[reply(n, "Answer: A", view="crop", crops=["c.png"], group="far") for n in (1, 2)],
         reply(0, "Yes", "yes", "yn", bench="pope"),
         reply(1, "Yes", "no", "yn", bench="pope"),
     ]

@@ -173,9 +173,7 @@ def test_no_image_is_enlarged_over_the_limit_again():
         size = draw.randint(40, 900), draw.randint(40, 900)
         room = draw.randint(10, 60)
         try:
-            (image,) = vision_model.fit(
-                processor, [Image.new("RGB", size)], text, words + room
-            )
+            (image,) = vision_model.fit(processor, [Image.new("RGB", size)], text, words + room)
         except ValueError:
             assert room < 2 * 16
             continue

@@ -23,7 +23,7 @@ from benchmarks import sources
 from toy import scenes
 from triplets.format import read_triplets
 
-KEYS = ("id", "prompt", "answer", "kind", "options", "group", "pair", "image", "crop")
+KEYS = ("id", "prompt", "answer", "kind", "options", "group", "pair", "image", "crops")
 COLOURS = {"A": "red", "B": "blue", "C": "green", "D": "white"}
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 MME = (
@@ -86,7 +86,7 @@ def row(prompt, answer, image, options=None, group=None, kind="mc", crop=None, p
         "options": options or {},
         "group": group,
         "kind": kind,
-        "crop": crop,
+        "crops": [crop] if crop else [],
         "pair": pair,
     }
 
@@ -97,10 +97,11 @@ def read_rows(name, root) -> list[dict]:
 
 def read(name: str, root: Path) -> list[dict]:
     """The converted rows, with the bytes of their images."""
-    return [
-        {key: r[key].read_bytes() if isinstance(r[key], Path) else r[key] for key in KEYS}
-        for r in read_rows(name, root)
-    ]
+    found = [{key: r[key] for key in KEYS} for r in read_rows(name, root)]
+    for r in found:
+        r["image"] = r["image"].read_bytes()
+        r["crops"] = [crop.read_bytes() for crop in r["crops"]]
+    return found
 
 
 # ------------------------------------------------------------------------------------------ sources
@@ -167,7 +168,7 @@ def zoombench(folder: Path, form: str) -> list[dict]:
         "query": "prompt",
         "response": ["B", "(A)", "27 km"],
         "image": encoded(struct, rows),
-        "crop_image": encoded(struct, rows, "crop"),
+        "crop_image": [struct(*r["crops"] or [None]) for r in rows],
         "question_type": "group",
     }
     table(folder / "data/test.parquet", records(rows, fields))
@@ -390,7 +391,7 @@ def test_a_source_becomes_rows_with_its_own_images_once_and_for_all(name, form, 
     assert read(name, tmp_path) == expected
     stored = [path.read_bytes() for path in (tmp_path / f"{name}-images").iterdir()]
     assert len(stored) == len(set(stored))  # a repeated one is there once
-    assert set(stored) == {r[view] for r in expected for view in ("image", "crop")} - {None}
+    assert set(stored) == {picture for r in expected for picture in (r["image"], *r["crops"])}
 
     # an interrupted conversion starts over
     (tmp_path / f"{name}.jsonl").unlink()
@@ -485,7 +486,7 @@ def test_a_benchmark_of_ones_own_is_read_from_its_file(tmp_path):
     images = {name: picture(n) for n, name in enumerate(("images/0.png", "1.png", "2.png"))}
     for name, content in images.items():
         put(path.parent / name, content)
-    first |= {"id": "0", "image": images["images/0.png"], "crop": images["1.png"]}
+    first |= {"id": "0", "image": images["images/0.png"], "crops": [images["1.png"]]}
     assert read(str(path), tmp_path) == [first, second | {"image": images["2.png"]}]
 
 
@@ -527,6 +528,7 @@ def test_numbers_may_stand_where_texts_are_meant_and_other_keys_mean_nothing(tmp
         (GOOD | {"prompt": ["?"]}, r"prompt is \['\?'\]"),
         (GOOD | {"image": 5}, "image or crop is 5"),
         (GOOD | {"crop": ["a.png"]}, "image or crop is"),
+        (GOOD | {"crops": "a.png"}, "crops is 'a.png'"),
     ],
 )
 def test_a_broken_row_in_such_a_file_is_named(second, message, tmp_path):
@@ -565,7 +567,7 @@ def test_a_folder_of_triplets_is_a_benchmark_with_crops(tmp_path):
     for question, triplet in zip(
         read_rows(str(folder), tmp_path), read_triplets(folder), strict=True
     ):
-        same = {"id", "answer", "image", "crop"}
+        same = {"id", "answer", "image", "crops"}
         assert {key: question[key] for key in same} == {key: vars(triplet)[key] for key in same}
         assert (question["prompt"], question["kind"]) == (triplet.question, "exact")
 

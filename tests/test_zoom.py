@@ -42,9 +42,7 @@ class Play:
             turns = [script[question(chat)][len(chat) // 2 - 1] for chat in chats]
             return [rollout.Reply(turn, len(turn), False) for turn in turns]
 
-        return zoom.answer_with_zoom(
-            answer, [[image] for image in images], list(script), rounds
-        )
+        return zoom.answer_with_zoom(answer, [[image] for image in images], list(script), rounds)
 
 
 def question(chat: list[dict]) -> str:
@@ -184,6 +182,6 @@ def test_with_a_tool_that_no_row_calls_the_answers_take_one_turn(lively):
     def ask(images, chats):
         return rollout.answers(*lively, images, chats, 6)
 
-    found = zoom.answer_with_zoom(ask, images, ["a ?"] * 3, 2)
+    found = zoom.answer_with_zoom(ask, [[image] for image in images], ["a ?"] * 3, 2)
     none = {"calls": 0, "malformed": 0}
     assert found == [vars(reply) | none for reply in ask(images, [chat] * 3)]

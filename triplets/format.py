@@ -173,7 +173,6 @@ def read_row(line: bytes, number: int, folder: Path, is_there) -> Triplet:
     extra = row.get("extra_info") or {}
     expect(row, "extra_info", isinstance(extra, dict), "an object, or nothing")
     images, crops = (find_images(row, key, folder, is_there) for key in FOLDERS)
-    expect(row, "images", len(images) == 1, "a list of one file name")
     boxes = row.get("bbox")
     if isinstance(boxes, list) and not any(isinstance(box, list) for box in boxes):
         boxes = [boxes]
@@ -224,8 +223,10 @@ def is_box(box) -> bool:
 def find_images(row: dict, key: str, folder: Path, is_there) -> list[Path]:
     """The files that row[key], a list of names relative to `folder`, names."""
     names = row[key]
-    good = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
-    expect(row, key, good and all(Path(name).suffix for name in names), "a list of file names")
+    good = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    good = good and names and all(Path(name).suffix for name in names)
+    good = good and (len(names) == 1 or key != "images")
+    expect(row, key, good, "a list of one file name, or of several crops' names")
     for n, name in enumerate(names):
         if not is_there(folder / name):
             raise FileNotFoundError(
