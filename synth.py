@@ -34,9 +34,9 @@ from synthesis.checking import check_triplets
 from synthesis.parts import merge, open_part, read_parts
 from synthesis.photos import Photo, photograph_files, photos_ahead, rank_of
 from synthesis.proposers import Sam3, given_boxes, read_boxes, replied_boxes
-from synthesis.regions import Region, cut, enlargement, small_regions
+from synthesis.regions import Evidence, cut, enlargement, evidence, small_regions
 from synthesis.texts import PROMPTS, broken_rule, drafted, json_in_reply, normal, one_line
-from triplets.format import FOLDERS, Triplet, write_sample
+from triplets.format import FOLDERS, Triplet, only, write_sample
 from triplets.preview import draw_preview
 
 VOTES = 8  # answers to a question; a label needs more than 3/4 of them
@@ -63,6 +63,12 @@ class Settings:
         "your own .jsonl: {image, boxes: [[x1, y1, x2, y2] px, ..], labels}",
     )
     sam3: str = setting("facebook/sam3", "hub id or directory, for --proposer sam3")
+    regions: int = setting(
+        1,
+        "of a photograph that a question needs: 2, pairs of those kept (ours)",
+        int,
+        choices=[1, 2],
+    )
     labels: bool = setting(False, f"write answers on which over 3/4 of {VOTES} samples agree", bool)
     format: str = setting(
         "open",
@@ -86,72 +92,82 @@ def make_triplets(photos: list[Photo], engine, pool: Executor) -> Iterator[str]:
     draw. Saves their images and leaves their rows of train.jsonl in photo.samples. Yields the name
     of each stage when it has ended."""
     mcq = engine.settings.format == "mcq"
-    regions = propose(engine, photos)
+    all_shown = propose(engine, photos)
     yield "propose"
-    ask_questions(engine, regions)
+    ask_questions(engine, all_shown)
     yield "question"
     if engine.settings.labels or mcq:
-        vote(engine, regions)
+        vote(engine, all_shown)
         yield "label"
-    regions = [region for region in regions if region.questions]
-    for region in regions:
-        region.photo.drops["question_spare"] += len(region.questions) - 1
+    if engine.settings.regions > 1:
+        ask_of_one(engine, all_shown)
+        yield "one"
+    all_shown = [shown for shown in all_shown if shown.questions]
+    for shown in all_shown:
+        shown.photo.drops["question_spare"] += len(shown.questions) - 1
     if mcq:
-        regions = add_options(engine, regions)
+        all_shown = add_options(engine, all_shown)
         yield "choices"
-    rows = pool.map(partial(draw_triplet, engine), regions)
-    for region, row in zip(regions, rows, strict=True):
-        region.photo.samples.append(row)
+    rows = pool.map(partial(draw_triplet, engine), all_shown)
+    for shown, row in zip(all_shown, rows, strict=True):
+        shown.photo.samples.append(row)
     yield "write"
 
 
-def propose(engine, photos: list[Photo]) -> list[Region]:
-    """The small regions of all photographs."""
+def propose(engine, photos: list[Photo]) -> list[Evidence]:
+    """The small regions of all photographs, or pairs of them."""
     photos = [photo for photo in photos if photo.image]
     replies = [[]] * len(photos)
     if engine.find:
         prompt = PROMPTS["find"] + engine.find
-        requests = [Request(photo, photo.digest, photo.image, prompt) for photo in photos]
+        requests = [Request(photo, photo.digest, [photo.image], prompt) for photo in photos]
         replies = reply_lists(engine, "boxes", requests, 1024)
-    regions = []
+    all_shown = []
     for photo, items in zip(photos, replies, strict=True):
         found = engine.boxes_in(photo, items or [])
         if not found and not photo.drops.total():
             photo.drop("nothing_found")
-        regions += small_regions(photo, found)
-    return regions
+        all_shown += evidence(photo, small_regions(photo, found), engine.settings.regions)
+    return all_shown
 
 
-def ask_questions(engine, regions: list[Region]):
-    """Gives each region up to 3 questions, asked of its crop alone, that break no rule."""
+def texts_of(shown: Evidence) -> dict:
+    """What the model is told of it."""
+    return PROMPTS if len(shown.regions) == 1 else PROMPTS["pair"]
+
+
+def ask_questions(engine, all_shown: list[Evidence]):
+    """Gives each region, or pair, up to 3 questions, asked of its crops alone, that break no
+    rule."""
     types = ", ".join(PROMPTS["types"])
-    requests = [
-        Request(region.photo, region.id, region.crop, PROMPTS["ask"] % (region.label, types))
-        for region in regions
-    ]
+    requests = []
+    for shown in all_shown:
+        labels = [region.label for region in shown.regions]
+        prompt = texts_of(shown)["ask"] % (*labels, types)
+        requests.append(Request(shown.photo, shown.id, shown.crops, prompt))
     replies = reply_lists(engine, "questions", requests, 512)
-    for region, items in zip(regions, replies, strict=True):
+    for shown, items in zip(all_shown, replies, strict=True):
         if items == []:
-            region.photo.drop("no_question")
+            shown.photo.drop("no_question")
         for n, item in enumerate(items or []):
             draft = drafted(item, n)
             reason = "question_spare" if n >= 3 else broken_rule(draft)
             if reason:
-                region.photo.drop(reason)
+                shown.photo.drop(reason)
             else:
-                region.questions.append(draft)
+                shown.questions.append(draft)
 
 
-def vote(engine, regions: list[Region]):
+def vote(engine, all_shown: list[Evidence]):
     """Consensus: replaces drafted answers by what at least 7 of 8 sampled ones agree on; without
     such a majority the question goes."""
-    asked = [(region, draft) for region in regions for draft in region.questions]
+    asked = [(shown, draft) for shown in all_shown for draft in shown.questions]
     requests = [
-        Request(region.photo, (region.id, draft.n), region.crop, PROMPTS["vote"] % draft.question)
-        for region, draft in asked
+        Request(shown.photo, (shown.id, draft.n), shown.crops, PROMPTS["vote"] % draft.question)
+        for shown, draft in asked
     ]
     replies = reply_texts(engine, "label", requests, 32, group=VOTES, temperature=1.0)
-    for n, (region, draft) in enumerate(asked):
+    for n, (shown, draft) in enumerate(asked):
         texts = replies[n * VOTES : (n + 1) * VOTES]
         votes = defaultdict(list)  # what was said, by what it counts as
         for text in filter(None, map(one_line, texts)):
@@ -164,65 +180,87 @@ def vote(engine, regions: list[Region]):
             draft.votes = [len(agreed), VOTES]
             reason = broken_rule(draft)
         if reason:
-            region.questions.remove(draft)
+            shown.questions.remove(draft)
             if None not in texts:  # else it was out of memory, and counted
-                region.photo.drop(reason)
+                shown.photo.drop(reason)
 
 
-def add_options(engine, regions: list[Region]) -> list[Region]:
-    """Gives each region's first question three wrong options of the same kind, shuffled by the id.
-    Returns the regions for which there are so many."""
-    asked = [(region, region.questions[0]) for region in regions]
+def ask_of_one(engine, pairs: list[Evidence]):
+    """Takes questions away that one crop of a pair is enough to answer the same."""
+    asked = [(pair, draft) for pair in pairs for draft in pair.questions]
     requests = [
-        Request(region.photo, region.id, region.crop, PROMPTS["wrong"] % (q.question, q.answer))
-        for region, q in asked
+        Request(pair.photo, (pair.id, draft.n), [crop], PROMPTS["vote"] % draft.question)
+        for pair, draft in asked
+        for crop in pair.crops
+    ]
+    replies = reply_texts(engine, "one", requests, 32)
+    for n, (pair, draft) in enumerate(asked):
+        texts = replies[2 * n : 2 * n + 2]
+        answer = normal(draft.answer, draft.question)
+        if None in texts:  # out of memory, and counted
+            pair.questions.remove(draft)
+        elif answer in [normal(text, draft.question) for text in texts]:
+            pair.questions.remove(draft)
+            pair.photo.drop("one_is_enough")
+
+
+def add_options(engine, all_shown: list[Evidence]) -> list[Evidence]:
+    """Gives each first question three wrong options of the same kind, shuffled by the id. Returns
+    those for which there are so many."""
+    asked = [(shown, shown.questions[0]) for shown in all_shown]
+    requests = [
+        Request(shown.photo, shown.id, shown.crops, PROMPTS["wrong"] % (q.question, q.answer))
+        for shown, q in asked
     ]
     replies = reply_lists(engine, "options", requests, 128)
     complete = []
-    for (region, draft), items in zip(asked, replies, strict=True):
+    for (shown, draft), items in zip(asked, replies, strict=True):
         options = {normal(draft.answer, draft.question): draft.answer}
         for wrong in filter(None, map(one_line, items or [])):
             if not re.search(PROMPTS["unknown"], normal(wrong)):
                 options.setdefault(normal(wrong, draft.question), wrong)
         draft.options = list(options.values())[:4]
-        random.Random(f"{region.id}-{draft.n}").shuffle(draft.options)
+        random.Random(f"{shown.id}-{draft.n}").shuffle(draft.options)
         if len(draft.options) == 4:
-            complete.append(region)
+            complete.append(shown)
         elif items is not None:  # else counted already
-            region.photo.drop("options_too_few")
+            shown.photo.drop("options_too_few")
     return complete
 
 
-def draw_triplet(engine, region: Region) -> dict:
-    """Draws and saves a region with its first question: the row of train.jsonl."""
+def draw_triplet(engine, shown: Evidence) -> dict:
+    """Draws and saves a region, or a pair, with its first question: the row of train.jsonl."""
     settings = engine.settings
-    photo = region.photo
-    window = region.window
-    draft = region.questions[0]
-    text = draft.question + PROMPTS["hint"]
+    photo = shown.photo
+    windows = [region.window for region in shown.regions]
+    boxes = [region.box for region in shown.regions]
+    draft = shown.questions[0]
+    text = draft.question + texts_of(shown)["hint"]
     answer = draft.answer if settings.labels else None
     if draft.options:
         lines = map("{}. {}".format, "ABCD", draft.options)
         text += "\n\n" + "\n".join(lines) + PROMPTS["choose"]
         answer = "ABCD"[draft.options.index(draft.answer)]
-    framed = region.framed()
-    crop = region.crop if settings.clean_crop else cut(framed, window)
+    framed = shown.framed()
+    crops = shown.crops
+    if not settings.clean_crop:
+        crops = [cut(framed, window) for window in windows]
     extra = {
         "source": photo.file.encode(errors="backslashreplace").decode(),
         "source_size": photo.image.size,
-        "box": region.box,
-        "frame": region.frame,
-        "window": window,
-        "scale": round(enlargement(window), 4),
-        "label": region.label,
-        "score": region.score,
+        "box": only(boxes),
+        "frame": only([region.frame for region in shown.regions]),
+        "window": only(windows),
+        "scale": only([round(enlargement(window), 4) for window in windows]),
+        "label": only([region.label for region in shown.regions]),
+        "score": only([region.score for region in shown.regions]),
         "draft": draft.draft,
         "type": draft.type,
         "votes": draft.votes,
         "config": engine.mark,
         "seed": settings.seed,
     }
-    sample = Triplet(f"{region.id}-{draft.n}", text, framed, crop, region.box, answer, extra)
+    sample = Triplet(f"{shown.id}-{draft.n}", text, framed, crops, boxes, answer, extra)
     return write_sample(settings.out, sample, f".{settings.full}")
 
 
@@ -243,11 +281,11 @@ class Engine:
 
 @dataclass
 class Request:
-    """An image and a question about it for the model."""
+    """Images and a question about them for the model."""
 
     photo: Photo  # where drops are counted
     key: object  # what its seed depends on
-    image: Image.Image
+    images: list[Image.Image]
     prompt: str
 
 
@@ -262,7 +300,7 @@ def reply_texts(
         keys = [repr((engine.settings.seed, what, request.key)) for request in batch]
         replies = rollout.answers(
             *engine.model,
-            [request.image for request in batch],
+            [request.images for request in batch],
             [request.prompt for request in batch],
             max_new_tokens=tokens,
             seeds=[int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]) for key in keys],
@@ -395,7 +433,17 @@ def work(todo: list[str], engine, part, bar):
 
 def configuration(settings) -> dict:
     """What the samples depend on: a run is not resumed with anything else."""
-    keys = ("model", "proposer", "sam3", "labels", "format", "clean_crop", "full", "seed")
+    keys = (
+        "model",
+        "proposer",
+        "sam3",
+        "regions",
+        "labels",
+        "format",
+        "clean_crop",
+        "full",
+        "seed",
+    )
     texts = repr(PROMPTS).encode()
     if settings.proposer.endswith(".jsonl"):
         texts += Path(settings.proposer).read_bytes()

@@ -17,8 +17,9 @@ To call it, answer <tool_call>{"name": "image_zoom_in_tool", \
 
 
 def answer_with_zoom(answer, images: list, texts: list[str], rounds: int) -> list[dict]:
-    """As answer(images, chats) -> replies, `images` being a list a row, but the model may call the
-    tool at most `rounds` times a row: the region comes back as a further image, or an error that it can react to.
+    """As answer(images, chats) -> replies, `images` a list a row, but the model may call the tool
+    at most `rounds` times a row: the region comes back as a further image, or an error that it can
+    react to.
 
     A dict a row: output (the last turn), tokens (of all turns), truncated, calls, malformed ones.
     Every turn computes its whole prompt anew.

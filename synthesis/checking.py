@@ -49,8 +49,8 @@ def flaw(sample: Triplet) -> str | None:
     for x1, y1, x2, y2 in sample.boxes or []:
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             return (
-                f"sample {sample.id}: bbox is {only(sample.boxes)}. Expected x1 < x2 <= {width}, y1 < y2 "
-                f"<= {height}: correct it, or write null."
+                f"sample {sample.id}: bbox is {only(sample.boxes)}. Expected x1 < x2 <= {width}, "
+                f"y1 < y2 <= {height}: correct it, or write null."
             )
     return None
 
@@ -80,7 +80,9 @@ def balance(samples: list[Triplet]) -> list[str]:
 def stem_and_answer(sample: Triplet) -> tuple[str, str]:
     """The question without hint and options, and the answer's text where it is a letter: "A.
     bark"."""
-    question = sample.question.replace(PROMPTS["hint"], "")  # which says "red"
+    question = sample.question
+    for hint in (PROMPTS["hint"], PROMPTS["pair"]["hint"]):  # which say "red"
+        question = question.replace(hint, "")
     option = r"\n+\(?([A-H])[.)] (.*)"
     stem = re.split(option, question)[0]
     options = dict(re.findall(option, question))

@@ -5,6 +5,7 @@ px."""
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, combinations
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,17 +17,12 @@ from triplets.format import RED
 
 @dataclass
 class Region:
-    """A box that somebody proposed; if it is kept, it is framed, cropped and asked about."""
+    """A box that somebody proposed; if it is kept, it is framed and cropped."""
 
     photo: Photo
     box: list  # of whole px once it is kept
     label: str | None = None  # what is in it, as the question's writer is told
     score: float | None = None  # SAM 3's confidence
-    questions: list = field(default_factory=list)  # DraftQuestion; the first becomes a sample
-
-    @property
-    def id(self):
-        return "-".join([self.photo.digest, *map(str, self.box)])
 
     @property
     def line(self):
@@ -48,15 +44,52 @@ class Region:
         """The window, enlarged, without the frame."""
         return cut(self.photo.image, self.window)
 
+
+@dataclass
+class Evidence:
+    """What a question is asked about: a kept region, or two of one photograph."""
+
+    regions: list[Region]
+    questions: list = field(default_factory=list)  # DraftQuestion; the first becomes a sample
+
+    @property
+    def photo(self):
+        return self.regions[0].photo
+
+    @property
+    def id(self):
+        edges = chain.from_iterable(region.box for region in self.regions)
+        return "-".join([self.photo.digest, *map(str, edges)])
+
+    @property
+    def crops(self):
+        """Without frames."""
+        return [region.crop for region in self.regions]
+
     def framed(self):
-        """The photograph with a red frame round the box, whose own pixels stay as they are: they
+        """The photograph with a red frame round each box, whose own pixels stay as they are: they
         are the evidence."""
-        x1, y1, x2, y2 = self.frame
         framed = self.photo.image.copy()
         draw = ImageDraw.Draw(framed)
-        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=RED, width=self.line)
-        framed.paste(self.photo.image.crop(self.box), self.box[:2])
+        for region in self.regions:
+            x1, y1, x2, y2 = region.frame
+            draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=RED, width=region.line)
+        for region in self.regions:
+            framed.paste(self.photo.image.crop(region.box), region.box[:2])
         return framed
+
+
+def evidence(photo: Photo, kept: list[Region], count: int) -> list[Evidence]:
+    """A photograph's kept regions, `count` (1 or 2) together; what makes no pair is counted."""
+    if len(kept) < count and count > 1:
+        photo.drop("regions_too_few")
+    found = []
+    for regions in combinations(kept, count):
+        if any(in_both(a.box, b.window) for a in regions for b in regions if a is not b):
+            photo.drop("pair_in_one_crop")  # then one of them would be enough
+        else:
+            found.append(Evidence(list(regions)))
+    return found
 
 
 def sides(box):
@@ -134,17 +167,18 @@ def region_fault(region: Region, kept: list[Region]) -> str | None:
 def same_thing(a: Region, b: Region) -> bool:
     """Whether two regions show one thing: IoU over 0.5, or one lies to 80% in the other and their
     labels share a word."""
-    in_both = [
-        *map(max, a.box[:2], b.box[:2]),
-        *map(min, a.box[2:], b.box[2:]),
-    ]
-    shared = area(in_both)
+    shared = in_both(a.box, b.box)
     areas = [area(a.box), area(b.box)]
     if shared > 0.5 * (sum(areas) - shared):
         return True
     a_words = set(normal(a.label).split())
     b_words = normal(b.label).split()
     return shared >= 0.8 * min(areas) and not a_words.isdisjoint(b_words)
+
+
+def in_both(a, b):
+    """The area that two boxes share."""
+    return area([*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:])])
 
 
 def area(box):

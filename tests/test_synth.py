@@ -69,16 +69,16 @@ def scripted(patch, most=100, **said):
     calls = []
 
     def answers(model, processor, images, texts, group=1, temperature=0, **how):
-        if len(texts) > most or any(image.width == 641 for image in images):
+        if len(texts) > most or any(shown[0].width == 641 for shown in images):
             raise torch.OutOfMemoryError("CUDA out of memory")
         kind = kind_of(texts[0])
         calls.append((kind, len(texts), temperature))
         replies = []
-        for image, prompt in zip(images, texts, strict=True):
+        for shown, prompt in zip(images, texts, strict=True):
             for n in range(group):
                 text = said[kind]
                 if callable(text):
-                    text = text(image, prompt, n)
+                    text = text(shown[0], prompt, n)
                 replies.append(rollout.Reply(text, 1, False))
         return replies
 
@@ -153,7 +153,7 @@ def test_photographs_become_triplets_with_their_provenance(tmp_path, make):
         assert t.extra["box"] == t.boxes[0]
         assert t.extra["source_size"] == [640, 480]
         source = load_image(tmp_path / "in" / t.extra["source"])
-        framed = Region(Photo("x", image=source), t.boxes[0]).framed()
+        framed = Evidence([Region(Photo("x", image=source), t.boxes[0])]).framed()
         assert load_image(t.image).tobytes() == framed.tobytes()
         assert load_image(t.crops[0]).tobytes() == cut(framed, t.extra["window"]).tobytes()
     told = stats(out)
