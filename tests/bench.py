@@ -47,7 +47,7 @@ from rollout import CACHES, sample
 from sharding import Shards, join_ranks
 from storage.images import save_image
 from synthesis.photos import load_photo
-from synthesis.regions import Region, cut
+from synthesis.regions import Evidence, Region, cut
 from triplets.format import Triplet
 
 # Defaults, what --device cuda changes of them, and the configurations of --size.
@@ -440,11 +440,11 @@ def bench_synth(args):
         save_image(ImageChops.add(smooth, grain, offset=-128), source)
         size = source.stat().st_size / 1e6
         region = Region(load_photo(folder, source.name), [1000, 700, 1200, 860])
-        framed = region.framed()
+        framed = Evidence([region]).framed()
         crop = cut(framed, region.window)
         jobs = {
             "decode": partial(load_photo, folder, source.name),
-            "draw the frame": region.framed,
+            "draw the frame": Evidence([region]).framed,
             "crop and enlarge": partial(cut, framed, region.window),
             "write the image, JPEG": partial(save_image, framed, folder / "a.jpg"),
             "write the crop, PNG": partial(save_image, crop, folder / "a.png"),

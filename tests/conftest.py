@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 DEVICE = "cuda" if "--device cuda" in " ".join(sys.argv).replace("=", " ") else "cpu"
@@ -32,6 +33,7 @@ from storage.checkpoint import save  # noqa: E402
 from storage.images import load_image  # noqa: E402
 from toy.scenes import draw  # noqa: E402
 from toy.tiny import tiny  # noqa: E402
+from triplets.format import read_triplets, write_triplets  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -137,10 +139,11 @@ def alone(prompt, row: int) -> dict:
     }
 
 
-def ask(processor, image: Path | Image.Image, text: str) -> dict:
-    """The prompt of one image and question, as in training."""
-    picture = image if isinstance(image, Image.Image) else load_image(image)
-    return vision_model.encode(processor, [picture], ["\n" + text])
+def ask(processor, image: Path | Image.Image | list, text: str) -> dict:
+    """The prompt of one image, or of several, and a question, as in training."""
+    shown = image if isinstance(image, list) else [image]
+    pictures = [each if isinstance(each, Image.Image) else load_image(each) for each in shown]
+    return vision_model.encode(processor, [pictures], ["\n" + text])
 
 
 def respond(model, processor, prompt, group: int, key: str) -> list[torch.Tensor]:
@@ -170,9 +173,18 @@ def small_run(world: Path, out: Path, *flags: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with twelve triplets and a base model with random weights."""
+    """A folder with twelve triplets, these with the next one's box and crop as well, and a base
+    model with random weights."""
     folder = tmp_path_factory.mktemp("world")
     draw(folder / "data", 12, 0)
+    rows = read_triplets(folder / "data")
+    for row in rows:
+        row.image, row.crops = load_image(row.image), list(map(load_image, row.crops))
+    pairs = [
+        replace(row, crops=row.crops + other.crops, boxes=row.boxes + other.boxes)
+        for row, other in zip(rows, rows[1:] + rows[:1], strict=True)
+    ]
+    write_triplets(folder / "pairs", pairs)
     model, processor = tiny(0)
     save(livelier(model, 3.0), processor, folder / "base")
     return folder

@@ -36,6 +36,7 @@ RUNS = {
     "cv-opd": "--method cv-opd --micro-prompts 1",
     "grpo": "--method grpo",
     "dapo": "--method dapo --resample 2 --micro-prompts 2",
+    "pairs": "--micro-prompts 1",
     "untied": "",
     "qwen3-vl": "",
 }
@@ -64,9 +65,11 @@ def save_weights(out: Path, step: int, processor, shards: Shards) -> None:
 
 
 def run(world: Path, out: Path, flags: str) -> None:
-    own = world / out.name  # a model
-    model = ["--model", str(own)] if own.exists() else []
-    settings = train.parse(conftest.small_run(world, out, SHORT, *model, flags))
+    own = []
+    if (world / out.name).exists():  # a data set, or a model
+        flag = "--data" if out.name == "pairs" else "--model"
+        own = [flag, str(world / out.name)]
+    settings = train.parse(conftest.small_run(world, out, SHORT, *own, flags))
     with patch.object(train, "save_checkpoint", save_weights):
         train.train(settings, *join_ranks("cpu"))
 

@@ -137,7 +137,7 @@ def model(monkeypatch):
         assert len(images) == len(prompts) > 0
         Scripted.before(prompts)
         Scripted.asked.append(prompts)
-        Scripted.shown += [image.tobytes() for image in images]
+        Scripted.shown += [image.tobytes() for shown in images for image in shown]
         texts = [Scripted.says[prompt.split()[-1]] for prompt in prompts]
         return [rollout.Reply(text, len(text), len(text) > 12) for text in texts]
 
@@ -800,6 +800,29 @@ def test_the_toys_small_and_large_targets_and_ones_own_rows_share_a_folder(
     corners = {"toy-holdout colour", "toy-holdout corner"}
     ours = {"mine None", "vstar None"}
     assert groups == {"toy small", "toy pair", "toy-large large"} | corners | ours
+
+
+def test_several_crops_are_shown_together_and_answers_of_older_versions_are_kept(asked, model):
+    path, out = asked
+    (file,) = out.glob("answers-*.jsonl")
+    older = list(map(json.loads, file.read_text().splitlines()))
+    for line in older:
+        (line["crop"],) = line.pop("crops")
+    file.write_text("".join(json.dumps(line) + "\n" for line in older))
+    rows = list(map(json.loads, path.read_text().splitlines()))
+    rows[1]["crops"] = [rows[1].pop("crop"), rows[3]["crop"]]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    model.shown.clear()
+    ask(path, more="--view both")
+    assert model.asked == [["question 1"]]  # in the crop view
+    crops = [path.parent / name for name in rows[1]["crops"]]
+    assert model.shown == [load_image(crop).tobytes() for crop in crops]
+    data = data_of(out / "report.html")
+    shown = {sample[0]["id"]: sample[-1]["crops"] for sample in data["samples"]}
+    assert shown["1"] == [os.path.relpath(crop, out) for crop in crops]
+    assert shown["3"] == shown["1"][1:]
+    assert {crop for each in shown.values() for crop in each} <= set(data["images"])
+    assert saved_benches(out)["mine"]["gap"]["n"] == 7
 
 
 def test_two_files_of_the_same_name_are_refused(model, tmp_path):

@@ -1,6 +1,7 @@
 """The successors of Vision-OPD: what they make of the extra view, against formulas of full logits
 in float64, left to autograd or to loops."""
 
+import itertools
 import math
 import random
 
@@ -17,6 +18,7 @@ import methods
 import train
 from loss import topk_divergence
 from rollout import Rollout
+from storage.images import load_image
 from triplets import views
 from triplets.format import RED, Triplet
 
@@ -295,6 +297,39 @@ def test_a_view_has_the_size_of_what_it_is_made_of(view, row):
     assert whole.tobytes() == (row.image if view == "masked_box" else row.crops[0]).tobytes()
 
 
+def test_of_several_boxes_each_is_masked_and_the_other_parts_show_none(row):
+    second = [5, 40, 25, 56]
+    row.image.paste((30, 40, 200), second)
+    row.boxes.append(second)
+    row.crops.append(row.image.crop(second).resize((60, 48)))
+    before, after = np.asarray(row.image), np.asarray(views.masked_box(row.image, row, None))
+    boxed = np.zeros(before.shape[:2], bool)
+    for left, top, right, bottom in row.boxes:
+        boxed[top:bottom, left:right] = True
+        (colour,) = np.unique(after[top:bottom, left:right].reshape(-1, 3), axis=0)
+        assert 100 < colour.min() and colour.max() < 160  # of the noise around
+    assert (after[~boxed] == before[~boxed]).all()
+    shown = methods.View("image", change=views.unrelated_crop)
+    for seed in range(20):
+        found = shown.change(row.image, row, random.Random(seed))
+        assert [each.size for each in found] == [(40, 32), (60, 48)]
+        for each, colour in itertools.product(found, ((200, 30, 40), (30, 40, 200))):
+            share = (np.asarray(each) == colour).all(-1).mean()
+            assert share <= 2 * views.OVERLAP / (1 + views.OVERLAP) + 0.05
+
+
+def test_a_view_of_the_crop_changes_all_of_them(row, tmp_path):
+    row.crops.append(noise(50, 70, 3))
+    for n, crop in enumerate(row.crops):
+        crop.save(tmp_path / f"{n}.png")
+        row.crops[n] = tmp_path / f"{n}.png"
+    for change in (None, views.coarse):
+        found = methods.View("crop", change=change).pictures(row, 0)
+        wanted = list(map(load_image, row.crops))
+        wanted = [change(each, row, None) for each in wanted] if change else wanted
+        assert [each.tobytes() for each in found] == [each.tobytes() for each in wanted]
+
+
 @pytest.mark.parametrize("inwards", [0, 1, 3])
 def test_the_masked_box_keeps_its_frame_and_all_around_it(inwards, row):
     """A frame round the box, as synth.py draws it, or inside it, as in the toy."""
@@ -380,7 +415,7 @@ def test_a_view_is_the_same_for_the_same_seed_and_row(row, tmp_path):
 @pytest.mark.parametrize("name", ["ead", "v-zero", "cv-opd"])
 def test_data_without_boxes_is_refused_where_a_view_needs_one(name, box, row):
     methods.refuse_unfit(name, [row])
-    row.boxes = box and [box]
+    row.boxes = box and [[1, 2, 9, 10], box]
     with pytest.raises(ValueError, match="boxes"):
         methods.refuse_unfit(name, [row])
     methods.refuse_unfit("s2vopd", [row])

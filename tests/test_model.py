@@ -139,6 +139,44 @@ def test_the_prompt_ends_with_the_non_thinking_prefix_and_holds_one_image(lively
     )
 
 
+def test_of_several_images_all_come_before_the_question_in_their_order(lively):
+    _, processor = lively
+    images = [noise(64, 32), noise(32, 32, 1), noise(32, 64, 2)]
+    prompt = encode(processor, [images, images[1]], [QUESTION] * 2)
+    text = processor.tokenizer.decode(prompt["input_ids"][0])
+    shown = "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in (8, 4, 8))
+    assert text.startswith(f"<|im_start|>user\n{shown}{QUESTION}<|im_end|>")
+    each = [encode(processor, [image], [QUESTION]) for image in (*images, images[1])]
+    for key in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(prompt[key], torch.cat([one[key] for one in each]))
+
+
+def test_several_images_over_the_limit_are_scaled_down_by_one_factor():
+    """An edge is cut down to whole image tokens of 16 px."""
+    _, processor = tiny()
+    processor.image_processor.size["longest_edge"] = 4_194_304
+    draw, shares = random.Random(0), []
+    for seed in range(60):
+        sizes = [(draw.randint(64, 900), draw.randint(64, 900)) for _ in range(draw.randint(2, 4))]
+        images = [noise(*size, seed) for size in sizes]
+        most = draw.randint(80, 200)
+        prompt = encode(processor, [images], [QUESTION], max_tokens=most)
+        length = prompt["input_ids"].shape[1]
+        assert length <= most
+        if prompt["shrunk"]:
+            shares.append(length / most)
+            edges = [
+                8 * n for _, high, wide in prompt["image_grid_thw"].tolist() for n in (wide, high)
+            ]
+            cut = list(zip(edges, [edge for size in sizes for edge in size], strict=True))
+            longer = [(new, old) for new, old in cut if new > 32]  # not at the processor's least
+            assert max(new / old for new, old in longer) < min(
+                (new + 16) / old for new, old in longer
+            )
+    assert len(shares) > 50
+    assert sum(shares) / len(shares) > 0.8
+
+
 @pytest.mark.parametrize("size", [(512, 512), (4096, 32), (32, 2048), (700, 333)])
 def test_a_prompt_over_the_limit_gets_a_smaller_image_and_keeps_its_text(size):
     _, processor = tiny()

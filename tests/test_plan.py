@@ -247,13 +247,14 @@ def describe(world, tmp_path, capsys):
     return go
 
 
-def test_a_plan_is_printed_before_anything_is_loaded(describe, world, tmp_path):
+@pytest.mark.parametrize("data", ["data", "pairs"])
+def test_a_plan_is_printed_before_anything_is_loaded(data, describe, world, tmp_path):
     """For a GPU that is not here; its lengths are those of the prompts that training sees."""
-    told = describe("--device cuda", "--plan 4")
+    told = describe("--device cuda", "--plan 4", f"--data {world / data}")
     for words in ("0.4M weights", "12 triplets", "3 steps of 4 prompts x 2 responses on 4 rank"):
         assert words in told
     assert "hours" in told
-    settings = train.parse(small_run(world, tmp_path / "out"))
+    settings = train.parse(small_run(world, tmp_path / "out", f"--data {world / data}"))
     run = SimpleNamespace(settings=settings, rows=train.read_rows(settings), processor=tiny()[1])
     run.shards = SimpleNamespace(plain=torch.zeros(1))
     encoded = [methods.EncodedMicros(run)[[i]] for i in range(12)]

@@ -41,7 +41,7 @@ def on_ranks(world, tmp_path_factory, request):
 )
 def test_more_ranks_make_the_same_update(name, ranks, on_ranks, world):
     one, more = on_ranks / "1" / name, on_ranks / ranks / name
-    base = world / name if (world / name).exists() else world / "base"
+    base = world / name if (world / name / "config.json").exists() else world / "base"
     assert_same_update(weights(more), weights(one), weights(base))
     for got, want in zip(log(more), log(one), strict=True):
         for key in ("tokens", "length", "eos", "loss", "grad_norm"):

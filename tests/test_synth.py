@@ -27,7 +27,7 @@ from launch.flags import settings_parser
 from storage.images import load_image
 from synthesis import checking, parts, photos, proposers
 from synthesis.photos import Photo
-from synthesis.regions import Region, cut, small_regions
+from synthesis.regions import Evidence, Region, cut, small_regions
 from synthesis.texts import PROMPTS, broken_rule, drafted, json_in_reply, normal
 from triplets.format import RED, Triplet, read_triplets, write_triplets
 
@@ -40,7 +40,7 @@ ASKED = [
 def kind_of(prompt):
     if prompt.startswith(PROMPTS["find"]):
         return "find"
-    if prompt.startswith(PROMPTS["ask"][:20]):
+    if prompt.startswith((PROMPTS["ask"][:20], PROMPTS["pair"]["ask"][:20])):
         return "ask"
     return "vote" if 'reply "unknown"' in prompt else "wrong"
 
@@ -78,7 +78,7 @@ def scripted(patch, most=100, **said):
             for n in range(group):
                 text = said[kind]
                 if callable(text):
-                    text = text(shown[0], prompt, n)
+                    text = text(shown if len(shown) > 1 else shown[0], prompt, n)
                 replies.append(rollout.Reply(text, 1, False))
         return replies
 
@@ -164,6 +164,72 @@ def test_photographs_become_triplets_with_their_provenance(tmp_path, make):
     make("--full", "png")  # nothing left to do
     assert not make.calls
     assert read_triplets(out) == found
+
+
+def test_pairs_of_regions_are_asked_what_neither_crop_answers_alone(tmp_path, make):
+    """Of the first photograph's three regions two touch, the second has one, the third has two."""
+    boxes = {
+        "0.jpg": [[40, 50, 90, 90], [300, 200, 400, 290], [404, 200, 480, 290]],
+        "sub/1.jpg": [[40, 50, 90, 90]],
+        "2.jpg": [[40, 50, 90, 90], [300, 200, 400, 290]],
+    }
+    given = [{"image": name, "boxes": some, "labels": None} for name, some in boxes.items()]
+    for line in given:
+        line["labels"] = [f"tag {n}" for n in range(len(line["boxes"]))]
+    (tmp_path / "boxes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in given))
+    texts = ("What colour is tag 0?", "What is the total of both numbers?", "What do both say?")
+    asked = [{"question": text, "answer": "12", "type": "number"} for text in texts]
+    prompts = []
+
+    def ask(shown, prompt, n):
+        assert [image.size for image in shown][0] == (122, 102)  # twice 40 px, frame and margin
+        prompts.append(prompt)
+        return json.dumps(asked)
+
+    def vote(shown, prompt, n):
+        """The first question is about the first crop, whatever else is seen."""
+        if isinstance(shown, list):
+            return "12"
+        return "It is 12." if prompt.startswith(texts[0]) and shown.width == 122 else "unknown"
+
+    flags = ("--proposer", tmp_path / "boxes.jsonl", "--regions", 2, "--labels", "--full", "png")
+    out = make(*flags, ask=ask, vote=vote)
+    assert stats(out)["dropped"] == {
+        "one_is_enough": 3,
+        "question_spare": 3,
+        "pair_in_one_crop": 1,
+        "regions_too_few": 1,
+    }
+    assert all("tag 0" in prompt and "tag " in prompt.split("second")[1] for prompt in prompts)
+    found = read_triplets(out)
+    kept = [t.boxes for t in found if t.extra["source"] == "0.jpg"]
+    first, *others = boxes["0.jpg"]
+    assert sorted(kept) == [[first, other] for other in others]
+    assert len(found) == 3
+    for t in found:
+        assert t.question == texts[1] + PROMPTS["pair"]["hint"]
+        assert t.answer == "12"
+        source, full = (
+            pixels(load_image(path)) for path in (tmp_path / "in" / t.extra["source"], t.image)
+        )
+        outside = np.ones(full.shape[:2], bool)
+        for box, frame, window, crop in zip(
+            t.boxes, t.extra["frame"], t.extra["window"], t.crops, strict=True
+        ):
+            x1, y1, x2, y2 = box
+            assert (full[y1:y2, x1:x2] == source[y1:y2, x1:x2]).all()
+            left, top, right, bottom = frame
+            assert (full[top, left:right] == RED).all() and (
+                full[top:bottom, right - 1] == RED
+            ).all()
+            outside[top:bottom, left:right] = False
+            assert load_image(crop).tobytes() == cut(load_image(t.image), window).tobytes()
+        assert (full[outside] == source[outside]).all()
+    main("--check", out)
+    make(*flags, ask=ask, vote=vote)  # nothing left to do
+    assert not make.calls
+    with pytest.raises(FileExistsError, match="'regions': "):
+        make(*flags[:2], "--labels", "--full", "png")
 
 
 def test_labels_need_seven_of_eight_votes_and_are_written(make):
@@ -684,7 +750,7 @@ def test_the_evidence_survives_and_its_frame_is_seen_wherever_the_box_lies(w, h)
             np.s_[y : y + h, x : x + w],  # the evidence
         ):
             expected[kept] = before[kept]
-        assert (pixels(region.framed()) == expected).all()
+        assert (pixels(Evidence([region]).framed()) == expected).all()
         rooms = (x - left, y - top, right - x - w, bottom - y - h)
         assert sum(room >= line for room in rooms) >= 2  # so many sides of it are seen
         x1, y1, x2, y2 = region.window
@@ -834,11 +900,14 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, caps
         sample(3),
         sample(4),
         sample(5, image=Image.new("RGB", (2100, 10))),  # no image processor takes it
+        sample(6, crops=[noise(16, 16)] * 2, boxes=[[1, 2, 9, 10], [1, 2, 9, 31]]),
+        sample(7, crops=[noise(16, 16)] * 2, boxes=None),
     ]
     write_triplets(tmp_path, samples)
     (tmp_path / "images" / "s3.png").write_bytes(b"")
     crop = tmp_path / "teacher_images" / "s4.png"
     crop.write_bytes(crop.read_bytes()[:200])
+    (tmp_path / "teacher_images" / "s7-2.png").write_bytes(b"")
     line = json.dumps(rows(tmp_path)[0])
     wrong = [
         "{torn",
@@ -848,20 +917,22 @@ def test_check_lists_every_error_and_warns_of_leaks_and_imbalance(tmp_path, caps
     ]
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write("\n".join(wrong))
-    with pytest.raises(ValueError, match="8 errors"):
+    with pytest.raises(ValueError, match="10 errors"):
         main("--check", tmp_path)
     told = capsys.readouterr().out
     for found in (
-        "line 7: no JSON",
+        "line 9: no JSON",
         "id 's0' is that of line 1",
-        "line 9: problem",
+        "line 11: problem",
         "no such file",
         "sample s1: bbox is [1, 2, 41, 9]",
         "s3.png (0 bytes)",
         "s4.png",
         "s5.png is 2100 x 10",
+        "sample s6: bbox is [[1, 2, 9, 10], [1, 2, 9, 31]]",
+        "s7-2.png (0 bytes)",
         "1 questions contain their answer, the first ['s2']",
-        "6 of 6 answers are 'red', over 10%",
+        "8 of 8 answers are 'red', over 10%",
         "types are 'colour', over 35%",
     ):
         assert found in told

@@ -50,21 +50,27 @@ def state(checkpoint):
 
 
 @core
-def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(run, world, tmp_path):
-    """Again, from the equation: every sequence alone, full logits, torch's clipping and AdamW."""
-    flags = "--steps 1 --clip 0.02 --weight-decay 0.1 --ema-rate 0.25 --top-k 16"
+@pytest.mark.parametrize("data", ["data", "pairs"])
+def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(
+    data, run, world, tmp_path
+):
+    """Again, from the equation: every sequence alone, full logits, torch's clipping and AdamW; with
+    one crop a triplet, and with two."""
+    flags = (
+        f"--data {world / data} --steps 1 --clip 0.02 --weight-decay 0.1 --ema-rate 0.25 --top-k 16"
+    )
     got = run("fast", flags)
     entry = log(tmp_path / "fast")[0]
     student, processor = load(str(world / "base"))
     teacher, _ = load(str(world / "base"))
-    rows = read_triplets(world / "data")
+    rows = read_triplets(world / data)
     losses = []
     agreed = ended = 0
     shown = {}
     for number in batch_rows(len(rows), 4, 0, 0):
         row = rows[number]
         full = ask(processor, row.image, row.question)
-        crop = ask(processor, row.crops[0], row.question)
+        crop = ask(processor, row.crops, row.question)
         for answer in respond(student, processor, full, 2, f"0/0/{row.id}"):
             ended += int(answer[-1] == processor.tokenizer.eos_token_id)
             student_logits = plain_logits(student, full, answer)
@@ -88,6 +94,7 @@ def test_a_step_is_the_papers_equation_with_plain_forwards_autograd_and_adamw(ru
     assert len(saved) == 2  # a micro-batch
     for told in saved:
         answer, each = shown[told["id"]]
+        assert len(told["crops"]) == (2 if data == "pairs" else 1)
         assert told["tokens"] == [processor.tokenizer.decode([token]) for token in answer]
         assert told["divergence"] == pytest.approx(each, rel=1e-3, abs=2e-5)
 

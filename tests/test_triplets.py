@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from conftest import noise
-from PIL import Image, ImageCms, ImageFont
+from PIL import Image, ImageCms, ImageColor, ImageFont
 
 import triplets.format
 from storage import files
@@ -100,6 +101,37 @@ def test_a_data_set_has_the_released_keys_and_layout_and_is_read_as_it_was_writt
     assert read == written
 
 
+def test_several_crops_have_a_file_and_a_box_each(tmp_path):
+    boxes = [[1, 2, 9, 10], [20, 21, 30, 31]]
+    crops = [noise(16, 16, 5), noise(8, 24, 6)]
+    boxless = sample("b", crops=crops[::-1], boxes=None)
+    write_triplets(tmp_path, [sample("a", crops=crops, boxes=boxes), boxless, sample("c")])
+    lines = list(map(json.loads, (tmp_path / "train.jsonl").open()))
+    assert lines[0]["teacher_images"] == ["teacher_images/a-1.png", "teacher_images/a-2.png"]
+    assert [line["bbox"] for line in lines] == [boxes, None, [1, 2, 9, 10]]
+    first, second, third = read_triplets(tmp_path)
+    for read, wanted in ((first, crops), (second, crops[::-1])):
+        assert [load_image(crop).tobytes() for crop in read.crops] == [c.tobytes() for c in wanted]
+    assert [read.boxes for read in (first, second, third)] == [boxes, None, [[1, 2, 9, 10]]]
+    files = [first.image, first.crops[1]]
+    assert first.bytes == sum(path.stat().st_size for path in files)
+    assert third.bytes == third.image.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [sample(crops=[])],
+        [sample(crops=[noise(8, 8)] * 2)],
+        [sample("a-2"), sample("a", crops=[noise(8, 8)] * 2, boxes=None)],
+    ],
+)
+def test_crops_without_a_box_or_a_file_of_their_own_are_refused(samples, tmp_path):
+    with pytest.raises(ValueError, match="sample 'a'.*crops"):
+        write_triplets(tmp_path, samples)
+    assert not (tmp_path / "train.jsonl").exists()
+
+
 def test_full_images_can_be_jpeg_in_full_colour_resolution(tmp_path):
     data_set(tmp_path)
     line = write_sample(tmp_path, sample(image=Image.new("RGB", (8, 8), "red")), ".jpg")
@@ -146,6 +178,11 @@ def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
         (row(images=["images/b.png"]), "no such file"),
         (row(teacher_images=["crops/a.png"]), "crops"),
         (row(bbox=[1, 2, 3]), "bbox is [1, 2, 3]"),
+        (row(bbox=[1, 2, 3, math.inf]), "bbox is [1, 2, 3, inf]"),
+        (row(bbox=[[1, 2, 3, 4]] * 2), "bbox is [[1, 2, 3, 4], [1, 2, 3, 4]]"),
+        (row(teacher_images=["teacher_images/a.png"] * 2, bbox=[1, 2, 3, 4]), "bbox is [1,"),
+        (row(teacher_images=[]), "teacher_images is []"),
+        (row(teacher_images=["teacher_images/a.png", "teacher_images/b.png"]), "teacher_images[1]"),
         (row(extra_info={"id": "000000"}), "line 1 too"),
         (row(extra_info="x"), "extra_info is 'x'"),
     ],
@@ -499,6 +536,23 @@ def test_the_contact_sheet_takes_any_data_set(tmp_path):
     assert sheet.shape[1] < 1500
     yellow = (sheet == (255, 255, 0)).all(-1)
     assert yellow.sum() > 4 * 50  # one box is noted, and marked
+
+
+def test_the_contact_sheet_shows_all_boxes_and_all_crops(tmp_path):
+    image = Image.new("RGB", (100, 100))
+    crops = [Image.new("RGB", (40, 40), name) for name in ("green", "blue", "purple")]
+    boxes = [[10, 10, 20, 20], [70, 70, 90, 90], [70, 10, 80, 20]]
+    write_triplets(tmp_path, [sample(image=image, crops=crops, boxes=boxes)])
+    sheet = np.asarray(load_image(draw_preview(tmp_path)))
+    for left, top, right, bottom in boxes:  # the image is 256 px wide there, 14 px from the corner
+        x, y = round(14 + 2.56 * (left + right) / 2), round(14 + 2.56 * (top + bottom) / 2)
+        yellow = (sheet == (255, 255, 0)).all(-1)
+        sides = yellow[y, x:], yellow[y, :x], yellow[y:, x], yellow[:y, x]
+        assert all(side.any() for side in sides)
+    found = [(sheet == ImageColor.getrgb(name)).all(-1) for name in ("green", "blue", "purple")]
+    assert all(one.sum() > 60 * 60 for one in found)
+    lefts = [one.any(0).argmax() for one in found]
+    assert lefts == sorted(lefts)
 
 
 @pytest.mark.parametrize(
