@@ -7,6 +7,7 @@ images[0], the teacher teacher_images[0], both the same question.
 
 import hashlib
 import json
+import math
 import os
 import re
 from array import array
@@ -151,11 +152,11 @@ def read_row(line: bytes, number: int, folder: Path, is_there) -> Triplet:
     expected = "one <image>, at the start, then a newline and the question, and no other tag"
     expect(row, "problem", good, f"{expected}; found {tags}")
     answer = row.get("answer")
-    good = answer is None or type(answer) in (str, int, float) and answer == answer
+    good = answer is None or isinstance(answer, str) or is_number(answer)
     good = good and not HALF.search(str(answer))
     expect(row, "answer", good, "a text of whole characters, a number or null")
     box = row.get("bbox")
-    numbers = isinstance(box, list) and [isinstance(v, int | float) for v in box]
+    numbers = isinstance(box, list) and [is_number(edge) for edge in box]
     good = box is None or numbers == [True] * 4
     expect(row, "bbox", good, "[x1, y1, x2, y2] in pixels, or null")
     extra = row.get("extra_info") or {}
@@ -188,6 +189,11 @@ def read_object(line: bytes) -> dict:
             f"found {found}. Expected the keys problem, images and teacher_images: add them."
         )
     return row
+
+
+def is_number(value) -> bool:
+    """JSON's true, NaN and Infinity are none."""
+    return type(value) is int or type(value) is float and math.isfinite(value)
 
 
 def expect(row: dict, key: str, good: bool, expected: str):
