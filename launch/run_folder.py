@@ -12,7 +12,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from launch.brakes import runaways
+from launch.brakes import Brakes
 from storage.files import read_json, read_jsonl, write, write_jsonl
 from triplets.format import LazyTriplets, Triplet
 
@@ -71,14 +71,15 @@ class RunLog:
         self.bar = tqdm(desc=out.name, initial=begin, total=steps, unit="step")
         self.files = [out / "log.jsonl", out / "rollouts.jsonl"]
         self.idle_steps = 0  # in which there was nothing to learn from
-        self.entries, self.warned = [], set()
+        self.brakes, self.warned = Brakes(), set()
         for path in self.files:
             notes = []
             rows = [row for row in read_jsonl(path, notes) if 0 < row.get("step", 0) <= begin]
             write_jsonl(path, rows)
             self.idle_steps += sum(row.get("tokens") == 0 for row in rows)
             if path == self.files[0]:
-                self.entries = rows
+                for row in rows:
+                    self.brakes.runaways(row)
             if begin and notes:
                 print(*notes, sep="\n", flush=True)
         try:
@@ -98,8 +99,7 @@ class RunLog:
         last = entry["step"] == entry["steps"]
         if last or entry["step"] % self.every == 0:
             tqdm.write(log_line(entry), file=sys.stdout)
-        self.entries.append(entry)
-        for key, warning in runaways(self.entries):
+        for key, warning in self.brakes.runaways(entry):
             if key not in self.warned:
                 self.warned.add(key)
                 tqdm.write(warning, file=sys.stdout)

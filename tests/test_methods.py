@@ -299,7 +299,8 @@ def token_losses(settings, group: list[Answer]):
     if settings.method == "dapo":  # with a limit of 6 tokens, the buffer is the last
         rewards = [r - (len(answer.ids) == 6) for r, answer in zip(rewards, group, strict=True)]
     spread = (statistics.stdev(rewards) if len(rewards) > 1 else 0.0) + 1e-6
-    for answer, reward in zip(group, rewards, strict=True):
+    ratios = [(picked(a.teacher, a.ids) - picked(a.extra, a.ids)).tolist() for a in group]
+    for i, (answer, reward) in enumerate(zip(group, rewards, strict=True)):
         advantage = (reward - statistics.mean(rewards)) / spread
         log_s = picked(answer.logits, answer.ids)
         log_t = picked(answer.teacher, answer.ids)
@@ -314,14 +315,10 @@ def token_losses(settings, group: list[Answer]):
             s, t, x = (logits.softmax(-1).gather(-1, top) for logits in events)
             formula, floor = test_family.FORMULAS[settings.method]
             yield True, formula(s, t, x, top, floor)
-        elif settings.method == "v-zero":
-            means = [
-                float((picked(a.teacher, a.ids) - picked(a.extra, a.ids)).mean()) for a in group
-            ]
-            mine = float((log_t - picked(answer.extra, answer.ids)).mean())
-            z = (mine - statistics.mean(means)) / (statistics.pstdev(means) + 1e-6)
+        elif settings.method in test_family.WEIGHTS:
+            weights = test_family.WEIGHTS[settings.method](ratios, tokens=1, responses=1)[i]
             losses = loss.divergence(answer.logits, answer.teacher, k=settings.top_k)
-            yield True, min(max(1 + 0.5 * z, 0), 2) * losses
+            yield True, torch.tensor(weights) * losses
         elif settings.method == "s2vopd":
             top = answer.teacher.topk(settings.top_k).indices
             s, t = (x.gather(-1, top).softmax(-1) for x in (answer.logits, answer.teacher))
@@ -357,7 +354,9 @@ EXTRA_VIEWS = {
     "opd-aha": ("crop", views.mean_colour),
     "ead": ("image", views.masked_box),
     "vad": ("crop", views.coarse),
+    "opd-v": ("crop", views.masked_crop),
     "vcsd": ("image", views.black),
+    "va-opd": ("crop", views.coarse),
     "v-zero": ("image", views.unrelated_crop),
     "cv-opd": ("image", views.unrelated_crop),
 }
@@ -427,6 +426,8 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
         "--method ead --top-k 9999",
         "--method vad --top-k 9999",
         "--method vcsd --top-k 9999",
+        "--method opd-v",
+        "--method va-opd",
         "--method v-zero",
         "--method cv-opd --top-k 9999",
         "--method s2vopd --top-k 9",
@@ -460,6 +461,8 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(
     total = torch.cat(kept).mean()
     if settings.method in ("grpo", "ead"):
         total = torch.stack([losses.mean() for losses in kept]).sum() / 6
+    if settings.method == "va-opd":
+        total = torch.cat(kept).sum() / 6
     total.backward()
 
     assert entry["tokens"] == sum(map(len, kept))
