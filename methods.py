@@ -39,7 +39,7 @@ from loss import DIVERGENCES, Target, topk_divergence
 from model import Prompt, encode, join, response_hidden, to_device
 from rollout import Rollout, sample
 from sharding import over_ranks
-from storage.images import load_image
+from storage.images import image_size, load_image
 from triplets import views
 from triplets.format import Triplet
 
@@ -62,7 +62,17 @@ class View:
         picture = load_image(getattr(row, self.image))
         if self.change is None:
             return picture
-        return self.change(picture, row, random.Random(f"{seed}/{row.id}"))
+        return self.change(picture, row, self.draw(row, seed))
+
+    def size(self, row: Triplet, seed: int) -> tuple[int, int]:
+        """(width, height) of the picture in pixels, by the headers of the row's files."""
+        size = image_size(getattr(row, self.image))
+        if self.change not in views.SIZES:
+            return size
+        return views.SIZES[self.change](size, row, self.draw(row, seed))
+
+    def draw(self, row: Triplet, seed: int) -> random.Random:
+        return random.Random(f"{seed}/{row.id}")
 
     def text(self, row: Triplet) -> str:
         """What stands after the image. The newline is the official training prompt's; its

@@ -403,7 +403,7 @@ def test_a_typed_folder_is_not_made(tmp_path):
 
 
 def test_a_changed_picture_is_no_pair_of_a_comparison(tmp_path):
-    """Nor of the gap: three of four rows, all wrong in full view and right in the crop, are left."""
+    """Nor of the gap: three of four rows are left, wrong in full view and right in the crop."""
     first = [reply(n, "B", digest=f"d{n}") for n in range(4)]
     second = [reply(n, "B", digest=f"d{n}") for n in range(3)] + [reply(3, "A", digest="other")]
     crops = [reply(n, "A", digest=f"c{n}", view="crop") for n in range(4)]

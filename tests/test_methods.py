@@ -479,6 +479,31 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(
         assert len(kept) < 6, "the filter must have work"
 
 
+def test_dapos_further_batches_are_an_epoch_in_an_order_of_their_own(begin):
+    run = begin("--method dapo --prompts 2 --resample 3 --seed 5")
+    drawn = [row.id for step in (0, 1) for i in (1, 2, 3) for row in further_rows(run, step, i)]
+    main = [run.rows[j].id for step in range(6) for j in batch_rows(12, 2, 5, step)]
+    assert sorted(drawn) == sorted(main)
+    assert drawn != main
+
+
+def further_rows(run, step: int, i: int) -> list[Triplet]:
+    return [row for micro in run.further_micros(step, i) for row in micro.rows]
+
+
+def test_a_further_batch_has_random_numbers_of_its_own(begin):
+    run = begin("--method dapo --prompts 2 --group 3 --seed 5")
+    micros = run.further_micros(1, 2)
+    run.method.respond(run, micros, 1, further=2)
+    student = run.shards.publish("student")
+    for micro in micros:
+        got = [ids[mask] for ids, mask in zip(micro.rollout.ids, micro.rollout.mask, strict=True)]
+        for i, row in enumerate(micro.rows):
+            asked = ask(run.processor, row.image, row.question)
+            want = respond(student, run.processor, asked, 3, f"5/1/2/{row.id}")
+            assert list(map(list, got[3 * i : 3 * i + 3])) == list(map(list, want))
+
+
 # -------------------------------------------------------------------------------- wrong usage
 
 

@@ -95,8 +95,7 @@ def unrelated_crop(picture, row, draw):
 
 def scaled_and_noisy(picture, row, draw):
     """Scaled by 0.3 to 0.6 and, half of the time, with Gaussian noise (S2VOPD)."""
-    scale = draw.uniform(*SCALES)
-    small = picture.resize([max(1, round(scale * side)) for side in picture.size])
+    small = picture.resize(scaled(picture.size, draw))
     if draw.random() < 0.5:
         return small
     noise = np.random.default_rng(draw.getrandbits(64)).normal(
@@ -104,6 +103,18 @@ def scaled_and_noisy(picture, row, draw):
     )
     noisy = (np.asarray(small) + noise).round().clip(0, 255)
     return Image.fromarray(noisy.astype(np.uint8))
+
+
+def scaled(size, draw):
+    scale = draw.uniform(*SCALES)
+    return [max(1, round(scale * side)) for side in size]
+
+
+# What becomes of a picture's size in the views that do not keep it.
+SIZES = {
+    unrelated_crop: lambda size, row, draw: image_size(row.crop),
+    scaled_and_noisy: lambda size, row, draw: scaled(size, draw),
+}
 
 
 def mean_of(picture):
