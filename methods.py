@@ -35,11 +35,11 @@ from tqdm import tqdm
 
 from benchmarks.scoring import is_right
 from benchmarks.sources import triplet_question
-from loss import DIVERGENCES, topk_divergence
+from loss import DIVERGENCES, Target, topk_divergence
 from model import Prompt, encode, join, response_hidden, to_device
 from rollout import Rollout, sample
 from sharding import over_ranks
-from storage.images import load_image
+from storage.images import image_size, load_image
 from triplets import views
 from triplets.format import Triplet
 
@@ -62,11 +62,21 @@ class View:
         pictures = list(map(load_image, row.shown(self.image)))
         if self.change is None:
             return pictures
-        draw, changed = random.Random(f"{seed}/{row.id}"), []
+        draw, changed = self.draw(row, seed), []
         for picture in pictures:
             new = self.change(picture, row, draw)
             changed += new if isinstance(new, list) else [new]
         return changed
+
+    def sizes(self, row: Triplet, seed: int) -> list[tuple[int, int]]:
+        """(width, height) of the pictures in pixels, by the headers of the row's files."""
+        sizes = list(map(image_size, row.shown(self.image)))
+        if self.change not in views.SIZES:
+            return sizes
+        return views.SIZES[self.change](sizes, row, self.draw(row, seed))
+
+    def draw(self, row: Triplet, seed: int) -> random.Random:
+        return random.Random(f"{seed}/{row.id}")
 
     def text(self, row: Triplet) -> str:
         """What stands after the images. The newline is the official training prompt's; its
@@ -89,6 +99,8 @@ class Micro:
     advantages: Tensor | None = None  # (N,) fp32, what a response is worth (grpo, dapo)
     # [(hidden (n, D), head (V, D), share)] a view: the logits of "teacher", and of "extra"
     sides: dict[str, list] = field(default_factory=lambda: defaultdict(list))
+    shown: bool = False  # whether the report wants to look at it
+    moved: list[Tensor] = field(default_factory=list)  # what `watched` then notes, (n,) in all
 
     @property
     def sampled(self) -> Tensor:
@@ -149,6 +161,9 @@ class VisionOPD:
         settings = self.settings
         if settings.objective == "sampled-token":
             return weighted(sampled_token_loss(micro, hidden, head, settings.chunk), weights)
+        target = self.target
+        if target and micro.shown:
+            target = watched(target, micro.moved)
         return topk_divergence(
             hidden,
             head,
@@ -159,8 +174,8 @@ class VisionOPD:
             kind=settings.divergence,
             chunk=settings.chunk,
             agreement=True,
-            extra=micro.sides["extra"] if self.target else [],
-            target=self.target,
+            extra=micro.sides["extra"] if target else [],
+            target=target,
             teachers_top=self.teachers_top,
         )
 
@@ -554,6 +569,21 @@ def tilted(log_t: Tensor, log_x: Tensor, strength: float, floor: float) -> Tenso
         likely = log_t >= log_t.amax(-1, keepdim=True) + math.log(floor)
         tilt = torch.where(likely, tilt, 0.0)
     return (log_t + tilt).log_softmax(-1)
+
+
+def watched(target: Target, moved: list[Tensor]) -> Target:
+    """`target`, which also appends to `moved` how much of the teacher's pull on each token it has
+    moved elsewhere or taken away, (c,) in [0, 1]: with one target of weight 1 the total variation
+    distance to the teacher. (ours: a ratio of the sampled token's probabilities has no upper end,
+    and says little where they are small)"""
+
+    def noting(log_s, log_t, log_x, ids):
+        targets = target(log_s, log_t, log_x, ids)
+        pull = sum(weight[:, None] * log_q.exp() for log_q, weight in targets)  # (c, K + 1)
+        moved.append((log_t.exp() - pull).clamp(min=0).sum(-1))
+        return targets
+
+    return noting
 
 
 def centred(x: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from methods import METHODS, View
 from model import ImageTextProcessor, chat, prompt_tokens
 from storage.checkpoint import find
-from storage.images import image_size
 from triplets.format import Triplet
 
 
@@ -256,13 +255,13 @@ def seconds(step: Step) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------- plan
 
 
-def prompt_lengths(rows: list[Triplet], view: View, processor) -> list[int]:
-    """Tokens of the prompts that a view makes of the rows, with whole images. Raises ValueError for
-    an image that is none."""
+def prompt_lengths(rows: list[Triplet], view: View, processor, seed: int) -> list[int]:
+    """Tokens of the prompts that a view makes of the rows, whatever the limit. Raises ValueError
+    for an image that is none."""
     lengths = []
     for row in tqdm(rows, desc=f"prompts of the {view.image}", leave=False):
         try:
-            sizes = list(map(image_size, row.shown(view.image)))
+            sizes = view.sizes(row, seed)
         except ValueError as error:
             raise ValueError(f"sample {row.id}: {error}") from error
         text = chat(processor, view.text(row), len(sizes))
@@ -286,7 +285,7 @@ def describe_run(settings, rows: list[Triplet], views: list[tuple[View, int]]) -
     means = []
     longest = []  # of the student's prompts, and of the teacher's and the extra ones
     for name, (view, most) in zip(("student", "teacher", "extra view"), views, strict=False):
-        lengths = prompt_lengths(rows, view, processor)
+        lengths = prompt_lengths(rows, view, processor, settings.seed)
         shrunk = sum(length > most for length in lengths)
         lengths = [min(length, most) for length in lengths]
         longest.append(max(lengths))

@@ -46,7 +46,7 @@ from launch.flags import (
 )
 from launch.refusals import described, flags_with_effect, why_not
 from launch.responses import count_responses, lengths
-from launch.run_folder import RunLog, claim, rows_digest, show
+from launch.run_folder import RunLog, claim, looked_at, rows_digest, show
 from loss import DIVERGENCES
 from methods import METHODS, EncodedMicros, Micro, micros_on_device, refuse_unfit, shown_views
 from model import load, missing_kernels, refuse_special_tokens, response_hidden
@@ -279,6 +279,7 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)
     shown, agree = [], None
     for micro in micros:
+        micro.shown = not shown and looked_at(run, step)
         weights = method.token_weights(micro, count)  # (N, T): 1 / the tokens of all ranks
         loss, per_token, agree = shards.student_pass(partial(student_loss, run, micro, weights))
         loss.backward()  # sums gradients over the ranks
@@ -286,8 +287,7 @@ def learn(run: Run, step: int, batch: list) -> tuple[dict, list[dict]]:
         totals[1] += (weights[micro.rollout.mask] != 0).sum()
         if agree is not None:
             totals[2] += agree.sum()
-        looked_at = step % settings.show_every == 0 or step + 1 == settings.steps
-        if run.rank == 0 and not shown and looked_at:
+        if micro.shown:
             shown = show(run, step + 1, micro, per_token, weights if agree is not None else None)
     loss, counted, agreed = over_ranks(totals.tolist(), run.device)
     norm = shards.gradient_norm()

@@ -363,12 +363,12 @@ def compare(a: Path, b: Path) -> tuple[str, dict]:
         "McNemar p"
     ]
     for bench in filter(second.get, first):
-        found[bench] = {}
+        found[bench], same = {}, {}
         for view in filter(second[bench].get, first[bench]):
             asked = {row.id: row.digest for row in first[bench][view]}
             rows_now = second[bench][view]
-            same = [row for row in rows_now if asked.get(row.id) in (None, row.digest)]
-            f = paired(first[bench][view], same)
+            same[view] = [row for row in rows_now if asked.get(row.id) in (None, row.digest)]
+            f = paired(first[bench][view], same[view])
             found[bench][view] = asdict(f)
             rows += f.n
             lines.append(
@@ -376,7 +376,7 @@ def compare(a: Path, b: Path) -> tuple[str, dict]:
                 f"{percent(f.difference, f.interval)}{f.n:9}{f.gained:7}{f.lost:6}{f.p:10.2g}"
             )
         if len(found[bench]) == 2:
-            lines += gap_line(first[bench], second[bench])
+            lines += gap_line(first[bench], same)
     if not rows:
         raise ValueError(
             f"{a} and {b} have no answers to the same rows. Expected two --out folders of the same "

@@ -298,7 +298,7 @@ def same_number(text, gold):
 # ------------------------------------------------------------------------------------------ score
 
 
-EXTRACT = r"(?s)(?=.*</answer>).*?<answer>(.*?)</answer>|.*?(Answer:.*)|(.*)"
+EXTRACT = r"(?s)(?>.*?<answer>)(.*?)</answer>|.*?(Answer:.*)|(.*)"
 UNITS = "degree|centimeter|cm|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard"
 # What the official rule reads: the first of these that is there. It crashes at "Answer: Yes".
 READ = {

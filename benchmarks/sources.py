@@ -8,6 +8,7 @@ import base64
 import csv
 import hashlib
 import json
+import math
 import re
 import tomllib
 from ast import literal_eval
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.rows import Question, crops_of
 from storage.files import numbered_lines, write, write_jsonl
 from storage.hub import download, unpack
-from triplets.format import Triplet, read_triplets
+from triplets.format import Triplet, is_number, read_triplets
 
 BENCHES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 GROUPS = BENCHES.pop("groups")
@@ -98,7 +99,8 @@ def neutral_question(row: dict, name: str, place: Callable) -> Question:
     texts = {}
     for key in TEXTS:
         value = row.get(key)
-        if isinstance(value, bool | dict | list) or value != value:
+        bad_float = isinstance(value, float) and not math.isfinite(value)
+        if isinstance(value, bool | dict | list) or bad_float:
             raise ValueError(f"{key} is {value!r:.60}. Expected a text or a number")
         if value is not None:
             texts[key] = str(value)
@@ -106,7 +108,7 @@ def neutral_question(row: dict, name: str, place: Callable) -> Question:
     options = row.get("options") or {}
     good = isinstance(options, dict) and set(ascii_letters).issuperset(options)
     good = good and len(set(map(str.upper, options))) == len(options)
-    if not good or not all(type(text) in (str, int, float) for text in options.values()):
+    if not good or not all(isinstance(v, str) or is_number(v) for v in options.values()):
         raise ValueError(
             f"options are {options!r:.60}. Expected different letters and texts, such as "
             '{"A": "red", "B": "blue"}'

@@ -1,6 +1,6 @@
 """A run that watches itself: warnings in plain words when its answers run away."""
 
-from collections.abc import Iterator
+from collections import deque
 from statistics import mean
 
 WINDOW = 10  # steps: the first ones are compared with the last
@@ -28,14 +28,24 @@ WATCHED = {  # figure: (whether it has run away, the warning)
 }
 
 
-def runaways(log: list[dict]) -> Iterator[tuple[str, str]]:
-    """(figure, warning) of each that has run away in the log's last steps."""
-    for key, (has_run_away, warning) in WATCHED.items():
-        values = [row[key] for row in log if key in row]
-        if len(values) >= 2 * WINDOW:
-            first, now = mean(values[:WINDOW]), mean(values[-WINDOW:])
-            if has_run_away(first, now):
-                yield (
-                    key,
-                    f"Step {log[-1]['step']}: {warning.format(first=first, now=now)} {ADVICE}",
-                )
+class Brakes:
+    """The first and the last WINDOW values of each watched figure."""
+
+    def __init__(self):
+        self.first = {key: [] for key in WATCHED}
+        self.last = {key: deque(maxlen=WINDOW) for key in WATCHED}
+
+    def runaways(self, entry: dict) -> list[tuple[str, str]]:
+        """(figure, warning) of each that has run away with a step's entry, the next one of the
+        log."""
+        found = []
+        for key, (has_run_away, warning) in WATCHED.items():
+            if key not in entry:
+                continue
+            first, last = self.first[key], self.last[key]
+            values = first if len(first) < WINDOW else last
+            values.append(entry[key])
+            if len(last) == WINDOW and has_run_away(mean(first), mean(last)):
+                told = warning.format(first=mean(first), now=mean(last))
+                found.append((key, f"Step {entry['step']}: {told} {ADVICE}"))
+        return found

@@ -12,7 +12,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from launch.brakes import runaways
+from launch.brakes import Brakes
 from storage.files import read_json, read_jsonl, write, write_jsonl
 from triplets.format import LazyTriplets, Triplet, only
 
@@ -74,14 +74,15 @@ class RunLog:
         self.bar = tqdm(desc=out.name, initial=begin, total=steps, unit="step")
         self.files = [out / "log.jsonl", out / "rollouts.jsonl"]
         self.idle_steps = 0  # in which there was nothing to learn from
-        self.entries, self.warned = [], set()
+        self.brakes, self.warned = Brakes(), set()
         for path in self.files:
             notes = []
             rows = [row for row in read_jsonl(path, notes) if 0 < row.get("step", 0) <= begin]
             write_jsonl(path, rows)
             self.idle_steps += sum(row.get("tokens") == 0 for row in rows)
             if path == self.files[0]:
-                self.entries = rows
+                for row in rows:
+                    self.brakes.runaways(row)
             if begin and notes:
                 print(*notes, sep="\n", flush=True)
         try:
@@ -101,8 +102,7 @@ class RunLog:
         last = entry["step"] == entry["steps"]
         if last or entry["step"] % self.every == 0:
             tqdm.write(log_line(entry), file=sys.stdout)
-        self.entries.append(entry)
-        for key, warning in runaways(self.entries):
+        for key, warning in self.brakes.runaways(entry):
             if key not in self.warned:
                 self.warned.add(key)
                 tqdm.write(warning, file=sys.stdout)
@@ -117,16 +117,27 @@ class RunLog:
                 self.board.add_scalar(key, value, entry["step"])
 
 
+def looked_at(run, step: int) -> bool:
+    """Whether rollouts of a step (0, 1, ..) are kept for the report: by the first rank."""
+    settings = run.settings
+    return run.rank == 0 and (step % settings.show_every == 0 or step + 1 == settings.steps)
+
+
 def show(
     run, step: int, micro, per_token: torch.Tensor, weights: torch.Tensor | None
 ) -> list[dict]:
     """The first response to each of up to 4 prompts of a micro-batch for the report; where these
     are divergences (weights is not None), each token with its own and, where they differ, with its
-    weight as a multiple of the mean one. per_token: (n,); weights: (N, T)."""
+    weight as a multiple of the mean one; where the method has a target, with how far that moved.
+    per_token: (n,); weights: (N, T)."""
     shown, mask, folder = [], micro.rollout.mask, run.settings.out
-    per_response = per_token.split(mask.sum(1).tolist())
     if not mask.any():
         return []
+    lengths = mask.sum(1).tolist()
+    per_response = per_token.split(lengths)
+    if micro.moved:
+        moved = torch.zeros_like(per_token)  # (n,)
+        moved[weights[mask] != 0] = torch.cat(micro.moved)  # the others were skipped
     scored = weights is not None
     differ = scored and weights[mask].min() < weights[mask].max()
     for i, row in enumerate(micro.rows[:4]):
@@ -151,6 +162,9 @@ def show(
             )
             if differ:
                 shown[-1]["weights"] = [round(count, 3) for count in counts.tolist()]
+            if micro.moved:
+                shares = moved.split(lengths)[first].tolist()
+                shown[-1]["moved"] = [round(share, 3) for share in shares]
     return shown
 
 

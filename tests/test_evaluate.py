@@ -403,12 +403,15 @@ def test_a_typed_folder_is_not_made(tmp_path):
 
 
 def test_a_changed_picture_is_no_pair_of_a_comparison(tmp_path):
-    first = [reply(n, "A", digest=f"d{n}") for n in range(4)]
-    second = [reply(n, "A", digest=f"d{n}") for n in range(3)] + [reply(3, "B", digest="other")]
+    """Nor of the gap: three of four rows are left, wrong in full view and right in the crop."""
+    first = [reply(n, "B", digest=f"d{n}") for n in range(4)]
+    second = [reply(n, "B", digest=f"d{n}") for n in range(3)] + [reply(3, "A", digest="other")]
+    crops = [reply(n, "A", digest=f"c{n}", view="crop") for n in range(4)]
     for name, answers in (("a", first), ("b", second)):
-        results(tmp_path / name, answers)
-    _, found = figures.compare(tmp_path / "a", tmp_path / "b")
+        results(tmp_path / name, answers + crops)
+    text, found = figures.compare(tmp_path / "a", tmp_path / "b")
     assert found["mine"]["full"]["n"] == 3
+    assert "gap 100.0 -> 100.0" in text
 
 
 def test_another_benchmark_of_the_same_name_takes_no_answers_away(asked):

@@ -166,6 +166,45 @@ def test_target_loss_and_gradient_are_those_of_the_formula(name, k):
     assert wanted[1].norm() > 0
 
 
+def variation(p, q):
+    return (p - q).abs().sum(-1) / 2
+
+
+# (s, t, x) -> how far the target is from the teacher
+MOVED = {
+    "opd-aha": lambda s, t, x: variation(t, t**5 / x**4 / (t**5 / x**4).sum(-1, keepdim=True)),
+    "ead": lambda s, t, x: 1 - ead(s, t, x, None, 0) / jsd(t, s),
+    "cv-opd": lambda s, t, x: 0.1 * (cv_opd(s, t, x, None, 0) != jsd(t, s)) * variation(t, x),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_what_the_page_shades_is_the_distance_of_target_and_teacher(name):
+    """And to look at it changes no bit of the loss."""
+    logits = draw_logits()
+    student, teacher, extra = logits
+    head = torch.eye(V, dtype=float64)
+    target, moved = method_of(name).target, []
+    plain, seen = (
+        topk_divergence(
+            student.clone().requires_grad_(),
+            head,
+            [(teacher, head, 1.0)],
+            torch.ones(N, dtype=float64),
+            k=V,
+            chunk=4,
+            extra=[(extra, head, 1.0)],
+            target=each,
+        )[0]
+        for each in (target, methods.watched(target, moved))
+    )
+    assert plain == seen
+    top = student.topk(V).indices
+    wanted = MOVED[name](*(events_of(each, top, V) for each in logits))
+    torch.testing.assert_close(torch.cat(moved), wanted, rtol=1e-6, atol=1e-9)
+    assert wanted.max() > 0.01
+
+
 @pytest.mark.parametrize("name", ["opd-aha", "vcsd"])
 def test_a_floor_keeps_unlikely_tokens_from_being_tilted(name):
     flags = "--tilt-floor 0.4"
@@ -306,8 +345,9 @@ def test_of_several_boxes_each_is_masked_and_the_other_parts_show_none(row):
     boxed = np.zeros(before.shape[:2], bool)
     for left, top, right, bottom in row.boxes:
         boxed[top:bottom, left:right] = True
-        (colour,) = np.unique(after[top:bottom, left:right].reshape(-1, 3), axis=0)
-        assert 100 < colour.min() and colour.max() < 160  # of the noise around
+        inside = after[top + 5 : bottom - 5, left + 5 : right - 5]  # a frame as red is kept
+        (colour,) = np.unique(inside.reshape(-1, 3), axis=0)
+        assert colour.min() > 100 and colour.max() < 160  # of the noise around
     assert (after[~boxed] == before[~boxed]).all()
     shown = methods.View("image", change=views.unrelated_crop)
     for seed in range(20):

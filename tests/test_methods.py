@@ -299,7 +299,8 @@ def token_losses(settings, group: list[Answer]):
     if settings.method == "dapo":  # with a limit of 6 tokens, the buffer is the last
         rewards = [r - (len(answer.ids) == 6) for r, answer in zip(rewards, group, strict=True)]
     spread = (statistics.stdev(rewards) if len(rewards) > 1 else 0.0) + 1e-6
-    for answer, reward in zip(group, rewards, strict=True):
+    ratios = [(picked(a.teacher, a.ids) - picked(a.extra, a.ids)).tolist() for a in group]
+    for i, (answer, reward) in enumerate(zip(group, rewards, strict=True)):
         advantage = (reward - statistics.mean(rewards)) / spread
         log_s = picked(answer.logits, answer.ids)
         log_t = picked(answer.teacher, answer.ids)
@@ -314,14 +315,10 @@ def token_losses(settings, group: list[Answer]):
             s, t, x = (logits.softmax(-1).gather(-1, top) for logits in events)
             formula, floor = test_family.FORMULAS[settings.method]
             yield True, formula(s, t, x, top, floor)
-        elif settings.method == "v-zero":
-            means = [
-                float((picked(a.teacher, a.ids) - picked(a.extra, a.ids)).mean()) for a in group
-            ]
-            mine = float((log_t - picked(answer.extra, answer.ids)).mean())
-            z = (mine - statistics.mean(means)) / (statistics.pstdev(means) + 1e-6)
+        elif settings.method in test_family.WEIGHTS:
+            weights = test_family.WEIGHTS[settings.method](ratios, tokens=1, responses=1)[i]
             losses = loss.divergence(answer.logits, answer.teacher, k=settings.top_k)
-            yield True, min(max(1 + 0.5 * z, 0), 2) * losses
+            yield True, torch.tensor(weights) * losses
         elif settings.method == "s2vopd":
             top = answer.teacher.topk(settings.top_k).indices
             s, t = (x.gather(-1, top).softmax(-1) for x in (answer.logits, answer.teacher))
@@ -357,7 +354,9 @@ EXTRA_VIEWS = {
     "opd-aha": ("crop", views.mean_colour),
     "ead": ("image", views.masked_box),
     "vad": ("crop", views.coarse),
+    "opd-v": ("crop", views.masked_crop),
     "vcsd": ("image", views.black),
+    "va-opd": ("crop", views.coarse),
     "v-zero": ("image", views.unrelated_crop),
     "cv-opd": ("image", views.unrelated_crop),
 }
@@ -427,6 +426,8 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
         "--method ead --top-k 9999",
         "--method vad --top-k 9999",
         "--method vcsd --top-k 9999",
+        "--method opd-v",
+        "--method va-opd",
         "--method v-zero",
         "--method cv-opd --top-k 9999",
         "--method s2vopd --top-k 9",
@@ -460,6 +461,8 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(
     total = torch.cat(kept).mean()
     if settings.method in ("grpo", "ead"):
         total = torch.stack([losses.mean() for losses in kept]).sum() / 6
+    if settings.method == "va-opd":
+        total = torch.cat(kept).sum() / 6
     total.backward()
 
     assert entry["tokens"] == sum(map(len, kept))
@@ -474,6 +477,31 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(
         assert entry["right"] == right / 6
         assert entry["kept"] == len(kept) / 6
         assert len(kept) < 6, "the filter must have work"
+
+
+def test_dapos_further_batches_are_an_epoch_in_an_order_of_their_own(begin):
+    run = begin("--method dapo --prompts 2 --resample 3 --seed 5")
+    drawn = [row.id for step in (0, 1) for i in (1, 2, 3) for row in further_rows(run, step, i)]
+    main = [run.rows[j].id for step in range(6) for j in batch_rows(12, 2, 5, step)]
+    assert sorted(drawn) == sorted(main)
+    assert drawn != main
+
+
+def further_rows(run, step: int, i: int) -> list[Triplet]:
+    return [row for micro in run.further_micros(step, i) for row in micro.rows]
+
+
+def test_a_further_batch_has_random_numbers_of_its_own(begin):
+    run = begin("--method dapo --prompts 2 --group 3 --seed 5")
+    micros = run.further_micros(1, 2)
+    run.method.respond(run, micros, 1, further=2)
+    student = run.shards.publish("student")
+    for micro in micros:
+        got = [ids[mask] for ids, mask in zip(micro.rollout.ids, micro.rollout.mask, strict=True)]
+        for i, row in enumerate(micro.rows):
+            asked = ask(run.processor, row.image, row.question)
+            want = respond(student, run.processor, asked, 3, f"5/1/2/{row.id}")
+            assert list(map(list, got[3 * i : 3 * i + 3])) == list(map(list, want))
 
 
 # -------------------------------------------------------------------------------- wrong usage

@@ -334,14 +334,15 @@ def test_a_browser_draws_every_section_and_shows_markup_as_text(run):
 
 
 @chromium
-def test_tokens_that_count_differently_are_shaded_a_second_time(run):
-    said = ROLLOUTS[0] | {"weights": [2.0, *[0.5] * (len(ROLLOUTS[0]["tokens"]) - 1)]}
+def test_what_tokens_count_and_how_far_a_target_moved_are_further_shades(run):
+    said = ROLLOUTS[0] | {"weights": [2.0, 0.5, 0.5], "moved": [0.0, 0.25, 1.0]}
     write(run / "rollouts.jsonl", [said])
     seen, titles = probed(
         pages.write_page(run), "[...document.querySelectorAll('.tokens span')].map(e => e.title)"
     )
     assert seen.count("how much each word counts") == 1
     assert "counts 2.00 times as much as the mean token" in titles
+    assert "the extra view moved 25.0% of the teacher's pull here" in titles
 
 
 @chromium

@@ -177,19 +177,25 @@ def relative(family: str, build, text: dict, vision: dict) -> tuple:
     return prepare(model, processor), processor
 
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 @pytest.mark.parametrize(
-    "family, build, text, vision",
+    "family, build, text, vision, mlp",
     [
-        ("Qwen3_5Moe", tiny, EXPERTS | {"shared_expert_intermediate_size": 48}, {}),
-        ("Qwen3VLMoe", tiny_qwen3_vl, EXPERTS, {}),
-        ("Qwen2_5_VL", tiny_qwen3_vl, {}, {"window_size": 64, "fullatt_block_indexes": [1]}),
+        ("Qwen3_5Moe", tiny, EXPERTS | {"shared_expert_intermediate_size": 48}, {}, 2 * 32 + 48),
+        ("Qwen3VLMoe", tiny_qwen3_vl, EXPERTS, {}, 2 * 32),
+        (
+            "Qwen2_5_VL",
+            tiny_qwen3_vl,
+            {"intermediate_size": 96},
+            {"window_size": 64, "fullatt_block_indexes": [1]},
+            96,
+        ),
     ],
 )
 def test_other_families_are_planned_and_trained(
-    family, build, text, vision, world, tmp_path, capsys
+    family, build, text, vision, mlp, world, tmp_path, capsys
 ):
     """Memory is that of all experts, time that of those that a token passes through."""
     model, processor = relative(family, build, text, vision)
@@ -197,8 +203,10 @@ def test_other_families_are_planned_and_trained(
     outline, _ = plan.read_outline(str(tmp_path / "base"))
     assert outline.weights == sum(weight.numel() for weight in model.parameters())
     hidden, layers = outline.text.hidden_size, outline.text.num_hidden_layers
-    asleep = 3 * 3 * hidden * 32 * layers if text else 0  # 3 of 4 experts, of 3 matrices
+    # 2 of 4 experts, of 3 matrices
+    asleep = 2 * 3 * hidden * 32 * layers if "num_experts" in text else 0
     assert outline.active == outline.weights - asleep
+    assert outline.mlp == mlp
     flags = small_run(world, tmp_path / "run", "--steps 2", f"--model {tmp_path / 'base'}")
     train.main([*flags, "--plan"])
     assert "memory of a rank" in capsys.readouterr().out
@@ -231,6 +239,18 @@ def test_the_time_of_a_step_is_that_of_its_matmuls_and_of_reading_weights_and_ca
     assert plan.seconds(step)["sampling"] == pytest.approx(compiled)
 
 
+def test_where_the_teacher_answers_its_prompts_are_decoded():
+    """As long as the student's would be if it were asked these."""
+    model = plan.Outline(tiny()[0])
+    flags = "--device cuda --plan 1 --prompts 16 --max-new-tokens 100"
+    sft = train.parse(f"{flags} --method sft --max-crop-prompt 5000".split())
+    other = train.parse(f"{flags} --max-prompt 5000".split())
+    for compiled in (False, True):
+        sft.compile = other.compile = compiled
+        found = plan.seconds(plan.Step(sft, model, 1000, 400))["sampling"]
+        assert found == plan.seconds(plan.Step(other, model, 400, 1000))["sampling"]
+
+
 @pytest.fixture
 def describe(world, tmp_path, capsys):
     """describe(*flags) is what train.py prints of a plan; of a model without its weights."""
@@ -247,21 +267,27 @@ def describe(world, tmp_path, capsys):
     return go
 
 
-@pytest.mark.parametrize("data", ["data", "pairs"])
-def test_a_plan_is_printed_before_anything_is_loaded(data, describe, world, tmp_path):
-    """For a GPU that is not here; its lengths are those of the prompts that training sees."""
-    told = describe("--device cuda", "--plan 4", f"--data {world / data}")
+@pytest.mark.parametrize(
+    "method, data",
+    [("vision-opd", "data"), ("vision-opd", "pairs"), ("v-zero", "pairs"), ("s2vopd", "data")],
+)
+def test_a_plan_is_printed_before_anything_is_loaded(method, data, describe, world, tmp_path):
+    """For a GPU that is not here; its lengths are those of the prompts that training sees, also
+    where a view cuts or shrinks them."""
+    flags = f"--method {method} --data {world / data}"
+    told = describe("--device cuda", "--plan 4", flags)
     for words in ("0.4M weights", "12 triplets", "3 steps of 4 prompts x 2 responses on 4 rank"):
         assert words in told
     assert "hours" in told
-    settings = train.parse(small_run(world, tmp_path / "out", f"--data {world / data}"))
+    settings = train.parse(small_run(world, tmp_path / "out", flags))
     run = SimpleNamespace(settings=settings, rows=train.read_rows(settings), processor=tiny()[1])
     run.shards = SimpleNamespace(plain=torch.zeros(1))
     encoded = [methods.EncodedMicros(run)[[i]] for i in range(12)]
-    for name in ("student", "teacher"):
+    for name in encoded[0][1]:
         lengths = [prompts[name]["input_ids"].shape[1] for _, prompts in encoded]
         mean = sum(lengths) // 12
-        assert f"{name}'s prompts: {mean} tokens on average, {max(lengths)} the" in told
+        told_name = "extra view" if name == "extra" else name
+        assert f"{told_name}'s prompts: {mean} tokens on average, {max(lengths)} the" in told
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,20 @@ def test_damaged_lines_of_a_log_are_counted_and_left_out(run, tmp_path, capsys):
     assert "log.jsonl: 2 unreadable lines" in capsys.readouterr().out
 
 
+def test_how_far_a_target_moved_is_noted_of_what_is_shown_and_changes_nothing(run, tmp_path):
+    flags = "--method opd-aha --chunk 5 --show-every"
+    assert_equal(run("all", f"{flags} 1"), run("ends", f"{flags} 99"))
+    run("plain", "--steps 1")
+    shown = log(tmp_path / "all", "rollouts")
+    assert {row["step"] for row in shown} == {1, 2, 3}
+    assert {row["step"] for row in log(tmp_path / "ends", "rollouts")} == {1, 3}
+    for row in shown:
+        assert len(row["moved"]) == len(row["tokens"])
+        assert 0 < max(row["moved"]) <= 1
+        assert min(row["moved"]) >= 0
+    assert not any("moved" in row for row in log(tmp_path / "plain", "rollouts"))
+
+
 def test_the_same_model_and_a_moved_run_are_the_same_run(run, world, tmp_path):
     shutil.copytree(world / "base", tmp_path / "copy")
     run("x", "--steps 1")

@@ -7,6 +7,8 @@ argue, the expected result is null.
 """
 
 import json
+import random
+import re
 import time
 from pathlib import Path
 
@@ -84,6 +86,24 @@ def test_a_thought_that_was_cut_off_is_no_answer(output, said):
         Answer(**asked, kind="exact", answer="word " * 30, output="word " * 30, truncated=True)
     )
     assert exact.state == "right"
+
+
+def test_what_the_official_rule_reads_is_the_first_answer_with_an_end():
+    """On random strings, without backtracking; and of thousands that never end, in no time."""
+    draw = random.Random(0)
+    parts = ["<answer>", "</answer>", "Answer:", "<", "answer>", "/", "\n", "x"]
+    for _ in range(3000):
+        text = "".join(draw.choices(parts, k=draw.randrange(12)))
+        _, _, after = text.partition("<answer>")
+        if "</answer>" in after:
+            wanted = after.partition("</answer>")[0]
+        else:
+            wanted = "".join(text.partition("Answer:")[1:]) or text
+        found = re.match(scoring.EXTRACT, text)
+        assert found[found.lastindex] == wanted
+    start = time.perf_counter()
+    assert not scoring.official_right("</answer>" + "<answer>" * 30_000, "free", "3")
+    assert time.perf_counter() - start < 10
 
 
 PIECES = [

@@ -525,6 +525,8 @@ def test_numbers_may_stand_where_texts_are_meant_and_other_keys_mean_nothing(tmp
         (GOOD | {"answer": {"A": 1}}, "answer is {'A': 1}"),
         (GOOD | {"answer": True}, "answer is True"),
         (GOOD | {"answer": math.nan}, "answer is nan"),
+        (GOOD | {"answer": math.inf}, "answer is inf"),
+        (GOOD | {"options": {"A": "red", "B": math.inf}}, "options are"),
         (GOOD | {"prompt": ["?"]}, r"prompt is \['\?'\]"),
         (GOOD | {"image": 5}, "image or crop is 5"),
         (GOOD | {"crop": ["a.png"]}, "image or crop is"),

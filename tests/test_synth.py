@@ -844,6 +844,13 @@ def test_sam3_keeps_the_names_of_which_it_is_sure_to_see_one():
     assert sam3.boxes_in(photo, []) == []
 
 
+def test_a_triplet_says_how_sure_sam3_was(monkeypatch, make):
+    found = torch.tensor([[0.1, 0.8125]]), torch.tensor([[[0.0] * 4, [200, 200, 260, 240]]])
+    monkeypatch.setattr(synth, "Sam3", lambda *_: sam3_that(lambda image, names: found))
+    made = rows(make("--proposer", "sam3", find='["tag"]'))
+    assert {row["extra_info"]["score"] for row in made} == {0.8125}
+
+
 def test_sam3_is_given_the_models_names_and_may_run_out_of_memory(monkeypatch, make):
     def detect(image, names):
         assert names == ["tag", "red mug"]

@@ -170,6 +170,7 @@ def test_released_rows_without_ids_are_numbered_and_keep_their_hint(tmp_path):
         (row(answer=["red", "crimson"]), "answer is ['red', 'crimson']"),
         (row(answer=True), "answer is True"),
         (row(answer=float("nan")), "answer is nan"),
+        (row(answer=float("inf")), "answer is inf"),
         (row(images=[]), "images is []"),
         (row(images="images/a.png"), "one file name"),
         (row(images=["images/a.png"] * 2), "one file name"),

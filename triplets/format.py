@@ -167,7 +167,7 @@ def read_row(line: bytes, number: int, folder: Path, is_there) -> Triplet:
     expected = "one <image>, at the start, then a newline and the question, and no other tag"
     expect(row, "problem", good, f"{expected}; found {tags}")
     answer = row.get("answer")
-    good = answer is None or type(answer) in (str, int, float) and answer == answer
+    good = answer is None or isinstance(answer, str) or is_number(answer)
     good = good and not HALF.search(str(answer))
     expect(row, "answer", good, "a text of whole characters, a number or null")
     extra = row.get("extra_info") or {}
@@ -208,6 +208,11 @@ def read_object(line: bytes) -> dict:
     return row
 
 
+def is_number(value) -> bool:
+    """JSON's true, NaN and Infinity are none."""
+    return type(value) is int or type(value) is float and math.isfinite(value)
+
+
 def expect(row: dict, key: str, good: bool, expected: str):
     if not good:
         raise ValueError(
@@ -216,8 +221,7 @@ def expect(row: dict, key: str, good: bool, expected: str):
 
 
 def is_box(box) -> bool:
-    numbers = isinstance(box, list) and [isinstance(edge, int | float) for edge in box]
-    return numbers == [True] * 4 and all(abs(edge) < math.inf for edge in box)
+    return isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
 
 
 def find_images(row: dict, key: str, folder: Path, is_there) -> list[Path]:

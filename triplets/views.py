@@ -104,8 +104,7 @@ def overlap(a, b) -> float:
 
 def scaled_and_noisy(picture, row, draw):
     """Scaled by 0.3 to 0.6 and, half of the time, with Gaussian noise (S2VOPD)."""
-    scale = draw.uniform(*SCALES)
-    small = picture.resize([max(1, round(scale * side)) for side in picture.size])
+    small = picture.resize(scaled(picture.size, draw))
     if draw.random() < 0.5:
         return small
     noise = np.random.default_rng(draw.getrandbits(64)).normal(
@@ -113,6 +112,18 @@ def scaled_and_noisy(picture, row, draw):
     )
     noisy = (np.asarray(small) + noise).round().clip(0, 255)
     return Image.fromarray(noisy.astype(np.uint8))
+
+
+def scaled(size, draw):
+    scale = draw.uniform(*SCALES)
+    return [max(1, round(scale * side)) for side in size]
+
+
+# What becomes of the pictures' sizes in the views that do not keep them.
+SIZES = {
+    unrelated_crop: lambda sizes, row, draw: list(map(image_size, row.crops)),
+    scaled_and_noisy: lambda sizes, row, draw: [scaled(size, draw) for size in sizes],
+}
 
 
 def mean_of(picture):
