@@ -34,7 +34,7 @@ from synthesis.checking import check_triplets
 from synthesis.parts import merge, open_part, read_parts
 from synthesis.photos import Photo, photograph_files, photos_ahead, rank_of
 from synthesis.proposers import Sam3, given_boxes, read_boxes, replied_boxes
-from synthesis.regions import Evidence, cut, enlargement, evidence, small_regions
+from synthesis.regions import Evidence, cut, evidence, small_regions
 from synthesis.texts import PROMPTS, broken_rule, drafted, json_in_reply, normal, one_line
 from triplets.format import FOLDERS, Triplet, only, write_sample
 from triplets.preview import draw_preview
@@ -232,8 +232,6 @@ def draw_triplet(engine, shown: Evidence) -> dict:
     """Draws and saves a region, or a pair, with its first question: the row of train.jsonl."""
     settings = engine.settings
     photo = shown.photo
-    windows = [region.window for region in shown.regions]
-    boxes = [region.box for region in shown.regions]
     draft = shown.questions[0]
     text = draft.question + texts_of(shown)["hint"]
     answer = draft.answer if settings.labels else None
@@ -244,22 +242,19 @@ def draw_triplet(engine, shown: Evidence) -> dict:
     framed = shown.framed()
     crops = shown.crops
     if not settings.clean_crop:
-        crops = [cut(framed, window) for window in windows]
+        crops = [cut(framed, region.window) for region in shown.regions]
+    told = [region.told() for region in shown.regions]
     extra = {
         "source": photo.file.encode(errors="backslashreplace").decode(),
         "source_size": photo.image.size,
-        "box": only(boxes),
-        "frame": only([region.frame for region in shown.regions]),
-        "window": only(windows),
-        "scale": only([round(enlargement(window), 4) for window in windows]),
-        "label": only([region.label for region in shown.regions]),
-        "score": only([region.score for region in shown.regions]),
+        **{key: only([each[key] for each in told]) for key in told[0]},
         "draft": draft.draft,
         "type": draft.type,
         "votes": draft.votes,
         "config": engine.mark,
         "seed": settings.seed,
     }
+    boxes = [region.box for region in shown.regions]
     sample = Triplet(f"{shown.id}-{draft.n}", text, framed, crops, boxes, answer, extra)
     return write_sample(settings.out, sample, f".{settings.full}")
 

@@ -3,25 +3,32 @@
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from storage.images import image_size, load_image
 from synthesis.texts import PROMPTS, leaks, normal
-from triplets.format import Triplet, only, read_triplets
+from triplets.format import RED, Triplet, only, read_triplets
 
 
 def check_triplets(folder: Path):
     """Prints what is wrong with a data set, and what looks wrong. Raises ValueError when there are
     errors."""
-    errors = []
+    errors, bare = [], []
     samples = read_triplets(folder, errors)
     with ThreadPoolExecutor() as pool:
-        flaws = tqdm(pool.map(flaw, samples), "check", len(samples), unit="row", disable=None)
+        flaws = tqdm(
+            pool.map(partial(flaw, bare), samples), "check", len(samples), unit="row", disable=None
+        )
         errors += filter(None, flaws)
     for error in errors:
         print(f"error: {error}")
+    if bare:
+        bare.sort()
+        print(f"warning: {len(bare)} images lack red round a box, the first {bare[:5]}")
     for warning in balance(samples):
         print(f"warning: {warning}")
     boxes = sum(sample.boxes is not None for sample in samples)
@@ -37,10 +44,12 @@ def check_triplets(folder: Path):
         )
 
 
-def flaw(sample: Triplet) -> str | None:
-    """What is wrong with a sample's images or boxes, if anything."""
+def flaw(bare: list[str], sample: Triplet) -> str | None:
+    """What is wrong with a sample's images or boxes, if anything. Its id joins `bare` where a box
+    has no frame."""
     try:
-        width, height = load_image(sample.image).size
+        image = load_image(sample.image)
+        width, height = image.size
         for file in (sample.image, *sample.crops):
             load_image(file)
             image_size(file)  # raises for one that is too long
@@ -52,7 +61,17 @@ def flaw(sample: Triplet) -> str | None:
                 f"sample {sample.id}: bbox is {only(sample.boxes)}. Expected x1 < x2 <= {width}, "
                 f"y1 < y2 <= {height}: correct it, or write null."
             )
+    if not all(has_frame(image, box) for box in sample.boxes or []):
+        bare.append(sample.id)
     return None
+
+
+def has_frame(image, box) -> bool:
+    """Whether there is as much red in and round a box as one side of its frame has."""
+    x1, y1, x2, y2 = box
+    reach = 16 + max(x2 - x1, y2 - y1) // 20  # px, in which a frame may lie
+    pixels = np.asarray(image.crop((x1 - reach, y1 - reach, x2 + reach, y2 + reach)), int)
+    return (abs(pixels - RED) <= 60).all(-1).sum() >= min(x2 - x1, y2 - y1)  # also of a JPEG
 
 
 def balance(samples: list[Triplet]) -> list[str]:

@@ -44,6 +44,17 @@ class Region:
         """The window, enlarged, without the frame."""
         return cut(self.photo.image, self.window)
 
+    def told(self) -> dict:
+        """What a sample says of it."""
+        return {
+            "box": self.box,
+            "frame": self.frame,
+            "window": self.window,
+            "scale": round(enlargement(self.window), 4),
+            "label": self.label,
+            "score": self.score,
+        }
+
 
 @dataclass
 class Evidence:

@@ -924,7 +924,7 @@ def test_the_tiny_model_answers_a_choice_a_yes_or_no_and_a_free_question(
 
     want = list(map(vars, ask(shown, prompts)))
     if rounds:
-        want = zoom.answer_with_zoom(ask, shown, prompts, rounds)
+        want = zoom.answer_with_zoom(ask, [[image] for image in shown], prompts, rounds)
     saved = figures.saved_answers(out)
     for answer, row, fields in zip(saved, rows, want, strict=True):
         assert vars(answer) | fields == vars(answer)
