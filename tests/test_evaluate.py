@@ -796,13 +796,16 @@ def test_the_toys_small_and_large_targets_and_ones_own_rows_share_a_folder(
     (out / "answers-torn-0.jsonl").write_text('{"id": "0", "bench": "to')
     _, benches = outcome(out)
     both = {"full": 7, "crop": 7, "gap": 7}
-    want = dict.fromkeys(("toy", "toy-large", "mine", "vstar"), both)
+    want = dict.fromkeys(("toy", "toy-distant", "toy-large", "mine", "vstar"), both)
     want["toy-holdout"] = {"full": 7}
     assert {name: {view: f["n"] for view, f in benches[name].items()} for name in benches} == want
     groups = {f"{a.bench} {a.group}" for a in figures.saved_answers(out)}
     corners = {"toy-holdout colour", "toy-holdout corner"}
     ours = {"mine None", "vstar None"}
-    assert groups == {"toy small", "toy pair", "toy-large large"} | corners | ours
+    assert (
+        groups
+        == {"toy small", "toy pair", "toy-distant distant", "toy-large large"} | corners | ours
+    )
 
 
 def test_several_crops_are_shown_together_and_answers_of_older_versions_are_kept(asked, model):

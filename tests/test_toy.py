@@ -43,7 +43,7 @@ def reddish(picture):
 def test_a_scene_depends_on_its_seed_and_index_alone():
     code = (
         "from toy.scenes import scene\n"
-        "drawn = scene(3, 5, 'corner', 'eval')\n"
+        "drawn = scene(3, 5, 'distant', 'eval')\n"
         "print(drawn.answer, drawn.image.tobytes().hex())"
     )
     command = [sys.executable, "-c", code]
@@ -57,27 +57,34 @@ def test_splits_and_seeds_share_no_scene():
     for split, seed in product(SPLITS, (0, 1)):
         for drawn in scenes(40, split, seed):
             pictures.add(drawn.image.tobytes())
-    assert len(pictures) == 1600  # 4 splits, 2 seeds, 40 scenes of each of 5 kinds
+    assert len(pictures) == 1920  # 4 splits, 2 seeds, 40 scenes of each of 6 kinds
 
 
-def test_the_crop_is_the_target_and_only_the_full_view_has_the_red_box():
+def test_a_crop_is_what_its_box_frames_and_only_the_full_view_has_red_boxes():
     for drawn in scenes():
-        left, top, right, bottom = drawn.boxes[0]
         full = pixels(drawn.image)
         frame = np.zeros((64, 64), bool)
-        inside = np.s_[top + 1 : bottom - 1, left + 1 : right - 1]
-        if drawn.extra["toy"] != "corner":
-            frame[top:bottom, left:right] = True
-            frame[inside] = False
+        for box, shown in zip(drawn.boxes, drawn.crops, strict=True):
+            left, top, right, bottom = box
+            inside = np.s_[top + 1 : bottom - 1, left + 1 : right - 1]
+            if drawn.extra["toy"] != "corner":
+                frame[top:bottom, left:right] = True
+                frame[inside] = False
+            crop = pixels(shown)
+            zoom = 32 // (bottom - top)
+            target = crop[::zoom, ::zoom]
+            assert (crop == target.repeat(zoom, 0).repeat(zoom, 1)).all()
+            assert (full[inside] == target[1:-1, 1:-1]).all()
+            assert not reddish(crop).any()
         assert (full[frame] == RED).all()
         assert (reddish(full) == frame).all()
 
-        crop = pixels(drawn.crops[0])
-        zoom = 32 // (bottom - top)
-        target = crop[::zoom, ::zoom]
-        assert (crop == target.repeat(zoom, 0).repeat(zoom, 1)).all()
-        assert (full[inside] == target[1:-1, 1:-1]).all()
-        assert not reddish(crop).any()
+
+def test_distant_targets_do_not_touch_and_come_as_one_reads():
+    for index in range(60):
+        first, second = scene(0, index, "distant").boxes
+        assert max(abs(a - b) for a, b in zip(first, second, strict=True)) >= 32
+        assert (first[1], first[0]) < (second[1], second[0])
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +113,8 @@ def test_the_answer_is_what_the_crop_shows(objects):
     names = list(COLOURS)
     for each in scenes(30):
         told = []
-        for cell in np.split(pixels(each.crops[0])[::2, ::2], each.crops[0].width // 32, axis=1):
+        side_by_side = np.concatenate([pixels(crop) for crop in each.crops], axis=1)
+        for cell in np.split(side_by_side[::2, ::2], side_by_side.shape[1] // 32, axis=1):
             there = ((drawn == cell).all(-1) | ~opaque).all((1, 2))  # (300,)
             colour, shape, digit = kinds[np.where(there, sizes, 0).argmax()]
             told.append(f"a {names[colour]} {SHAPES[shape]} with {digit}")
@@ -138,7 +146,7 @@ def test_scenes_hold_4_to_12_objects_targets_everywhere_and_every_word():
         if kind == "small":
             counts.add(filled.sum())
     assert counts == set(range(4, 13))
-    assert len(boxes) == 16 + 12 + 9 + 16 + 4
+    assert len(boxes) == 16 + 12 + 9 + 16 + 4 + 14  # the first of distant two: not in the last cells
     assert words | {"user", "assistant"} == {*WORDS, *"0123456789"}
 
 
@@ -156,8 +164,8 @@ def test_every_word_of_the_world_is_one_token_but_for_digits():
 @pytest.mark.parametrize(
     "split, kinds",
     [
-        ("train", "small pair large small pair large small pair"),  # no holdout
-        ("eval", "small pair large small pair large colour corner"),
+        ("train", "small pair distant large small pair distant large small"),  # no holdout
+        ("eval", "small pair distant large small pair distant large colour corner"),
     ],
 )
 def test_the_kinds_of_a_set_take_turns(tmp_path, split, kinds):
@@ -232,6 +240,7 @@ def leave_judgement(folder, when, full):
     """What an evaluation leaves, as far as the table reads it: 10 rows, a share `full` right."""
     benches = {
         "toy": {"full": {"accuracy": full}, "crop": {"accuracy": 0.9}},
+        "toy-distant": {"full": {"accuracy": 0.2}},
         "toy-large": {"full": {"accuracy": 1}},
         "toy-holdout": {"full": {"accuracy": 0.5}},
     }
@@ -289,9 +298,9 @@ def test_the_table_has_each_variants_rate_its_spread_and_a_paired_test(toy, star
     assert set(started[8:]) == {
         (f"{variant}-{seed}", 6e-4) for variant in ("vision-opd", "grpo") for seed in (0, 4)
     }
-    alike = "90.0 ± 0.0 | 100.0 ± 0.0 | 50.0 ± 0.0"
+    alike = "90.0 ± 0.0 | 20.0 ± 0.0 | 100.0 ± 0.0 | 50.0 ± 0.0"
     assert (tmp_path / "table.md").read_text().splitlines()[2:] == [
-        "| base |  | 10.0 | 90.0 | 100.0 | 50.0 |  |  |  |",
+        "| base |  | 10.0 | 90.0 | 20.0 | 100.0 | 50.0 |  |  |  |",
         f"| vision-opd | 0.0006 | 70.0 ± 14.1 | {alike} |  | 9.0 ± 0.0 | 9.0 ± 8.5 |",
         # of 20 rows vision-opd alone has 6 right: p = 2 / 2^6
         f"| grpo | 0.0006 | 40.0 ± 0.0 | {alike} | -30.0, p 0.03 | 9.0 ± 0.0 | 9.0 ± 8.5 |",
@@ -344,23 +353,80 @@ def test_train_takes_the_flags_of_every_variant(variant):
     assert train.parse(["--toy", "--device", "cpu", *table.VARIANTS[variant].split()]).toy
 
 
-def test_the_base_model_is_trained_the_same_for_a_seed_and_saved_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "ENOUGH", {"image": -1, "crop": -1})
-    monkeypatch.setattr(base, "TAIL", 2)
-    for name in ("one", "two"):
+@pytest.fixture
+def short_attempts(monkeypatch):
+    """Attempts of two steps; short_attempts(name) that end so."""
+
+    def end_as(*ends):
+        ends = iter(ends)
+
+        def judge(attempt, step):
+            if step == 2:
+                attempt.ended = next(ends)
+
+        monkeypatch.setattr(base.Attempt, "judge", judge)
+
+    return end_as
+
+
+def test_a_base_model_is_the_same_for_a_seed_and_begins_anew_until_it_is_good(
+    tmp_path, short_attempts
+):
+    for name in ("one", "two", "first"):
+        short_attempts(*["misses it", "good"][name == "first" :])
         base.train_base(tmp_path / name / "base", 3)
-    one, two = (load(str(tmp_path / name / "base"))[0].state_dict() for name in ("one", "two"))
-    untrained = tiny(3)[0].state_dict()
+    one, two, first = (
+        load(str(tmp_path / name / "base"))[0].state_dict() for name in ("one", "two", "first")
+    )
+    untrained = tiny(1003)[0].state_dict()  # of the second attempt
     assert all(torch.equal(one[key], two[key]) for key in one)
-    assert not any(torch.equal(one[key], untrained[key]) for key in one if "proj.weight" in key)
+    trained = [key for key in one if "proj.weight" in key]
+    assert not any(torch.equal(one[key], first[key]) for key in trained)
+    # An average: it has hardly left where it began.
+    for key in trained:
+        assert 0 < (one[key] - untrained[key]).abs().max() < 1e-4
     assert json.loads((tmp_path / "one" / "base-seconds.json").read_text())["base"] > 0
 
 
-def test_a_base_model_that_does_not_learn_to_read_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "MOST", 1)
+def test_a_base_model_that_no_attempt_makes_says_so(tmp_path, short_attempts):
+    short_attempts(*["misses it"] * base.ATTEMPTS)
     with pytest.raises(ValueError, match="Choose another --seed"):
         base.train_base(tmp_path / "base", 3)
     assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize(
+    "step, full, crop, ended",
+    [
+        (200, 0.5, 0.99, "good"),
+        (203, 0.5, 0.99, ""),  # not looked at
+        (200, 0.5, 0.98, ""),  # goes on, without small targets in full
+        (200, 0.3, 1.0, ""),
+        (200, 0.7, 0.9, "reads too much"),
+        (base.MOST, 0.3, 1.0, "misses it"),
+    ],
+)
+def test_an_attempt_ends_when_it_can_do_what_it_should_or_misses_that(
+    step, full, crop, ended, monkeypatch
+):
+    shares = {"image": full, "crop": crop}
+    monkeypatch.setattr(base.Attempt, "share_read", lambda self, view, kind: shares[view])
+    attempt = base.Attempt(0, 0, read={("image", "small"): 0.5})
+    attempt.judge(step)
+    assert attempt.ended == ended
+    if not ended and step == 200:
+        assert attempt.wanted("pair") == (0.0 if full == 0.5 else 1.0)
+        assert attempt.wanted("large") == 1.0
+
+
+def test_an_attempt_that_reads_crops_and_no_small_digit_is_given_up():
+    read = {("crop", kind): 1.0 for kind in base.TARGETS}
+    attempt = base.Attempt(0, 0, read=read)
+    attempt.judge(150)
+    attempt.judge(150 + base.LATE)
+    assert not attempt.ended
+    attempt.judge(151 + base.LATE)
+    assert attempt.ended == "misses it"
 
 
 @torch.no_grad()

@@ -488,9 +488,10 @@ def test_the_toy_command_leaves_a_table_two_models_and_a_page(tmp_path, monkeypa
         found = json.loads((out / f"eval-{when}" / "result.json").read_text())["benches"]
         counted = {name: {view: cell["n"] for view, cell in found[name].items()} for name in found}
         assert counted == {
-            "toy": {"full": 12, "crop": 12, "gap": 12},
-            "toy-large": {"full": 6, "crop": 6, "gap": 6},
-            "toy-holdout": {"full": 6},
+            "toy": {"full": 10, "crop": 10, "gap": 10},
+            "toy-distant": {"full": 5, "crop": 5, "gap": 5},
+            "toy-large": {"full": 5, "crop": 5, "gap": 5},
+            "toy-holdout": {"full": 4},
         }
     for name in ("rollouts.jsonl", "report.html", "base/config.json"):
         assert (out / name).exists()

@@ -5,6 +5,7 @@ box ?" is answered by, say, "a green cross with 7 .". What the box holds, and wh
 
     small     one object in one cell                        hard in the full view, easy in the crop
     pair      two neighbours, so an answer twice as long    the same
+    distant   two cells apart, a box and a crop each        the same
     large     one object, twice as large                    easy in both
     colour    one small object, only its colour is asked    holdout: easy, and never distilled
     corner    no box: what is at the top left (..), large   holdout
@@ -35,8 +36,14 @@ KINDS = {  # rows and columns of the target
     "large": (2, 2),
     "colour": (1, 1),
     "corner": (2, 2),
+    "distant": (1, 1),  # of each of the two
 }
-MIX = ("small", "pair", "large")  # distilled, in turn: without large ones their skill is forgotten
+MIX = (
+    "small",
+    "pair",
+    "distant",
+    "large",
+)  # distilled, in turn: without large ones their skill is forgotten
 EVAL = (*MIX, *MIX, "colour", "corner")  # judged, in turn
 ROWS = 4000  # triplets of the distillation
 
@@ -70,8 +77,8 @@ def scene(seed: int, index: int, kind: str, split: str = "train") -> Triplet:
     """Scene `index` of a stream, with pictures; the same whenever it is drawn.
 
     image: 64 x 64 px, with a 1-px red box on the outer ring of the target's cells (not for corner).
-    crop: these cells without the box, 32 px high always (small cells: pixels doubled), so 4 image
-    tokens of 16 x 16 px, or 8 for a pair.
+    crops: these cells without the box, 32 px high always (small cells: pixels doubled), so 4 image
+    tokens of 16 x 16 px, or 8 for a pair; of distant ones two boxes and crops, as one reads.
     """
     rng = np.random.default_rng((SPLITS.index(split), seed, index, list(KINDS).index(kind)))
     picture = Image.fromarray(background(rng))
@@ -84,9 +91,14 @@ def scene(seed: int, index: int, kind: str, split: str = "train") -> Triplet:
     if kind == "corner":
         rows = columns = (0, GRID - high)
     row, column = next((r, c) for r, c in cells if r in rows and c in columns)
-    covered = [(row + down, column + right) for down in range(high) for right in range(wide)]
+    firsts = [(row, column)]  # of a box
+    if kind == "distant":
+        firsts.append(next((r, c) for r, c in cells if max(abs(r - row), abs(c - column)) > 1))
+        firsts.sort()
+    offsets = [(down, right) for down in range(high) for right in range(wide)]
+    covered = [(r + down, c + right) for r, c in firsts for down, right in offsets]
     free = [cell for cell in cells if cell not in covered]
-    targets = covered if kind == "pair" else covered[:1]
+    targets = covered[:1] if high > 1 else covered
     places = targets + free
     for number, drawn in enumerate(objects):
         r, c = places[number]
@@ -94,14 +106,15 @@ def scene(seed: int, index: int, kind: str, split: str = "train") -> Triplet:
         drawing = sprite(*drawn).resize((side, side), Image.NEAREST)
         picture.paste(drawing, (c * CELL, r * CELL), drawing)
 
-    box = [CELL * edge for edge in (column, row, column + wide, row + high)]
-    crop = picture.crop(box).resize((2 * CELL * wide // high, 2 * CELL), Image.NEAREST)
+    boxes = [[CELL * edge for edge in (c, r, c + wide, r + high)] for r, c in firsts]
+    size = (2 * CELL * wide // high, 2 * CELL)
+    crops = [picture.crop(box).resize(size, Image.NEAREST) for box in boxes]
     if kind != "corner":
-        left, top, right, bottom = box
-        ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), outline=RED)
+        for left, top, right, bottom in boxes:
+            ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), outline=RED)
     question, answer = words(kind, row, column, objects[: len(targets)])
     name = f"{split}-{seed}-{index:06d}-{kind}"
-    return Triplet(name, question, picture, [crop], [box], answer, {"toy": kind})
+    return Triplet(name, question, picture, crops, boxes, answer, {"toy": kind})
 
 
 def background(rng) -> np.ndarray:
@@ -146,7 +159,7 @@ def words(kind, row, column, objects):
     told = [f"a {names[colour]} {SHAPES[shape]} with {digit}" for colour, shape, digit in objects]
     if kind == "colour":
         return "what colour is in the red box ?", f"a {names[objects[0][0]]} one ."
-    question = "what is in the red box ?"
+    question = f"what is in the red box{'es' if kind == 'distant' else ''} ?"
     if kind == "corner":
         vertical = "bottom" if row else "top"
         horizontal = "right" if column else "left"
@@ -186,6 +199,7 @@ def draw(folder: Path, n: int, seed: int, split: str = "train") -> Path:
 BENCHES = {
     "small": "toy",
     "pair": "toy",
+    "distant": "toy-distant",
     "large": "toy-large",
     "colour": "toy-holdout",
     "corner": "toy-holdout",
@@ -193,10 +207,10 @@ BENCHES = {
 
 
 def held_out(folder: Path) -> dict[str, list[Question]]:
-    """The questions of the toy's three benchmarks, about scenes never trained on, drawn into
+    """The questions of the toy's four benchmarks, about scenes never trained on, drawn into
     `folder`/toy."""
     benches = defaultdict(list)
-    for question in read_benchmark(str(draw(folder / "toy", 1200, 0, "eval")), folder):
+    for question in read_benchmark(str(draw(folder / "toy", 1500, 0, "eval")), folder):
         name = BENCHES[question.group]
         if name == "toy-holdout":
             question.crops = []  # what these ask is easy in the full view

@@ -56,6 +56,7 @@ SEARCH_SEED = 99
 JUDGED = {  # column: benchmark and view
     "full": ("toy", "full"),
     "crop": ("toy", "crop"),
+    "distant": ("toy-distant", "full"),
     "large": ("toy-large", "full"),
     "holdout": ("toy-holdout", "full"),
 }

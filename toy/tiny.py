@@ -9,12 +9,13 @@ from transformers import (
     Qwen3_5Tokenizer,
 )
 
+from methods import OPSD_HINT
 from model import VISION_TOKENS, ImageTextProcessor, prepare
 from toy.scenes import COLOURS, SHAPES
 
 # One token each, also after a space; other text is bytes.
 WORDS = f"""
-    user assistant what is in the red box ? a {" ".join(COLOURS)} {" ".join(SHAPES)} with . ,
+    user assistant what is in the red box boxes ? a {" ".join(COLOURS)} {" ".join(SHAPES)} with . ,
     one colour at top bottom left right
 """.split()
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS, "<think>", "</think>"]
@@ -53,7 +54,8 @@ def tiny(seed: int = 0):
 def toy_tokenizer() -> Qwen3_5Tokenizer:
     """Byte-level BPE in which each toy word is one token; every prefix of it is too, so that
     left-to-right merges build it."""
-    spelled = [f"\u0120{word}" for word in WORDS] + WORDS  # \u0120: how bytes spell a space
+    words = [*WORDS, *OPSD_HINT.split()]
+    spelled = [f"\u0120{word}" for word in words] + words  # \u0120: how bytes spell a space
     pairs = [(word[:end], word[end]) for word in spelled for end in range(1, len(word))]
     merges = list(dict.fromkeys(pairs))  # each once, in this order
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
