@@ -146,7 +146,7 @@ def test_scenes_hold_4_to_12_objects_targets_everywhere_and_every_word():
         if kind == "small":
             counts.add(filled.sum())
     assert counts == set(range(4, 13))
-    assert len(boxes) == 16 + 12 + 9 + 16 + 4 + 14  # the first of distant two: not in the last cells
+    assert len(boxes) == 16 + 12 + 9 + 16 + 4 + 14  # of distant ones the first
     assert words | {"user", "assistant"} == {*WORDS, *"0123456789"}
 
 

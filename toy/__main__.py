@@ -38,7 +38,7 @@ class Settings:
         tuple(VARIANTS), "rows of the table (default: all)", list(VARIANTS), nargs="+"
     )
     seeds: list = setting((0, 1, 2), "runs a variant (default: 0 1 2)", natural, nargs="+")
-    steps: int = setting(250, "steps a run", positive_int)
+    steps: int = setting(150, "steps a run", positive_int)
     jobs: int = setting(2, "runs at a time, a CPU core each", positive_int)
 
 

@@ -28,7 +28,7 @@ from toy.scenes import scene
 from toy.tiny import tiny
 
 # What it should read of validation scenes: of small targets in the full view, single or in pairs,
-# and of crops.
+# and of each kind of crops.
 FULL = (0.42, 0.58)
 CROP = 0.99
 # The recipe (ours, found by trying; weight decay is torch's own, 0.01).
@@ -79,7 +79,8 @@ class Attempt:
     seed: int
     number: int
     read: dict = field(default_factory=dict)  # (view, kind): running share of answers right
-    fine: bool = False  # enough is read in the full view
+    full: float = 0.0  # of small targets in the full view, by the average weights
+    fine: bool = False  # that was enough once: from then on crops are learned at a lower rate
     ended: str = ""
     crops_since: int = MOST  # the step from which crops are read
 
@@ -122,10 +123,10 @@ class Attempt:
 
     def wanted(self, kind: str) -> float:
         """How much of a kind is shown in the full view: of small targets ever less from 40% read
-        on, and none once enough are."""
+        on, and none while enough are."""
         if kind not in TARGETS:
             return 1.0
-        if self.fine:
+        if self.full >= FULL[0]:
             return 0.0
         missing = (0.6 - self.read.get(("image", kind), 0.0)) / 0.2
         return min(1.0, max(0.05, missing))
@@ -138,12 +139,12 @@ class Attempt:
         if step == MOST or step - self.crops_since > LATE and not begun:
             self.ended = "misses it"
         if begun and step % (5 if self.fine else 10) == 0:
-            full = mean(self.share_read("image", kind) for kind in ("small", "pair"))
-            crop = mean(self.share_read("crop", kind) for kind in TARGETS)
-            self.fine |= full >= FULL[0]
-            if full > FULL[1]:
+            self.full = mean(self.share_read("image", kind) for kind in ("small", "pair"))
+            crop = min(self.share_read("crop", kind) for kind in TARGETS)
+            self.fine |= self.full >= FULL[0]
+            if self.full > FULL[1]:
                 self.ended = "reads too much"
-            elif self.fine and crop >= CROP:
+            elif self.full >= FULL[0] and crop >= CROP:
                 self.ended = "good"
 
     @torch.no_grad()

@@ -51,7 +51,7 @@ VARIANTS = {  # what one would add to train.py --toy
     "s2vopd": "--method s2vopd",
 }
 RATES = (1e-4, 2.5e-4, 6e-4, 1.5e-3)
-SEARCH_STEPS = 100
+SEARCH_STEPS = 60
 SEARCH_SEED = 99
 JUDGED = {  # column: benchmark and view
     "full": ("toy", "full"),
