@@ -286,11 +286,13 @@ def embed_prompt(model, prompt: Prompt, checkpoint: bool) -> tuple[Tensor, Tenso
     """The shared prefix before the first layer: embeddings (B, L-1, D) with the image features in
     place, where these are (B, L-1, 1) bool, and the features that Qwen3-VL adds to early layers."""
     inner, tokens = model.model, prompt["input_ids"][:, :-1]
-    inner.visual.train(checkpoint)  # turns on its per-block checkpointing
+    if checkpoint:
+        inner.visual.train()  # turns on its per-block checkpointing
     vision = inner.get_image_features(
         prompt["pixel_values"], prompt["image_grid_thw"], return_dict=True
     )
-    inner.visual.eval()
+    if checkpoint:
+        inner.visual.eval()
     embeds = inner.language_model.embed_tokens(tokens)  # (B, L-1, D)
     visual = (tokens == model.config.image_token_id)[..., None]  # (B, L-1, 1)
     embeds = embeds.masked_scatter(visual, torch.cat(vision.pooler_output).to(embeds.dtype))

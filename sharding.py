@@ -147,10 +147,12 @@ class Shards:
     def publish(self, who: str):
         """The plain copy of the "student" or the "teacher", put together from all ranks' slices."""
         if self.published != who:
-            slices = self.sharded(getattr(self, who))
-            for whole, part in zip(self.plain.parameters(), slices, strict=True):
+            parts = getattr(self, who)
+            if dist.get_world_size() > 1:  # else they are whole
+                parts = (part.to(self.plain.dtype).full_tensor() for part in self.sharded(parts))
+            for whole, part in zip(self.plain.parameters(), parts, strict=True):
                 whole.untyped_storage().resize_(whole.nbytes)
-                whole.copy_(part.to(whole.dtype).full_tensor())
+                whole.copy_(part)
             self.published = who
         return self.plain
 
