@@ -201,7 +201,7 @@ def stages_of(work: Path, machine: dict) -> list[list[Part]]:
 
     def compared(name, chosen, kernels):
         command = [*tests, "-k", chosen] if real else tests
-        return Part(f"comparisons, {name}", 90, command, kernels, outcomes)
+        return Part(f"comparisons, {name}", 80, command, kernels, outcomes)
 
     def script(name, limit, *command, read=None):
         return Part(name, limit, [sys.executable, *map(str, command)], True, read)
@@ -227,7 +227,7 @@ def stages_of(work: Path, machine: dict) -> list[list[Part]]:
     measured = [
         own("step", 45, "step"),
         own("step", 60, "step", True),
-        own("plain step", 45, "plain", True),
+        own("plain step", 60, "plain", True),
         own("loss", 40, "loss"),
         own("generation", 30, "generation", True),
         own("generation, compiled", 80, "compiled", True),
