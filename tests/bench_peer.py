@@ -146,7 +146,7 @@ def measure(args) -> None:
     for _ in range(args.gen_prompts):
         columns = int((args.prompt_tokens - 60) ** 0.5)
         size = (columns * 32, (args.prompt_tokens - 60) // columns * 32)
-        rows.append((Image.effect_noise(size, 64).convert("RGB"), "what" + " is" * 60))
+        rows.append((Image.effect_noise(size, 64).convert("RGB"), "what" + " is" * 44))
     function, _ = PEERS[args.only]
     try:
         found = function(args, model, processor, rows)
