@@ -4,6 +4,7 @@
     python tests/bench.py --device cuda          a 2B on one GPU of 80 GB, in the goals' shapes
     python tests/bench.py synth                  decode, draw, crop, write 2250 x 1500 px
     python tests/bench.py loss --tokens 256      the loss: four matmuls, Liger-Kernel and TRL
+    python tests/bench.py peer --gen-prompts 2   an optimizer step beside TRL's trainers, on a CPU
 
 Each figure stands beside a floor measured in the same run and beside the plain way.
 
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if not any("cuda" in word for word in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else a GPU's kernels are taken where there are any
 import bench_loss
+import bench_peer
 import torch
 import transformers
 from PIL import Image, ImageChops
@@ -473,8 +475,9 @@ def parse():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    names = [*GOALS, "synth", "goals"]
-    p.add_argument("what", nargs="*", default="goals", choices=names, help="goals: all but synth")
+    names = [*GOALS, "synth", "peer", "goals"]
+    meaning = "goals: all but synth and peer"
+    p.add_argument("what", nargs="*", default="goals", choices=names, help=meaning)
     for name, default in SHAPES["cpu"].items():
         flag = "--" + name.replace("_", "-")
         p.add_argument(flag, type=int, default=default, help=SHAPES["meaning"][name])
@@ -482,6 +485,7 @@ def parse():
         p.add_argument(flag, choices=choices, default=choices[0], help=meaning)
     each = list(bench_loss.CONTENDERS)
     p.add_argument("--contenders", nargs="+", default=each, choices=each, help="loss: these")
+    each += list(bench_peer.PEERS)
     p.add_argument("--only", choices=each, help="used by the script itself: measure this one here")
     if p.parse_known_args()[0].device == "cuda":
         p.set_defaults(**SHAPES["cuda"])
@@ -502,7 +506,7 @@ def verdict(args, numbers, reached):
 def main():
     args = parse()
     if args.only:
-        bench_loss.measure(args)
+        (bench_peer if args.only in bench_peer.PEERS else bench_loss).measure(args)
         return
     transformers.utils.logging.set_verbosity_error()
     print(
@@ -513,6 +517,8 @@ def main():
     found = {}  # the numbers that the goals are about
     if "synth" in asked:
         bench_synth(args)
+    if "peer" in asked:
+        bench_peer.run(args)
     if "loss" in asked:  # first: its processes need the GPU's memory
         found["loss"] = bench_loss.run(args)
     if {"generate", "step"} & asked:
