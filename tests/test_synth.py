@@ -182,7 +182,7 @@ def test_pairs_of_regions_are_asked_what_neither_crop_answers_alone(tmp_path, ma
     prompts = []
 
     def ask(shown, prompt, n):
-        assert [image.size for image in shown][0] == (122, 102)  # twice 40 px, frame and margin
+        assert [image.size for image in shown][0] == (124, 100)  # twice 50 x 40 px, frame and margin
         prompts.append(prompt)
         return json.dumps(asked)
 
@@ -190,7 +190,7 @@ def test_pairs_of_regions_are_asked_what_neither_crop_answers_alone(tmp_path, ma
         """The first question is about the first crop, whatever else is seen."""
         if isinstance(shown, list):
             return "12"
-        return "It is 12." if prompt.startswith(texts[0]) and shown.width == 122 else "unknown"
+        return "It is 12." if prompt.startswith(texts[0]) and shown.width == 124 else "unknown"
 
     flags = ("--proposer", tmp_path / "boxes.jsonl", "--regions", 2, "--labels", "--full", "png")
     out = make(*flags, ask=ask, vote=vote)
