@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import torch
 from conftest import ROOT, assert_equal, log, noise, small_run, weights
 from PIL import Image
 
@@ -19,7 +20,11 @@ import evaluate
 import methods
 import synth
 import train
+from launch import run_folder
+from rollout import Rollout
 from storage.files import hold
+from toy.tiny import tiny
+from triplets.format import Triplet
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 HOLDER = """
@@ -119,6 +124,23 @@ def test_how_far_a_target_moved_is_noted_of_what_is_shown_and_changes_nothing(ru
         assert 0 < max(row["moved"]) <= 1
         assert min(row["moved"]) >= 0
     assert not any("moved" in row for row in log(tmp_path / "plain", "rollouts"))
+
+
+def test_a_shown_response_has_its_own_figures(tmp_path):
+    """The first ones of two prompts: tokens 0 and 1, and 5 to 7, of which 6 does not count."""
+    mask = torch.arange(4) < torch.tensor([2, 3, 3, 4])[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    rows = [Triplet(name, "what ?", tmp_path, tmp_path) for name in "ab"]
+    micro = methods.Micro(rows, {}, Rollout(ids, mask, mask.any(1), ids))
+    tokens = torch.arange(12.0)
+    micro.moved = [tokens[:4] / 100, tokens[[4, 5, *range(7, 12)]] / 100]
+    weights = mask.float()
+    weights[2, 1] = 0
+    settings = SimpleNamespace(group=2, out=tmp_path)
+    run = SimpleNamespace(settings=settings, processor=tiny()[1])
+    first, second = run_folder.show(run, 1, micro, tokens, weights)
+    assert (first["divergence"], first["moved"]) == ([0, 1], [0, 0.01])
+    assert (second["divergence"], second["moved"]) == ([5, None, 7], [0.05, 0, 0.07])
 
 
 def test_the_same_model_and_a_moved_run_are_the_same_run(run, world, tmp_path):
