@@ -1,6 +1,6 @@
 """The base model of the toy world: it reads crops well and small targets in the full image badly.
 
-The one in toy/base-model was made by `python train.py --toy --retrain-base --seed 2`: everybody
+The one in toy/base-model was made by `python train.py --toy --retrain-base --seed 1`: everybody
 begins with the same weights. To read a digit of 3 x 5 px is a skill that comes all at once, at a
 step that depends on the last bits, or never. So a base is trained until it can do what it should,
 and an attempt that misses that begins anew with other weights.
