@@ -292,7 +292,7 @@ def run_of(model, processor, flags):
         weight_decay=settings.weight_decay,
         copy_stays=False,
     )
-    rows = [Triplet(str(i), "", "", "") for i in range(settings.prompts)]
+    rows = [Triplet(str(i), "", "", [""]) for i in range(settings.prompts)]
     method = METHODS[settings.method](settings)
     return train.Run(settings, method, rows, processor, shards, *ranks)
 

@@ -140,7 +140,7 @@ ROW = Triplet(
     "x",
     "what ?",
     "x",
-    "x",
+    ["x"],
     answer=GOOD,
     extra={"toy": "small"},
 )
@@ -183,7 +183,7 @@ def select(micros: list, flags: str, further=()) -> tuple[list, list[int]]:
 
 
 def test_sft_keeps_the_responses_that_match_the_label():
-    choice = Triplet("x", "Which?\n\nA. moss\nB. bark", "x", "x", answer="B")
+    choice = Triplet("x", "Which?\n\nA. moss\nB. bark", "x", ["x"], answer="B")
     micro = micro_of(["A", "It is (B)."], choice)
     select([micro], "--method sft")
     assert micro.keep.tolist() == [False, True]
@@ -381,7 +381,8 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
     if settings.method in EXTRA_VIEWS:
         name, change = EXTRA_VIEWS[settings.method]
         draw = random.Random(f"5/{row.id}")
-        extra = ask(processor, change(load_image(getattr(row, name)), row, draw), row.question)
+        (seen,) = row.shown(name)
+        extra = ask(processor, change(load_image(seen), row, draw), row.question)
     if settings.method in ("vcsd", "s2vopd"):
         shown = full
     if settings.method == "s2vopd":
