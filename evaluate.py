@@ -355,7 +355,7 @@ def replies_to(model, processor, out: Path, how: Asking, batch: list[Answer]) ->
 def by_server(
     client: Client, out: Path, how: Asking, todo: list[Answer]
 ) -> Iterator[tuple[list[Answer], object]]:
-    """The served model's replies, as `answer_all` takes them, as they come. Raises NoServerError."""
+    """The served model's replies, as `answer_all` takes them. Raises NoServerError."""
     for answer, reply in client.as_they_end(todo, partial(served_reply, client, out, how)):
         if isinstance(reply, NoServerError):
             raise reply
