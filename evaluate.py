@@ -457,7 +457,8 @@ def answer_and_score_served(settings: Settings, scorer: Scorer) -> None:
     hold(settings.out)
     benches = where_crops_are(settings.view, read_questions(settings), 0)
     evaluate_served(settings, benches, settings.out, asking(settings))
-    print(f"{settings.model}\n{table(summarise(settings.out, scorer))}")
+    asked = f"{settings.served_model} at {settings.model}"
+    print(f"{asked}\n{table(summarise(settings.out, scorer))}")
     print(write_page(settings.out))
 
 
