@@ -335,16 +335,17 @@ def in_batches(
     yield from Batches(how.batch).run(todo, work, bad_item=(OSError, ValueError))
 
 
-def picture_of(answer: Answer, out: Path) -> Path:
-    """The picture that a question is about, in its view."""
-    return Path(os.path.normpath(out / (answer.image if answer.view == "full" else answer.crop)))
+def pictures_of(answer: Answer, out: Path) -> list[Path]:
+    """What a question is about, in its view."""
+    shown = [answer.image if answer.view == "full" else answer.crop]
+    return [Path(os.path.normpath(out / path)) for path in shown]
 
 
 def replies_to(model, processor, out: Path, how: Asking, batch: list[Answer]) -> list[dict]:
     """What the model says to a batch: the fields of an Answer that it fills in."""
     from rollout import answers
 
-    images = [load_image(picture_of(answer, out)) for answer in batch]
+    images = [load_image(path) for answer in batch for path in pictures_of(answer, out)]
     prompts = [neutralised(answer.prompt) for answer in batch]  # no turn can be forged
     ask = partial(answers, model, processor, max_new_tokens=how.max_new_tokens)
     if how.zoom:
@@ -364,15 +365,17 @@ def by_server(
 
 async def served_reply(client: Client, out: Path, how: Asking, answer: Answer) -> dict:
     """What the served model says to a question: the fields of an Answer that it fills in."""
-    file, prompt = picture_of(answer, out), neutralised(answer.prompt)
+    files, prompt = pictures_of(answer, out), neutralised(answer.prompt)
     if not how.zoom:
-        (reply,) = await client.replies([file], prompt, max_tokens=how.max_new_tokens)
+        (reply,) = await client.replies(files, prompt, max_tokens=how.max_new_tokens)
         return vars(reply)
-    turns = conversation(load_image(file), prompt, how.zoom)
+    turns = conversation(list(map(load_image, files)), prompt, how.zoom)
     turn = next(turns)
     while True:
         views, chat = turn
-        (reply,) = await client.replies([file, *views[1:]], chat, max_tokens=how.max_new_tokens)
+        (reply,) = await client.replies(
+            [*files, *views[len(files) :]], chat, max_tokens=how.max_new_tokens
+        )
         try:
             turn = turns.send(reply)
         except StopIteration as end:

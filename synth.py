@@ -126,7 +126,7 @@ def propose(engine, photos: list[Photo]) -> list[Region]:
     replies = [[]] * len(photos)
     if engine.find:
         prompt = PROMPTS["find"] + engine.find
-        requests = [Request(photo, photo.digest, photo.image, prompt) for photo in photos]
+        requests = [Request(photo, photo.digest, [photo.image], prompt) for photo in photos]
         replies = reply_lists(engine, "boxes", requests, 1024)
     regions = []
     for photo, items in zip(photos, replies, strict=True):
@@ -141,7 +141,7 @@ def ask_questions(engine, regions: list[Region]):
     """Gives each region up to 3 questions, asked of its crop alone, that break no rule."""
     types = ", ".join(PROMPTS["types"])
     requests = [
-        Request(region.photo, region.id, region.crop, PROMPTS["ask"] % (region.label, types))
+        Request(region.photo, region.id, [region.crop], PROMPTS["ask"] % (region.label, types))
         for region in regions
     ]
     replies = reply_lists(engine, "questions", requests, 512)
@@ -162,7 +162,7 @@ def vote(engine, regions: list[Region]):
     such a majority the question goes."""
     asked = [(region, draft) for region in regions for draft in region.questions]
     requests = [
-        Request(region.photo, (region.id, draft.n), region.crop, PROMPTS["vote"] % draft.question)
+        Request(region.photo, (region.id, draft.n), [region.crop], PROMPTS["vote"] % draft.question)
         for region, draft in asked
     ]
     replies = reply_texts(engine, "label", requests, 32, group=VOTES, temperature=1.0)
@@ -189,7 +189,7 @@ def add_options(engine, regions: list[Region]) -> list[Region]:
     Returns the regions for which there are so many."""
     asked = [(region, region.questions[0]) for region in regions]
     requests = [
-        Request(region.photo, region.id, region.crop, PROMPTS["wrong"] % (q.question, q.answer))
+        Request(region.photo, region.id, [region.crop], PROMPTS["wrong"] % (q.question, q.answer))
         for region, q in asked
     ]
     replies = reply_lists(engine, "options", requests, 128)

@@ -16,14 +16,13 @@ You may call a function to assist with the question. Its signature:
 To call it, answer <tool_call>{"name": "image_zoom_in_tool", \
 "arguments": {"bbox_2d": [...], "label": "..."}}</tool_call>"""
 
-
 SUMMED = {"tokens", "prompt_tokens"}  # of all turns; of the rest the last one's counts
 
 
 def answer_with_zoom(answer, images: list, texts: list[str], rounds: int) -> list[dict]:
     """As answer(images, chats) -> replies, but the model may call the tool at most `rounds` times a
     row. A dict a row, as `conversation` returns it. Every turn computes its whole prompt anew."""
-    rows = [conversation(*row, rounds) for row in zip(images, texts, strict=True)]
+    rows = [conversation([image], *row, rounds) for image, *row in zip(images, texts, strict=True)]
     done = [None] * len(rows)
     asked = {i: next(row) for i, row in enumerate(rows)}
     while asked:
@@ -37,15 +36,14 @@ def answer_with_zoom(answer, images: list, texts: list[str], rounds: int) -> lis
     return done
 
 
-def conversation(
-    image: Image.Image, text: str, rounds: int
-) -> Generator[tuple[list, list], object]:
-    """Yields (images, chat) of each turn, takes the reply to it, and returns a dict: output (the
-    last turn), tokens (of all turns), truncated, calls, malformed ones. A call's region comes back
-    as a further image, or an error that the model can react to."""
-    views = [image]
+def conversation(images: list, text: str, rounds: int) -> Generator[tuple[list, list], object]:
+    """About images, of which it is the first that can be zoomed into: yields (images, chat) of each
+    turn, takes the reply to it, and returns a dict: output (the last turn), tokens (of all turns),
+    truncated, calls, malformed ones. A call's region comes back as a further image, or an error
+    that the model can react to."""
+    views = list(images)
     system = {"role": "system", "content": TOOLS}
-    chat = [system, from_user({"type": "image"}, words(text))]
+    chat = [system, from_user(*[{"type": "image"}] * len(images), words(text))]
     done = {"calls": 0, "malformed": 0}
     for left in range(rounds, -1, -1):
         reply = vars((yield views, chat))
@@ -58,7 +56,7 @@ def conversation(
         done["calls"] += 1
         try:
             calls = re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", said, re.DOTALL)
-            views.append(zoomed_region(calls[-1], image))
+            views.append(zoomed_region(calls[-1], images[0]))
             seen = {"type": "image"}
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             done["malformed"] += 1

@@ -16,11 +16,11 @@ from synthesis.photos import Photo
 
 @dataclass
 class Request:
-    """An image and a question about it for the model."""
+    """Images and a question about them for the model."""
 
     photo: Photo  # where drops are counted
     key: object  # what its seed depends on
-    image: Image.Image
+    images: list[Image.Image]
     prompt: str
 
 
@@ -46,7 +46,7 @@ class Local:
         def reply(batch):
             replies = rollout.answers(
                 *self.model,
-                [request.image for request in batch],
+                [request.images for request in batch],
                 [request.prompt for request in batch],
                 max_new_tokens=tokens,
                 seeds=[seed_of(self.seed, what, request) for request in batch],
@@ -80,12 +80,12 @@ class Served:
         async def ask(i: int):
             request = requests[i]
             photo = request.photo
-            whole = request.image is photo.image  # then its file may travel as it is
             fields = {"max_tokens": tokens, "n": group, "temperature": temperature}
             if temperature > 0:
                 fields["seed"] = seed_of(self.seed, what, request)
-            image = self.images / photo.file if whole else request.image
-            return await self.client.replies([image], request.prompt, **fields)
+            file = self.images / photo.file  # may travel as it is
+            images = [file if image is photo.image else image for image in request.images]
+            return await self.client.replies(images, request.prompt, **fields)
 
         said = {}
         for i, replies in self.client.as_they_end(range(len(requests)), ask):

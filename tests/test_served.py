@@ -138,12 +138,11 @@ def test_a_server_that_goes_away_loses_nothing_and_only_what_is_missing_is_asked
 
 
 def slow(body):
-    time.sleep(1)
+    time.sleep(3)
     return "late"
 
 
 ONCE = {
-    "rate limit": (429, {"Retry-After": "1"}, b'{"error": {"message": "slow down"}}'),
     "server error": 500,
     "hang": slow,
     "garbage": b"<html>",
@@ -164,13 +163,10 @@ def test_what_passes_is_tried_again(fault, server, tmp_path):
         return reply(body) if callable(reply) else reply
 
     server.say = say
-    start = time.perf_counter()
-    out = answer(own(tmp_path, ["A"], crops=False), server, "--deadline", "0.5")
-    waited = time.perf_counter() - start
-    assert texts(out) == {"0": "A"} or fault == "rate limit"
+    deadline = "1" if fault == "hang" else "60"
+    out = answer(own(tmp_path, ["A"], crops=False), server, "--deadline", deadline)
+    assert texts(out) == {"0": "A"}
     assert len(server.requests) >= 2
-    if fault == "rate limit":  # waited for, though the deadline is shorter: so once more then
-        assert waited > 0.5
 
 
 def test_a_rate_limit_is_waited_for_as_long_as_the_server_says(server, tmp_path):
@@ -178,7 +174,7 @@ def test_a_rate_limit_is_waited_for_as_long_as_the_server_says(server, tmp_path)
 
     def say(body):
         times.append(time.perf_counter())
-        return ONCE["rate limit"] if len(times) == 1 else "A"
+        return (429, {"Retry-After": "1"}, b"") if len(times) == 1 else "A"
 
     server.say = say
     assert texts(answer(own(tmp_path, ["A"], crops=False), server)) == {"0": "A"}
@@ -353,8 +349,9 @@ def test_the_tool_loop_through_a_server_is_that_of_a_local_model(server, tmp_pat
     want = zoom.answer_with_zoom(local, images, list(script), 2)
     server.say = lambda body: turn(body["messages"])
     out = answer(path, server, "--zoom", "2")
-    for found, fields in zip(figures.saved_answers(out), want, strict=True):
-        assert vars(found) == vars(found) | fields
+    saved = {found.id: vars(found) for found in figures.saved_answers(out)}
+    for n, fields in enumerate(want):
+        assert saved[str(n)] == saved[str(n)] | fields
     assert len(server.requests) == 7
     for _, _, body in server.requests:
         shown = [image_of(uri).tobytes() for uri in pictures(body)]

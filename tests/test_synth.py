@@ -69,16 +69,16 @@ def scripted(patch, most=100, **said):
     calls = []
 
     def answers(model, processor, images, texts, group=1, temperature=0, **how):
-        if len(texts) > most or any(image.width == 641 for image in images):
+        if len(texts) > most or any(shown[0].width == 641 for shown in images):
             raise torch.OutOfMemoryError("CUDA out of memory")
         kind = kind_of(texts[0])
         calls.append((kind, len(texts), temperature))
         replies = []
-        for image, prompt in zip(images, texts, strict=True):
+        for shown, prompt in zip(images, texts, strict=True):
             for n in range(group):
                 text = said[kind]
                 if callable(text):
-                    text = text(image, prompt, n)
+                    text = text(shown if len(shown) > 1 else shown[0], prompt, n)
                 replies.append(rollout.Reply(text, 1, False))
         return replies
 
