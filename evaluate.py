@@ -6,6 +6,7 @@ at. Sources, scoring, figures and page are the rooms in benchmarks/.
     python evaluate.py --bench zoombench --view both --model DIR --out DIR      # crop, gap as well
     python evaluate.py --bench toy --view both --checkpoints runs/toy --out DIR     # Figure 5
     python evaluate.py --bench vstar --zoom 3 --model DIR --out DIR     # looking twice (Appendix A)
+    python evaluate.py --bench vstar --model http://HOST:PORT/v1 --served-model NAME --out DIR
     python evaluate.py --compare runs/eval-4b runs/eval-x               # paired differences
     python evaluate.py --rescore runs/eval-4b --judge URL_OR_MODEL      # saved answers: no model
     python evaluate.py --report runs/toy                                # (re)build report.html
@@ -17,8 +18,10 @@ the same command goes on, on any number of ranks. Greedy, non-thinking, images a
 
 import json
 import os
+import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -40,9 +43,20 @@ from benchmarks.page import trajectory, write_page
 from benchmarks.rows import Answer, Question
 from benchmarks.scoring import score
 from benchmarks.sources import BENCHES, GROUPS, KNOWN, most_pixels, read_benchmark
-from benchmarks.zoom import answer_with_zoom, neutralised
+from benchmarks.zoom import answer_with_zoom, conversation, neutralised
 from launch import script
-from launch.flags import device_name, natural, positive_int, setting, settings_parser
+from launch.flags import (
+    device_name,
+    megabytes,
+    natural,
+    not_negative,
+    positive,
+    positive_int,
+    refuse_idle,
+    setting,
+    settings_parser,
+)
+from served.client import Client, NoServerError, is_url
 from storage.files import (
     appending,
     hold,
@@ -55,6 +69,16 @@ from storage.files import (
 )
 from storage.images import load_image
 from toy.scenes import held_out
+
+SERVED_FLAGS = (  # that change nothing of a local model
+    "--served-model",
+    "--concurrency",
+    "--deadline",
+    "--thinking",
+    "--max-image-mb",
+    "--price-in",
+    "--price-out",
+)
 
 
 @dataclass
@@ -82,7 +106,7 @@ class Settings:
     data_root: Path = setting(
         Path("data/benchmarks"), "where benchmarks lie, or are downloaded to", Path
     )
-    model: str = setting(None, "checkpoint directory or hub id")
+    model: str = setting(None, "checkpoint directory, hub id, or an OpenAI-compatible server's URL")
     checkpoints: Path = setting(
         None, "instead: a run's base and checkpoints, into OUT/step-N", Path, metavar="RUN"
     )
@@ -99,6 +123,14 @@ class Settings:
     device: str = setting(
         None, "such as cpu or cuda:1 (default: cuda where there is one, a GPU a rank)", device_name
     )
+    # how a server is asked (served/client.py; its key: OPENAI_API_KEY)
+    served_model: str = setting(None, "the model's name at the URL of --model")
+    concurrency: int = setting(32, "requests in flight; changes no result", positive_int)
+    deadline: float = setting(600, "seconds a call, its retries included", positive)
+    thinking: bool = setting(False, "it is not asked not to think", bool)
+    max_image_mb: float = setting(20, "larger pictures are made smaller, and counted", megabytes)
+    price_in: float = setting(None, "of a million tokens of prompts, for the cost", not_negative)
+    price_out: float = setting(None, "of a million tokens of answers", not_negative)
     # how to score
     scorer: str = setting(
         "ours", "official: first capital letter, as published", ["ours", "official"]
@@ -140,31 +172,49 @@ def evaluate(
     import torch
 
     from model import load
+    from storage.checkpoint import fingerprint, prompts_digest
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model, processor = load(path, device=device, dtype=dtype)
     if how.rank == 0:
-        claim_results(out, path, model, processor, how)
+        of = {"weights": fingerprint(model), "prompts": prompts_digest(processor)}
+        claim_results(out, path, of, how)
         for name, questions in benches.items():
             drop_stale(out, name, questions)
     if how.world > 1:
         torch.distributed.barrier()
+    ask = partial(in_batches, model, processor, out, how)
     for name, questions in benches.items():
-        answer_all(model, processor, name, questions, out, how)
+        answer_all(ask, name, questions, out, how)
     if how.world > 1:
         torch.distributed.barrier()
 
 
-def claim_results(out: Path, path: str, model, processor, how: Asking) -> None:
-    """Write out/args.json, or say whose answers `out` holds."""
-    from storage.checkpoint import fingerprint, prompts_digest
+def evaluate_served(
+    settings: Settings, benches: dict[str, list[Question]], out: Path, how: Asking
+) -> None:
+    """The same by a server's model, --concurrency rows at once."""
+    client = Client(
+        settings.model,
+        settings.served_model,
+        settings.concurrency,
+        settings.thinking,
+        settings.deadline,
+        settings.max_image_mb,
+    )
+    of = {"served_model": settings.served_model, "thinking": settings.thinking}
+    free = {"price_in": settings.price_in, "price_out": settings.price_out}
+    claim_results(out, settings.model, of, how, free)
+    for name, questions in benches.items():
+        drop_stale(out, name, questions)
+    for name, questions in benches.items():
+        answer_all(partial(by_server, client, out, how), name, questions, out, how)
 
-    now = {
-        "weights": fingerprint(model),
-        "prompts": prompts_digest(processor),
-        "max_new_tokens": how.max_new_tokens,
-        "zoom": how.zoom,
-    }
+
+def claim_results(out: Path, path: str, of: dict, how: Asking, free: dict | None = None) -> None:
+    """Write out/args.json, or say whose answers `out` holds. of: what else, with the limits, makes
+    answers another model's; free: what does not."""
+    now = of | {"max_new_tokens": how.max_new_tokens, "zoom": how.zoom}
     notes = []
     then = read_json(out / "args.json", notes) or now
     if notes and answer_files(out):
@@ -172,7 +222,7 @@ def claim_results(out: Path, path: str, model, processor, how: Asking) -> None:
             f"{out} holds answers, but {notes[0]}: whose are they? Put the file back, or choose "
             "another --out."
         )
-    then.setdefault("prompts", now["prompts"])  # older folders do not say
+    then.setdefault("prompts", now.get("prompts"))  # older folders do not say
     differ = [
         f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in now if then.get(key) != now[key]
     ]
@@ -182,7 +232,7 @@ def claim_results(out: Path, path: str, model, processor, how: Asking) -> None:
             "Choose another --out."
         )
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "args.json", json.dumps({"model": path} | now, indent=1) + "\n")
+    write(out / "args.json", json.dumps({"model": path} | now | (free or {}), indent=1) + "\n")
 
 
 def drop_stale(out: Path, name: str, questions: list[Question]) -> None:
@@ -224,30 +274,27 @@ def answers_it(line: dict, question: Question) -> bool:
     return (line["prompt"], line["answer"]) == (question.prompt, question.answer)
 
 
-def answer_all(
-    model, processor, name: str, questions: list[Question], out: Path, how: Asking
-) -> None:
+def answer_all(ask, name: str, questions: list[Question], out: Path, how: Asking) -> None:
     """Append this rank's answers to benchmark `name` that `out` does not hold yet to
-    out/answers-NAME-RANK.jsonl, a line each.
+    out/answers-NAME-RANK.jsonl, a line each. ask: answers without a reply -> (some of them, their
+    replies, as fields of an Answer, or an error), until all are there.
 
     A line has an error instead when its image cannot be read, or it cannot be encoded or does not
-    fit in memory alone: counted, never scored, and tried again by the next run.
+    fit in memory alone, or a server refuses it: counted, never scored, and tried again by the next
+    run.
     """
-    from launch.batches import Batches
-
     n = min(how.limit or len(questions), len(questions))
     spread = [questions[i * len(questions) // n] for i in range(n)]
     asked = to_ask(name, spread[how.rank :: how.world], out, how.views)
     done = {a.place() for a in saved_answers(out) if a.bench == name and a.error is None}
     todo = [answer for answer in asked if answer.place() not in done]
     states, bar = Counter(), tqdm(total=len(asked), desc=name, unit="row", disable=how.rank > 0)
-    work = partial(replies_to, model, processor, out, how)
     Image.MAX_IMAGE_PIXELS = most_pixels([name])
     path = out / f"answers-{name}-{how.rank}.jsonl"
     with naming_full_disks(out), appending(path) as file, bar:
         bar.update(len(asked) - len(todo))
         start = time.perf_counter()
-        for batch, replies in Batches(how.batch).run(todo, work, bad_item=(OSError, ValueError)):
+        for batch, replies in ask(todo):
             if isinstance(replies, Exception):
                 kind = type(replies).__name__
                 replies = [{"error": f"{kind} with this row alone: {replies}"}]
@@ -277,19 +324,60 @@ def to_ask(name: str, questions: list[Question], out: Path, views: list[str]) ->
     return asked
 
 
+def in_batches(
+    model, processor, out: Path, how: Asking, todo: list[Answer]
+) -> Iterator[tuple[list[Answer], object]]:
+    """The model's replies, as `answer_all` takes them, in batches that fit."""
+    from launch.batches import Batches
+
+    work = partial(replies_to, model, processor, out, how)
+    yield from Batches(how.batch).run(todo, work, bad_item=(OSError, ValueError))
+
+
+def pictures_of(answer: Answer, out: Path) -> list[Path]:
+    """What a question is about, in its view."""
+    return [Path(os.path.normpath(out / path)) for path in answer.shown(answer.view)]
+
+
 def replies_to(model, processor, out: Path, how: Asking, batch: list[Answer]) -> list[dict]:
     """What the model says to a batch: the fields of an Answer that it fills in."""
     from rollout import answers
 
-    images = []
-    for answer in batch:
-        paths = [os.path.normpath(out / path) for path in answer.shown(answer.view)]
-        images.append(list(map(load_image, paths)))
+    images = [list(map(load_image, pictures_of(answer, out))) for answer in batch]
     prompts = [neutralised(answer.prompt) for answer in batch]  # no turn can be forged
     ask = partial(answers, model, processor, max_new_tokens=how.max_new_tokens)
     if how.zoom:
         return answer_with_zoom(ask, images, prompts, how.zoom)
     return list(map(vars, ask(images, prompts)))
+
+
+def by_server(
+    client: Client, out: Path, how: Asking, todo: list[Answer]
+) -> Iterator[tuple[list[Answer], object]]:
+    """The served model's replies, as `answer_all` takes them. Raises NoServerError."""
+    for answer, reply in client.as_they_end(todo, partial(served_reply, client, out, how)):
+        if isinstance(reply, NoServerError):
+            raise reply
+        yield [answer], reply if isinstance(reply, Exception) else [reply]
+
+
+async def served_reply(client: Client, out: Path, how: Asking, answer: Answer) -> dict:
+    """What the served model says to a question: the fields of an Answer that it fills in."""
+    files, prompt = pictures_of(answer, out), neutralised(answer.prompt)
+    if not how.zoom:
+        (reply,) = await client.replies(files, prompt, max_tokens=how.max_new_tokens)
+        return vars(reply)
+    turns = conversation(list(map(load_image, files)), prompt, how.zoom)
+    turn = next(turns)
+    while True:
+        views, chat = turn
+        (reply,) = await client.replies(
+            [*files, *views[len(files) :]], chat, max_tokens=how.max_new_tokens
+        )
+        try:
+            turn = turns.send(reply)
+        except StopIteration as end:
+            return end.value
 
 
 # ---------------------------------------------------------------------------------------- command
@@ -349,6 +437,32 @@ def models_of_run(run: Path, out: Path) -> dict[Path, str]:
     return models
 
 
+def asking(settings: Settings, rank: int = 0, world: int = 1) -> Asking:
+    return Asking(
+        views=["full", "crop"] if settings.view == "both" else [settings.view],
+        max_new_tokens=settings.max_new_tokens,
+        batch=settings.batch,
+        zoom=settings.zoom,
+        limit=settings.limit,
+        rank=rank,
+        world=world,
+    )
+
+
+def answer_and_score_served(settings: Settings, scorer: Scorer) -> None:
+    """The same by a server's model, in this process alone and without torch."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "A server is asked by one process. Leave torchrun out, and choose --concurrency."
+        )
+    hold(settings.out)
+    benches = where_crops_are(settings.view, read_questions(settings), 0)
+    evaluate_served(settings, benches, settings.out, asking(settings))
+    asked = f"{settings.served_model} at {settings.model}"
+    print(f"{asked}\n{table(summarise(settings.out, scorer))}")
+    print(write_page(settings.out))
+
+
 def answer_and_score(settings: Settings, scorer: Scorer) -> None:
     """Answer and score every benchmark with the model, or with every checkpoint of a run; print
     tables, write the page."""
@@ -376,16 +490,7 @@ def answer_and_score(settings: Settings, scorer: Scorer) -> None:
     if world > 1 and rank == 0:
         torch.distributed.barrier()
     benches = where_crops_are(settings.view, benches, rank)
-    views = ["full", "crop"] if settings.view == "both" else [settings.view]
-    how = Asking(
-        views=views,
-        max_new_tokens=settings.max_new_tokens,
-        batch=settings.batch,
-        zoom=settings.zoom,
-        limit=settings.limit,
-        rank=rank,
-        world=world,
-    )
+    how = asking(settings, rank, world)
     models = {settings.out: settings.model}
     if settings.checkpoints:
         models = models_of_run(settings.checkpoints, settings.out)
@@ -452,6 +557,8 @@ def why_not(settings: Settings) -> str | None:
             "--report, --rescore and --compare are about saved answers. Leave --bench, --model "
             "and --checkpoints out."
         )
+    if is_url(settings.model) and not settings.served_model:
+        return "--model is a server's URL. Name one of its models: --served-model NAME."
     if settings.judge_model and not settings.judge:
         return "--judge-model names a model at the URL of --judge. Give that too, or leave it out."
     scores = settings.judge or settings.scorer == "official"
@@ -474,9 +581,16 @@ def main(argv: list[str] | None = None) -> None:
     reason = why_not(settings)
     if reason:
         parser.error(reason)
+    served = is_url(settings.model)
+    has_effect = dict.fromkeys(SERVED_FLAGS, served) | {"--batch": not served}
+    has_effect["--device"] = not served
+    asked = f"with --model {settings.model}"
+    refuse_idle(parser, sys.argv[1:] if argv is None else argv, has_effect, asked)
     scorer = Scorer(settings.scorer, settings.judge, settings.judge_model)
     if settings.report or settings.rescore or settings.compare:
         show_saved(settings, scorer)
+    elif served:
+        answer_and_score_served(settings, scorer)
     else:
         answer_and_score(settings, scorer)
 

@@ -3,6 +3,7 @@
 
     python synth.py --images DIR --out data/mine [--model ID] [--labels] [--format mcq]
     torchrun --nproc-per-node 8 synth.py --images DIR --out data/mine       # then --merge data/mine
+    python synth.py --images DIR --out DIR --model http://HOST:PORT/v1 --served-model NAME
     python synth.py --check data/mine           # is any data set whole?
     python synth.py --preview data/mine         # preview.png of any data set: look before you train
 
@@ -15,6 +16,7 @@ import json
 import os
 import random
 import re
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -24,14 +26,15 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from launch import script
-from launch.flags import positive_int, setting, settings_parser
+from launch.flags import megabytes, positive, positive_int, refuse_idle, setting, settings_parser
+from served.client import Client, is_url
 from storage.files import hold, naming_full_disks
+from synthesis.asking import Local, Request, Served
 from synthesis.checking import check_triplets
-from synthesis.parts import merge, open_part, read_parts
+from synthesis.parts import PLACES, merge, open_part, read_parts
 from synthesis.photos import Photo, photograph_files, photos_ahead, rank_of
 from synthesis.proposers import Sam3, given_boxes, read_boxes, replied_boxes
 from synthesis.regions import Evidence, cut, evidence, small_regions
@@ -39,6 +42,7 @@ from synthesis.texts import PROMPTS, broken_rule, drafted, json_in_reply, normal
 from triplets.format import FOLDERS, Triplet, only, write_sample
 from triplets.preview import draw_preview
 
+SERVED_FLAGS = ("--concurrency", "--deadline", "--thinking", "--max-image-mb")
 VOTES = 8  # answers to a question; a label needs more than 3/4 of them
 
 
@@ -56,7 +60,11 @@ class Settings:
     # photographs into triplets (paper, section 3.2)
     images: Path = path("photographs, in folders of any depth (not hidden or linked ones)")
     out: Path = path("folder to write; an interrupted run goes on")
-    model: str = setting("Qwen/Qwen3.5-4B", "hub id or directory (ours: the student itself)")
+    model: str = setting(
+        "Qwen/Qwen3.5-4B",
+        "hub id, directory (ours: the student itself), or an OpenAI-compatible server's URL",
+    )
+    labels_model: str = setting(None, "the same, for the labels alone (the paper: a 397B)")
     proposer: str = setting(
         "mllm",
         "what boxes things: mllm (--model does; ours: no second download), sam3 (the paper's), or "
@@ -81,6 +89,13 @@ class Settings:
     batch: int = setting(
         16, "photographs, and prompts, at once; halved when memory runs out", positive_int
     )
+    # how a server is asked (served/client.py; its key: OPENAI_API_KEY)
+    served_model: str = setting(None, "the model's name at the URL of --model")
+    labels_served_model: str = setting(None, "the model's name at the URL of --labels-model")
+    concurrency: int = setting(32, "requests in flight, of --batch photographs", positive_int)
+    deadline: float = setting(600, "seconds a call, its retries included", positive)
+    thinking: bool = setting(False, "it is not asked not to think", bool)
+    max_image_mb: float = setting(20, "larger pictures are made smaller, and counted", megabytes)
     workers: int = setting(4, "threads that decode and encode images", positive_int)
 
 
@@ -266,51 +281,21 @@ def draw_triplet(engine, shown: Evidence) -> dict:
 class Engine:
     """What proposes and answers."""
 
-    model: tuple  # (model, processor) of model.load
-    batches: object  # launch.batches.Batches: how many prompts fit at once
+    asked: Local | Served
+    labeller: Local | Served  # the same one, unless --labels-model is another
     settings: Settings
     mark: str  # a digest of what the samples depend on, but for where the photographs are
     find: str  # how the model is to reply with names or boxes; "" where it is not asked
     boxes_in: Callable  # (photo, the model's reply) -> its regions
 
 
-@dataclass
-class Request:
-    """Images and a question about them for the model."""
-
-    photo: Photo  # where drops are counted
-    key: object  # what its seed depends on
-    images: list[Image.Image]
-    prompt: str
-
-
 def reply_texts(
     engine, what: str, requests: list[Request], tokens: int, group: int = 1, temperature=0.0
 ) -> list[str | None]:
-    """`group` texts replied to each request, those of one together; None, and counted, where one
-    alone does not fit in memory."""
-    import rollout  # with torch and transformers: --check starts without
-
-    def reply(batch):
-        keys = [repr((engine.settings.seed, what, request.key)) for request in batch]
-        replies = rollout.answers(
-            *engine.model,
-            [request.images for request in batch],
-            [request.prompt for request in batch],
-            max_new_tokens=tokens,
-            seeds=[int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]) for key in keys],
-            group=group,
-            temperature=temperature,
-        )
-        return [reply.output for reply in replies]
-
-    said = []
-    for batch, texts in engine.batches.run(requests, reply):
-        if isinstance(texts, Exception):
-            batch[0].photo.drop("out_of_memory")
-            texts = [None] * group
-        said += texts
-    return said
+    """`group` texts replied to each request, those of one together; None, and counted, where there
+    is none. Labels are asked of --labels-model, if there is one."""
+    asked = engine.labeller if what == "label" else engine.asked
+    return asked.texts(what, requests, tokens, group, temperature)
 
 
 def reply_lists(engine, what: str, requests: list[Request], tokens: int) -> list:
@@ -330,24 +315,47 @@ def reply_lists(engine, what: str, requests: list[Request], tokens: int) -> list
 def load_engine(settings, config: dict, given: dict) -> Engine:
     """The models on this rank's device, loaded before the first photograph. Raises, naming the way
     out. given: boxes by photograph, for --proposer FILE."""
+    asked = labeller = open_model(settings, settings.model, settings.served_model)
+    if settings.labels_model:
+        labeller = open_model(settings, settings.labels_model, settings.labels_served_model)
+    if settings.proposer == "mllm":
+        find, boxes_in = PROMPTS["boxes"], replied_boxes
+    elif settings.proposer == "sam3":
+        find, boxes_in = PROMPTS["names"], Sam3(settings.sam3, device_here()).boxes_in
+    else:
+        find, boxes_in = "", partial(given_boxes, given)
+    anywhere = {key: value for key, value in config.items() if key not in PLACES} | {"images": ""}
+    mark = hashlib.sha256(json.dumps(anywhere, sort_keys=True).encode()).hexdigest()[:12]
+    return Engine(asked, labeller, settings, mark, find, boxes_in)
+
+
+def device_here() -> str:
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def open_model(settings, path: str, served_model: str | None) -> Local | Served:
+    """A model, loaded, or the client of the server that has it."""
+    if is_url(path):
+        client = Client(
+            path,
+            served_model,
+            settings.concurrency,
+            settings.thinking,
+            settings.deadline,
+            settings.max_image_mb,
+        )
+        return Served(client, settings.images, settings.seed)
     import torch
 
     import model
     from launch.batches import Batches
 
-    device, dtype = "cpu", torch.float32
-    if torch.cuda.is_available():
-        device, dtype = f"cuda:{os.environ.get('LOCAL_RANK', 0)}", torch.bfloat16
-    loaded = model.load(settings.model, device=device, dtype=dtype)
-    if settings.proposer == "mllm":
-        find, boxes_in = PROMPTS["boxes"], replied_boxes
-    elif settings.proposer == "sam3":
-        find, boxes_in = PROMPTS["names"], Sam3(settings.sam3, device).boxes_in
-    else:
-        find, boxes_in = "", partial(given_boxes, given)
-    anywhere = json.dumps(config | {"images": ""}, sort_keys=True)
-    mark = hashlib.sha256(anywhere.encode()).hexdigest()[:12]
-    return Engine(loaded, Batches(settings.batch), settings, mark, find, boxes_in)
+    device = device_here()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    loaded = model.load(path, device=device, dtype=dtype)
+    return Local(loaded, Batches(settings.batch), settings.seed)
 
 
 # ----------------------------------------------------------------------------------------- running
@@ -400,7 +408,7 @@ def synthesize(settings):
 def work(todo: list[str], engine, part, bar):
     """Photographs -> triplets, a batch at a time, and a line in `part` for each that is done."""
     settings = engine.settings
-    kept = dropped = 0
+    kept = dropped = left = 0
     before = time.perf_counter()
     with ThreadPoolExecutor(settings.workers) as pool:
         for photos in photos_ahead(pool, settings.images, todo, settings.batch):
@@ -410,6 +418,10 @@ def work(todo: list[str], engine, part, bar):
                 shares[stage] = round((now - before) / len(photos), 4)
                 before = now
             for photo in photos:
+                if photo.failed:
+                    left += 1
+                    tqdm.write(f"{photo.file} is not done: {photo.failed[:300]}")
+                    continue
                 line = {
                     "file": photo.file,
                     "digest": photo.digest,
@@ -418,12 +430,16 @@ def work(todo: list[str], engine, part, bar):
                     "seconds": shares,
                     "samples": photo.samples,
                 }
+                if photo.usage:
+                    line["usage"] = photo.usage
                 print(json.dumps(line), file=part)
                 kept += len(photo.samples)
                 dropped += photo.drops.total()
             part.flush()
             bar.update(len(photos))
             bar.set_postfix_str(f"{kept} kept, {dropped} dropped")
+    if left:
+        print(f"{left} photographs are not done: calls failed. The same command does them again.")
 
 
 def configuration(settings) -> dict:
@@ -442,10 +458,38 @@ def configuration(settings) -> dict:
     texts = repr(PROMPTS).encode()
     if settings.proposer.endswith(".jsonl"):
         texts += Path(settings.proposer).read_bytes()
-    return {key: getattr(settings, key) for key in keys} | {
+    config = {key: getattr(settings, key) for key in keys} | {
         "images": str(settings.images.resolve()),
         "texts": hashlib.sha256(texts).hexdigest()[:12],
     }
+    for role in ("model", "labels_model"):
+        path = getattr(settings, role)
+        if is_url(path):  # a server may move
+            name = settings.served_model if role == "model" else settings.labels_served_model
+            config |= {role: f"served {name}", f"{role}_server": path}
+            config["thinking"] = settings.thinking
+        elif path:
+            config[role] = path
+    return config
+
+
+def refuse_served_flags(parser, settings, argv: list[str]):
+    """An error for names of models without a server, servers without one, and idle flags."""
+    by_server = {"--model": is_url(settings.model), "--labels-model": is_url(settings.labels_model)}
+    any_server = any(by_server.values())
+    has_effect = dict.fromkeys(SERVED_FLAGS, any_server) | {
+        "--served-model": by_server["--model"],
+        "--labels-served-model": by_server["--labels-model"],
+        "--labels-model": settings.labels or settings.format == "mcq",
+    }
+    refuse_idle(parser, argv, has_effect, f"with --model {settings.model}")
+    for flag, name in (
+        ("--model", settings.served_model),
+        ("--labels-model", settings.labels_served_model),
+    ):
+        if by_server[flag] and not name:
+            wanted = flag.replace("model", "served-model")
+            parser.error(f"{flag} is a server's URL. Name one of its models: {wanted} NAME")
 
 
 def main(argv: list[str] | None = None):
@@ -466,6 +510,7 @@ def main(argv: list[str] | None = None):
                 f"--proposer is {settings.proposer!r}. Expected mllm, sam3, or the path of a "
                 ".jsonl file of boxes"
             )
+        refuse_served_flags(parser, settings, sys.argv[1:] if argv is None else argv)
         synthesize(settings)
     if settings.merge:
         merge(settings.merge, settings.font)

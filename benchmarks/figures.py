@@ -23,6 +23,7 @@ from benchmarks.scoring import final_text, parse_yes_no, score
 from benchmarks.sources import BENCHES, GROUPS
 from storage.files import appending, read_json, read_jsonl, write
 
+TOKENS = ("prompt_tokens", "tokens")
 Z = 1.959964  # of a 95% interval
 
 
@@ -40,9 +41,12 @@ def summarise(out: Path, how: Scorer) -> dict:
     figures, "gap" of the rows answered in both views}}, "averages" over the paper's groups where
     they are complete, "judge_failures", and the settings}. FileNotFoundError without answers."""
     failed = ask_for_verdicts(out, how) if how.judge else 0
-    benches = {}
+    benches, settings = {}, read_json(out / "args.json", [])
     for bench, views in by_view(out, how).items():
-        benches[bench] = {view: bench_figures(bench, rows) for view, rows in views.items()}
+        benches[bench] = {
+            view: bench_figures(bench, rows) | served_figures(rows, settings)
+            for view, rows in views.items()
+        }
         if len(views) == 2:
             both = paired(*views.values())
             if both.n:
@@ -59,7 +63,7 @@ def summarise(out: Path, how: Scorer) -> dict:
         if None not in full:
             averages[group] = np.mean(full)
     result = {
-        "settings": read_json(out / "args.json", []),
+        "settings": settings,
         **asdict(how),
         "judge_failures": failed,
         "benches": benches,
@@ -120,8 +124,8 @@ def ask_for_verdicts(out: Path, how: Scorer) -> int:
         return 0
     replies = ask_judge(how.judge, how.judge_model, list(asked))
     with appending(out / "verdicts.jsonl") as file:
-        bar = tqdm(asked.items(), "judge", unit="answer")
-        for (prompt, answer), reply in zip(bar, replies, strict=True):
+        for prompt, reply in tqdm(replies, "judge", len(asked), unit="answer"):
+            answer = asked[prompt]
             said = parse_yes_no(reply) if isinstance(reply, str) else None
             if said is None:
                 failed += 1
@@ -191,6 +195,7 @@ def bench_figures(bench: str, answers: list[Scored]) -> dict:
     """What result.json says of one benchmark and view."""
     rows = [answer for answer in answers if answer.state != "error"]
     states = Counter(answer.state for answer in answers)
+    tokens = [row.tokens for row in rows if row.tokens is not None] or [0]
     accuracy, interval = headline(bench, rows)
     found = {
         "n": len(rows),
@@ -203,8 +208,8 @@ def bench_figures(bench: str, answers: list[Scored]) -> dict:
         "truncated": sum(row.truncated for row in rows),
         "errors": states["error"],
         "seconds": mean(rows, "seconds"),
-        "tokens": mean(rows, "tokens"),
-        "tokens_p95": np.percentile([row.tokens for row in rows] or [0], 95).item(),
+        "tokens": np.mean(tokens).item(),
+        "tokens_p95": np.percentile(tokens, 95).item(),
         "loops": sum(repeats_itself(row.output) for row in rows),
         "groups": {},
     }
@@ -221,6 +226,28 @@ def bench_figures(bench: str, answers: list[Scored]) -> dict:
     pairs = [pair for pair in grouped(rows, "pair").values() if len(pair) == 2]
     if pairs:
         found["pair_accuracy"] = sum(a.correct and b.correct for a, b in pairs) / len(pairs)
+    return found
+
+
+def served_figures(answers: list[Scored], settings: dict) -> dict:
+    """Of a server's answers: whose they are, tokens of prompts, and what they cost (in the prices'
+    currency) where a price is given; {} of a local model's."""
+    rows = [answer for answer in answers if answer.state != "error"]
+    names = sorted({row.answered_by for row in rows if row.answered_by})
+    if "served_model" not in settings:
+        return {}
+    told = [row for row in rows if row.tokens is not None and row.prompt_tokens is not None]
+    found = {
+        "answered_by": names,
+        "prompt_tokens": mean(told, "prompt_tokens"),
+        "no_usage": len(rows) - len(told),
+        "shrunk": sum(row.shrunk or 0 for row in rows),
+    }
+    prices = [settings.get(key) for key in ("price_in", "price_out")]
+    if any(price is not None for price in prices):
+        paid_in, paid_out = (price or 0 for price in prices)
+        millions = [sum(getattr(row, key) for row in told) / 1e6 for key in TOKENS]
+        found["cost"] = paid_in * millions[0] + paid_out * millions[1]
     return found
 
 
@@ -344,6 +371,16 @@ def view_lines(bench: str, view: str, f: dict) -> Iterator[str]:
         further.append(f"{f['unparsed']} unparsed: of these a gold no counts as yes")
     if further:
         yield "  " + ", ".join(further)
+    if "answered_by" in f:
+        told = (
+            f"  answered by {', '.join(f['answered_by'])}; {f['prompt_tokens']:.0f} tokens a prompt"
+        )
+        if "cost" in f:
+            told += f", cost {f['cost']:.4g}"
+        for key, what in (("shrunk", "pictures made smaller"), ("no_usage", "rows without usage")):
+            if f[key]:
+                told += f", {f[key]} {what}"
+        yield told
     if "calls" in f:
         yield f"  {f['calls']:.2f} zoom-in calls a row, {f['malformed']} malformed"
 
@@ -352,6 +389,7 @@ def compare(a: Path, b: Path) -> tuple[str, dict]:
     """Two results folders, row by row: text, and {bench: {view: `Paired` as a dict}}. ValueError
     where there is nothing to compare, or the scoring differs."""
     first, second = (by_view(folder, scorer_of(folder)) for folder in (a, b))
+    refuse_other_limits(a, b)
     if scorer_of(a) != scorer_of(b):
         raise ValueError(
             f"{a} was scored with {scorer_of(a)}, {b} with {scorer_of(b)}. Score both alike with "
@@ -383,6 +421,19 @@ def compare(a: Path, b: Path) -> tuple[str, dict]:
             "benchmark."
         )
     return "\n".join(lines), found
+
+
+def refuse_other_limits(a: Path, b: Path) -> None:
+    """Raises ValueError where two results folders say that they were asked in different ways."""
+    first, second = (
+        {"zoom": 0, "thinking": False} | read_json(folder / "args.json", []) for folder in (a, b)
+    )
+    for key in ("max_new_tokens", "zoom", "thinking"):
+        if first.get(key, second.get(key)) != second.get(key, first.get(key)):
+            raise ValueError(
+                f"{a} was asked with {key} {first[key]}, {b} with {second[key]}. Expected the same "
+                "prompts and limits: ask one of them again."
+            )
 
 
 def gap_line(first: dict, second: dict) -> Iterator[str]:

@@ -1,18 +1,10 @@
 """A judge for what the rules of scoring leave open: a model, or an OpenAI-compatible server."""
 
-import json
-import os
-import socket
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection, HTTPSConnection
-from urllib.parse import urlsplit
+
+from served.client import Client, is_url
 
 DEADLINE = 300  # seconds a call, at most
-PAUSES = (1, 4, 0)  # seconds after a call that failed
-LARGEST = 1_000_000  # bytes of a reply
 
 JUDGE = (
     "Does the response express the same meaning as the answer of the question?\n"
@@ -20,16 +12,21 @@ JUDGE = (
 )
 
 
-def ask_judge(judge: str, name: str | None, prompts: list[str]) -> Iterator[str | Exception]:
-    """Greedy replies, in order, of an OpenAI-compatible API (judge is its URL; the key, if any, is
-    OPENAI_API_KEY's) or of a HF model; where a call failed three times, the exception."""
-    if not judge.startswith("http"):
-        yield from ask_model(judge, prompts)
+def ask_judge(
+    judge: str, name: str | None, prompts: list[str]
+) -> Iterator[tuple[str, str | Exception]]:
+    """(prompt, greedy reply) of a HF model, in order, or of a server whose URL `judge` is, as they
+    end; where a call failed, the exception instead."""
+    if not is_url(judge):
+        yield from zip(prompts, ask_model(judge, prompts), strict=True)
         return
-    if not api_key().isprintable():
-        raise ValueError("OPENAI_API_KEY has line breaks inside. Set it again, without them.")
-    with ThreadPoolExecutor(16) as pool:
-        yield from pool.map(lambda prompt: ask_server(judge, name, prompt), prompts)
+    client = Client(judge, name or "default", deadline=DEADLINE)
+
+    async def ask(prompt: str) -> str:
+        (reply,) = await client.replies([], prompt)
+        return reply.output
+
+    yield from client.as_they_end(prompts, ask)
 
 
 def ask_model(judge: str, prompts: list[str]) -> Iterator[str]:
@@ -54,47 +51,3 @@ def ask_model(judge: str, prompts: list[str]) -> Iterator[str]:
         ).to(model.device)
         output = model.generate(**inputs, max_new_tokens=512, do_sample=False)
         yield tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
-
-
-def ask_server(judge: str, name: str | None, prompt: str) -> str | Exception:
-    chat = [{"role": "user", "content": prompt}]
-    body = json.dumps({"model": name or "default", "temperature": 0, "messages": chat}).encode()
-    for pause in PAUSES:
-        try:
-            reply = json.loads(post(f"{judge.rstrip('/')}/chat/completions", body))
-            text = reply["choices"][0]["message"]["content"]
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError("a reply without text: was it cut off while thinking?")
-            return text
-        except Exception as error:  # whatever a server and what it says can lead to
-            failed = error
-            time.sleep(pause)
-    return failed
-
-
-def api_key() -> str:
-    return os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-
-
-def post(url: str, body: bytes) -> bytes:
-    """A server's reply of at most LARGEST bytes, whole after DEADLINE seconds at the latest. No
-    redirect is followed: the key is for this host alone."""
-    place = urlsplit(url)
-    connect = HTTPSConnection if place.scheme == "https" else HTTPConnection
-    connection = connect(place.netloc, timeout=DEADLINE)
-    key = api_key()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    connection.connect()
-    end = threading.Timer(DEADLINE, connection.sock.shutdown, [socket.SHUT_RDWR])
-    end.start()
-    try:
-        connection.request("POST", place.path, body, headers)
-        reply = connection.getresponse()
-        data = reply.read(LARGEST + 1)
-    finally:
-        end.cancel()
-        connection.close()
-    if reply.status != 200 or len(data) > LARGEST:
-        said = data.decode(errors="replace").replace(key, "***")[:200]
-        raise OSError(f"HTTP {reply.status}, {len(data):,} bytes: {said!r}")
-    return data

@@ -56,6 +56,9 @@ class Answer(Question):
     error: str | None = None  # instead of an output; counted, never scored, asked again
     calls: int | None = None  # of the zoom-in tool
     malformed: int | None = None  # calls that were none
+    prompt_tokens: int | None = None  # of a served model, by its server
+    answered_by: str | None = None  # the served model, as its server calls it
+    shrunk: int | None = None  # images that were made smaller to be sent
 
     def place(self) -> tuple[str, str, str]:
         return self.bench, self.id, self.view

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Generator
 
 from PIL import Image
 
@@ -15,47 +16,59 @@ You may call a function to assist with the question. Its signature:
 To call it, answer <tool_call>{"name": "image_zoom_in_tool", \
 "arguments": {"bbox_2d": [...], "label": "..."}}</tool_call>"""
 
+SUMMED = {"tokens", "prompt_tokens"}  # of all turns; of the rest the last one's counts
+
 
 def answer_with_zoom(answer, images: list, texts: list[str], rounds: int) -> list[dict]:
     """As answer(images, chats) -> replies, `images` a list a row, but the model may call the tool
-    at most `rounds` times a row: the region comes back as a further image, or an error that it can
-    react to.
-
-    A dict a row: output (the last turn), tokens (of all turns), truncated, calls, malformed ones.
-    Every turn computes its whole prompt anew.
-    """
-    views = list(map(list, images))
-    done = [{"tokens": 0, "calls": 0, "malformed": 0} for _ in texts]
-    chats = []
-    for shown, text in zip(images, texts, strict=True):
-        system = {"role": "system", "content": TOOLS}
-        chats.append([system, from_user(*[{"type": "image"}] * len(shown), words(text))])
-    active = range(len(texts))
-    for left in range(rounds, -1, -1):
-        replies = answer([views[i] for i in active], [chats[i] for i in active])
-        for i, reply in zip(active, replies, strict=True):
-            reply.tokens += done[i]["tokens"]  # of all turns
-            done[i] |= vars(reply)
-        active = [i for i in active if left and "<tool_call>" in done[i]["output"]]
-        if not active:
-            break
-        for i in active:
-            said = neutralised(done[i]["output"])
-            done[i]["calls"] += 1
+    at most `rounds` times a row. A dict a row, as `conversation` returns it. Every turn computes
+    its whole prompt anew."""
+    rows = [conversation(*row, rounds) for row in zip(images, texts, strict=True)]
+    done = [None] * len(rows)
+    asked = {i: next(row) for i, row in enumerate(rows)}
+    while asked:
+        replies = answer(*map(list, zip(*asked.values(), strict=True)))
+        for i, reply in zip(list(asked), replies, strict=True):
             try:
-                calls = re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", said, re.DOTALL)
-                views[i].append(zoomed_region(calls[-1], images[i][0]))
-                seen = {"type": "image"}
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
-                done[i]["malformed"] += 1
-                wrong = (
-                    f"Error: {error!r}. Expected a call as described, 0 <= x1 < x2 <= 1000 and "
-                    "0 <= y1 < y2 <= 1000."
-                )
-                seen = words(neutralised(wrong))
-            told = "This was the last call: answer now." if left == 1 else ""
-            response = from_user(words("<tool_response>"), seen, words(told + "</tool_response>"))
-            chats[i] += [{"role": "assistant", "content": said}, response]
+                asked[i] = rows[i].send(reply)
+            except StopIteration as end:
+                done[i] = end.value
+                del asked[i]
+    return done
+
+
+def conversation(images: list, text: str, rounds: int) -> Generator[tuple[list, list], object]:
+    """About images, of which it is the first that can be zoomed into: yields (images, chat) of each
+    turn, takes the reply to it, and returns a dict: output (the last turn), tokens (of all turns),
+    truncated, calls, malformed ones. A call's region comes back as a further image, or an error
+    that the model can react to."""
+    views = list(images)
+    system = {"role": "system", "content": TOOLS}
+    chat = [system, from_user(*[{"type": "image"}] * len(images), words(text))]
+    done = {"calls": 0, "malformed": 0}
+    for left in range(rounds, -1, -1):
+        reply = vars((yield views, chat))
+        for key in SUMMED & reply.keys() & done.keys():
+            reply[key] = (reply[key] or 0) + (done[key] or 0)
+        done |= reply
+        if not left or "<tool_call>" not in done["output"]:
+            break
+        said = neutralised(done["output"])
+        done["calls"] += 1
+        try:
+            calls = re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", said, re.DOTALL)
+            views.append(zoomed_region(calls[-1], images[0]))
+            seen = {"type": "image"}
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            done["malformed"] += 1
+            wrong = (
+                f"Error: {error!r}. Expected a call as described, 0 <= x1 < x2 <= 1000 and "
+                "0 <= y1 < y2 <= 1000."
+            )
+            seen = words(neutralised(wrong))
+        told = "This was the last call: answer now." if left == 1 else ""
+        response = from_user(words("<tool_response>"), seen, words(told + "</tool_response>"))
+        chat += [{"role": "assistant", "content": said}, response]
     return done
 
 

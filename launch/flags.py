@@ -45,6 +45,10 @@ def not_negative(text: str) -> float:
     return number(text, lambda value: value >= 0, "of at least 0")
 
 
+def megabytes(text: str) -> float:
+    return number(text, lambda value: value >= 0.01, "of at least 0.01")
+
+
 def share(text: str) -> float:
     return number(text, lambda value: 0 <= value <= 1, "from 0 to 1")
 

@@ -14,6 +14,8 @@ from synthesis.checking import balance
 from triplets.format import read_triplets
 from triplets.preview import draw_preview
 
+PLACES = ("images", "model_server", "labels_model_server")  # of a configuration
+
 
 def open_part(out: Path, rank: int, config: dict):
     """The rank's part, open for lines at its end."""
@@ -49,7 +51,7 @@ def read_parts(out: Path, config: dict | None = None) -> tuple[dict, dict[str, d
             differs = {
                 key: (found.get(key), config.get(key))
                 for key in found | config
-                if found.get(key) != config.get(key)
+                if found.get(key) != config.get(key) and not key.endswith("_server")
             }
             if differs:
                 raise FileExistsError(
@@ -73,11 +75,12 @@ def merge(out: Path, font: Path | None = None):
             f"{out} holds no finished photographs. Expected the --out of a run: give that, or run "
             "it first."
         )
-    drops, seconds = Counter(), Counter()
+    drops, seconds, usage = Counter(), Counter(), Counter()
     notes, rows = [], []
     seen = set()
     for file, line in sorted(done.items()):
         seconds.update(line["seconds"])
+        usage.update(line.get("usage", {}))
         if line["digest"] and line["digest"] in seen:
             drops["duplicate"] += 1
             continue
@@ -95,6 +98,8 @@ def merge(out: Path, font: Path | None = None):
         "config": config,
         "photographs_per_second_and_rank": round(len(done) / max(seconds.total(), 1e-9), 3),
     }
+    if usage:
+        stats["usage"] = usage
     write(out / "stats.json", json.dumps(stats, indent=1) + "\n")
     table = "".join(f"\n  {n:8,} {reason}" for reason, n in drops.most_common()) or " nothing"
     if not rows:

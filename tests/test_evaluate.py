@@ -13,17 +13,17 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import defaultdict
-from contextlib import redirect_stdout, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import redirect_stdout
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, livelier, noise
+from loopback import KEY, last_text, serving
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evaluate
@@ -32,6 +32,7 @@ import rollout
 from benchmarks import figures, page, scoring, sources, zoom
 from benchmarks import judge as judging
 from benchmarks.rows import Answer
+from served import client
 from storage.checkpoint import save
 from storage.images import load_image
 from toy.scenes import draw
@@ -150,7 +151,8 @@ def model(monkeypatch):
 def answer(path: Path, out: Path, batch: int = 2, **more) -> None:
     out.mkdir(parents=True, exist_ok=True)
     how = evaluate.Asking(["full", "crop"], 9, batch, **more)
-    evaluate.answer_all(None, None, "mine", sources.read_benchmark(str(path), path), out, how)
+    ask = partial(evaluate.in_batches, None, None, out, how)
+    evaluate.answer_all(ask, "mine", sources.read_benchmark(str(path), path), out, how)
 
 
 def command(flags: str) -> list[str]:
@@ -524,49 +526,23 @@ def test_a_verdict_counts_only_where_the_scorer_is_undecided(kind, gold, output,
 
 def asked_about(body: dict) -> str:
     """The response that a request to the judge is about."""
-    return re.search("Response: (.*)\nReply", body["messages"][0]["content"])[1]
+    return re.search("Response: (.*)\nReply", last_text(body))[1]
 
 
 @pytest.fixture
 def judge(monkeypatch):
-    """An OpenAI-compatible server: judge.says maps a response to what is replied, one a call; an
-    int is an HTTP status, bytes are sent as they are. judge.requests: (path, key, body)."""
+    """A server: judge.says maps a response to what is replied, or to a list, one a call."""
+    pytest.importorskip("openai")
+    monkeypatch.setattr(client, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(client, "RETRIES", 1)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
-    class Handler(BaseHTTPRequestHandler):
-        requests, says = [], {}
-        drip = False
+    def say(body):
+        said = server.says[asked_about(body)]
+        return said.pop(0) if isinstance(said, list) else said
 
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.requests.append((self.path, self.headers["Authorization"], body))
-            said = self.says[asked_about(body)]
-            reply = said.pop(0) if isinstance(said, list) else said
-            content = reply
-            if not isinstance(reply, bytes):
-                content = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
-            self.send_response(reply if isinstance(reply, int) else 200)
-            self.send_header("Location", f"{self.url}/elsewhere")  # of a redirect
-            length = 999 if reply == b"cut off" else len(content)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            with suppress(OSError):  # the caller may be gone
-                for byte in content if self.drip else []:
-                    self.wfile.write(bytes([byte]))
-                    time.sleep(0.05)
-                self.wfile.write(content)
-
-        def do_GET(self):  # where some redirects would lead
-            self.requests.append((self.path, self.headers["Authorization"], None))
-
-        def log_message(self, *_): ...
-
-    monkeypatch.setattr(judging, "PAUSES", (0, 0, 0))
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        Handler.url = f"http://127.0.0.1:{server.server_port}/v1"
-        yield Handler
-        server.shutdown()
+    with serving(say) as server:
+        yield server
 
 
 FREE = [
@@ -610,7 +586,7 @@ def test_a_call_that_fails_is_tried_again_then_counted_then_asked_next_time(
 ):
     judge.says = {
         "crimson": [500, b"{}", "Yes"],
-        "of some colour": [b"<html>", b'{"choices": []}', 503, "Yes, it does"],
+        "of some colour": [b"<html>", b'{"choices": []}', b"[]", "Yes, it does"],
         "hm": ["hm", "Yes"],
     }
     for failures, right, requests in ((2, 2, 7), (0, 4, 9)):
@@ -659,6 +635,7 @@ NO_VERDICTS = [
     b" " * 1_100_000,
     b'{"choices": 5}',
     NO_TEXT,
+    " ",
 ]
 REDIRECTS = [301, 302, 303, 307, 308]
 
@@ -708,7 +685,7 @@ def test_a_local_language_model_can_be_the_judge(tmp_path):
     judge.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     replies = judging.ask_judge(folder, None, ["red ?", "a blue cross ?"])
-    assert list(replies) == ["Yes<|im_end|>"] * 2
+    assert [reply for _, reply in replies] == ["Yes<|im_end|>"] * 2
     assert figures_of(tmp_path / "out", FREE, judge=folder)["full"]["right"] == 4
 
 

@@ -221,7 +221,9 @@ def test_yes_no_figures_are_of_the_scorers_own_reading(scorer, said_no, expected
 
 
 def test_a_failed_call_whose_error_has_a_no_in_it_is_no_verdict(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "ask_judge", lambda *_: [OSError("no route to host")])
+    monkeypatch.setattr(
+        figures, "ask_judge", lambda *how: [(how[2][0], OSError("no route to host"))]
+    )
     assert results(tmp_path, [reply(0, "hm")], judge="http://x")["judge_failures"] == 1
 
 

@@ -1,0 +1,1 @@
+"""Models behind a server: the client, and pictures as they travel."""
