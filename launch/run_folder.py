@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ import transformers
 from tqdm import tqdm
 
 from launch.brakes import runaways
+from launch.tracking import curves
+from launch.version import commit
+from model import missing_kernels
 from storage.files import read_json, read_jsonl, write, write_jsonl
 from triplets.format import LazyTriplets, Triplet
-
-HERE = Path(__file__).parent
 
 
 def claim(out: Path, begun: bool, now: dict, free: set[str]) -> None:
@@ -39,14 +39,12 @@ def claim(out: Path, begun: bool, now: dict, free: set[str]) -> None:
             "choose another --out."
         )
     out.mkdir(parents=True, exist_ok=True)
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip()
     versions = {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    told = {**now, "commit": commit or None, "versions": versions}
+    told = {**now, "commit": commit(), "versions": versions}
     write(path, json.dumps(told, indent=1))
 
 
@@ -61,12 +59,27 @@ def rows_digest(rows: Sequence[Triplet], with_answers: bool) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
+def introduce(run, begin: int) -> None:
+    """Say what a run begins with."""
+    slow = missing_kernels(run.shards.plain)
+    if slow:
+        print(f"Linear attention runs on slow kernels: pip install {' '.join(slow)}", flush=True)
+    left = "nothing left to do"
+    if begin < run.settings.steps:
+        left = f"steps {begin + 1} to {run.settings.steps}"
+    print(
+        f"{len(run.rows):,} triplets, {run.shards.numel / 1e6:,.1f}M weights, {run.world} rank(s), "
+        + left,
+        flush=True,
+    )
+
+
 class RunLog:
-    """log.jsonl, rollouts.jsonl, curves where TensorBoard is installed; on the screen a bar, and a
+    """log.jsonl, rollouts.jsonl, curves (track: launch/tracking.py); on the screen a bar, and a
     line for each `every` steps. Lines of later steps than `begin` are dropped: these are about to
     be done again."""
 
-    def __init__(self, out: Path, begin: int, steps: int, every: int = 1):
+    def __init__(self, out: Path, begin: int, steps: int, every: int = 1, track: str | None = None):
         self.every = every
         self.bar = tqdm(desc=out.name, initial=begin, total=steps, unit="step")
         self.files = [out / "log.jsonl", out / "rollouts.jsonl"]
@@ -81,12 +94,7 @@ class RunLog:
                 self.entries = rows
             if begin and notes:
                 print(*notes, sep="\n", flush=True)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(out / "tensorboard", purge_step=begin + 1)
-        except ImportError:
-            self.board = None
+        self.send_to_curves = curves(track, out, begin)
 
     def write(self, entry: dict, shown: list[dict]) -> None:
         """A step's entry, and rollouts to look at."""
@@ -109,9 +117,7 @@ class RunLog:
         self.bar.update()
         if last:
             self.bar.close()
-        if self.board:
-            for key, value in entry.items():
-                self.board.add_scalar(key, value, entry["step"])
+        self.send_to_curves(entry)
 
 
 def show(
