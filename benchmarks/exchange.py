@@ -65,31 +65,30 @@ def for_vlmevalkit(out: Path, dataset: str, rows: list[Answer]) -> None:
             f"{theirs} is not there: VLMEvalKit's own file, which it downloads when it first uses "
             f"{dataset}, and which predictions are joined to. LMUData names its folder."
         )
+    kept = []
+    for record in records(theirs):
+        record.pop("image", None)  # of megabytes
+        kept.append(record)
+    check_order(theirs, [record["answer"] for record in kept], rows)
     name = out.resolve().name
     place = out / "vlmevalkit" / name / "T00000000-000000" / f"{name}_{dataset}.tsv"
     place.parent.mkdir(parents=True, exist_ok=True)
-    golds = []
     with whole(place) as scratch, scratch.open("w", newline="", errors="backslashreplace") as file:
         lines = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
-        for record, row in zip(records(theirs), rows, strict=True):
-            record.pop("image", None)
-            if not golds:
-                lines.writerow([*record, "prediction"])
-            golds.append(record["answer"])
+        lines.writerow([*kept[0], "prediction"])
+        for record, row in zip(kept, rows, strict=True):
             lines.writerow([*record.values(), row.output])
-        check_order(theirs, golds, rows)
 
 
 def check_order(file: Path, golds: list[str], rows: list[Answer]) -> int:
     """How many right answers in a tool's file are not those of our rows; ValueError if these are
     many: then it has other rows, or another order."""
-    differ = [
-        row for gold, row in zip(golds, rows, strict=True) if plain(gold) not in golds_of(row)
-    ]
-    if len(differ) > CORRECTED * len(rows):
+    pairs = zip(golds, rows, strict=False)
+    differ = [row.id for gold, row in pairs if plain(gold) not in golds_of(row)]
+    if len(golds) != len(rows) or len(differ) > CORRECTED * len(rows):
         raise ValueError(
-            f"{file}: {len(differ)} of {len(rows)} right answers are not those of our rows, the "
-            f"first that of {differ[0].id}. Expected the same benchmark in the same order."
+            f"{file} has {len(golds)} rows, for {len(rows)} of ours, and other right answers to "
+            f"{', '.join(differ[:3]) or 'none'}. Expected the same benchmark in the same order."
         )
     return len(differ)
 

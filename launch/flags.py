@@ -80,7 +80,8 @@ class Version(argparse.Action):
     """--version: asked for only then, as it asks git."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_):
-        parser.exit(message=f"{versions()}\n")
+        print(versions())
+        parser.exit()
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

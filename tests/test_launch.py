@@ -27,8 +27,8 @@ def card_of(checkpoint) -> ModelCard:
     return ModelCard.load(checkpoint / "README.md")
 
 
-def test_every_checkpoint_has_a_card_that_the_hub_reads(run, tmp_path):
-    run("x", "--steps 2 --save-every 1")
+def test_every_checkpoint_has_a_card_that_the_hub_reads(world, tmp_path):
+    train.main(small_run(world, tmp_path / "x", "--steps 2 --save-every 1"))
     for step in (1, 2):
         card = card_of(tmp_path / "x" / f"checkpoint-00000{step}")
         assert card.data.library_name == "transformers"
@@ -61,9 +61,9 @@ def test_a_card_has_the_runs_evaluations_of_its_own_checkpoint_with_intervals(ru
     run("x", "--steps 2 --save-every 1")
     out = tmp_path / "x"
     results(out / "eval-before", marks("1000000000"))
-    results(out / "eval-after", marks("1111110000"))
+    (out / "eval-after").mkdir()
     (out / "eval-after" / "args.json").write_text('{"model": "x/checkpoint-000002"}')
-    results(out / "eval-after", [])  # scored once more: result.json tells whose they are
+    results(out / "eval-after", marks("1111110000"))
     write_reports(out)
     row = (
         r"mine, full \| 10 \| +10\.0 \[ +1\.8, +40\.4\] \| +60\.0 \[ +31\.3, +83\.2\] \| +50\.0 \["
@@ -218,7 +218,7 @@ def test_a_job_whose_every_process_is_told_to_stop_saves_and_goes_on_to_the_same
     process = started([sys.executable, ROOT / "train.py", *small_run(world, out, flags)], out, 2)
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)  # a launcher passes it on once more
-    assert process.wait(60) == script.SAVED
+    assert process.wait(300) == script.SAVED
     (saved,) = out.glob("checkpoint-*")
     step = int(saved.name[-6:])
     assert step == len(log(out)) < 8
@@ -239,7 +239,7 @@ def test_one_rank_that_is_told_to_stop_stops_all(world, tmp_path):
         assert ranks[0].poll() is None
         time.sleep(0.01)
     ranks[1].send_signal(signal.SIGTERM)
-    assert [process.wait(60) for process in ranks] == [script.SAVED, script.SAVED]
+    assert [process.wait(300) for process in ranks] == [script.SAVED, script.SAVED]
     (saved,) = (tmp_path / "x").glob("checkpoint-*")
     assert int(saved.name[-6:]) == len(log(tmp_path / "x"))
 
