@@ -9,6 +9,7 @@ at. Sources, scoring, figures and page are the rooms in benchmarks/.
     python evaluate.py --bench vstar --model http://HOST:PORT/v1 --served-model NAME --out DIR
     python evaluate.py --compare runs/eval-4b runs/eval-x               # paired differences
     python evaluate.py --rescore runs/eval-4b --judge URL_OR_MODEL      # saved answers: no model
+    python evaluate.py --bench vstar --answers FILE --out DIR           # lmms-eval's, VLMEvalKit's
     python evaluate.py --report runs/toy                                # (re)build report.html
 
 --bench takes several, separated by commas: fine,holdout,my.jsonl. --out holds args.json,
@@ -30,6 +31,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.exchange import TOOLS, answers_from, export
 from benchmarks.figures import (
     Scorer,
     answer_files,
@@ -110,6 +112,9 @@ class Settings:
     checkpoints: Path = setting(
         None, "instead: a run's base and checkpoints, into OUT/step-N", Path, metavar="RUN"
     )
+    answers: Path = setting(
+        None, "instead: predictions that lmms-eval or VLMEvalKit saved", Path, metavar="FILE"
+    )
     out: Path = setting(None, "results folder", Path)
     view: str = setting("full", "both: the gap, where there are crops", ["full", "crop", "both"])
     limit: int = setting(None, "only so many rows of each benchmark, evenly spread", positive_int)
@@ -140,6 +145,9 @@ class Settings:
         "for what stays unparsed: a HF model, or an OpenAI-like API's URL (key: OPENAI_API_KEY)",
     )
     judge_model: str = setting(None, "the model's name at the judge's URL")
+    # what to do with the result
+    json: bool = setting(False, "results as JSON, a line each, instead of tables", bool)
+    export: str = setting(None, "also write the answers for another tool's scorers", TOOLS)
 
     def names(self) -> list[str]:
         """The benchmarks asked for, groups taken apart."""
@@ -259,7 +267,7 @@ def drop_stale(out: Path, name: str, questions: list[Question]) -> None:
         raise ValueError(
             f"{out} holds answers to another benchmark that is called {name}. Choose another --out."
         )
-    print(
+    note(
         f"{name}: {changed} answers are to rows that have changed, asked again now; {gone} to rows "
         "that are gone"
     )
@@ -416,7 +424,7 @@ def where_crops_are(
         )
     told = "left out" if view == "crop" else "full view only"
     if without and rank == 0:
-        print(f"no crops, {told}: {', '.join(without)}")
+        note(f"no crops, {told}: {', '.join(without)}")
     if view == "both":
         return benches
     return {name: rows for name, rows in benches.items() if name not in without}
@@ -497,13 +505,44 @@ def answer_and_score(settings: Settings, scorer: Scorer) -> None:
     for out, path in models.items():
         evaluate(path, benches, out, how, device)
         if rank == 0:
-            print(f"{path}\n{table(summarise(out, scorer))}")
+            tell(settings, out, scorer, path)
     if rank == 0:
-        if settings.checkpoints:
+        if settings.checkpoints and not settings.json:
             print_trajectory(list(models))
-        print(write_page(settings.out))
+        note(f"page: {write_page(settings.out)}")
     if world > 1:
         torch.distributed.destroy_process_group()  # not after an error: it could block
+
+
+def note(text: str) -> None:
+    """What is no result goes where progress goes."""
+    print(text, file=sys.stderr)
+
+
+def tell(settings: Settings, out: Path, scorer: Scorer, title: str | Path) -> None:
+    """Score what `out` holds and print it; write it for another tool, if asked to."""
+    result = summarise(out, scorer)
+    if settings.json:
+        print(json.dumps({"folder": str(out)} | result))
+    else:
+        print(f"{title}\n{table(result)}")
+    if settings.export:
+        note(f"{settings.export}: {export(out, settings.export)}")
+
+
+def take_answers(settings: Settings) -> None:
+    """Write another tool's predictions for a benchmark as answers into --out. ValueError where that
+    holds answers."""
+    out = settings.out
+    hold(out)
+    if answer_files(out):
+        raise ValueError(f"{out} holds answers. --rescore scores them; or choose another --out.")
+    ((name, questions),) = read_questions(settings).items()
+    answered, corrected = answers_from(settings.answers, to_ask(name, questions, out, ["full"]))
+    if corrected:
+        note(f"{corrected} of {len(answered)} rows have another right answer there: ours counts")
+    write(out / "args.json", json.dumps({"model": str(settings.answers)}) + "\n")
+    write_jsonl(out / f"answers-{name}-0.jsonl", [answer.line() for answer in answered])
 
 
 def print_trajectory(folders: list[Path]) -> None:
@@ -514,15 +553,15 @@ def print_trajectory(folders: list[Path]) -> None:
 
 
 def show_saved(settings: Settings, scorer: Scorer) -> None:
-    """--compare, --rescore, --report: of answers that are there."""
+    """--compare, --rescore, --report, --answers: of answers that are there."""
     page = settings.report or settings.rescore or settings.out
     if settings.compare:
         text, found = compare(*settings.compare)
-        print(text)
+        folders = list(map(os.path.abspath, settings.compare))
+        result = {"folders": folders, "text": text, "benches": found}
+        print(json.dumps(result) if settings.json else text)
         if settings.out:
             settings.out.mkdir(parents=True, exist_ok=True)
-            folders = list(map(os.path.abspath, settings.compare))
-            result = {"folders": folders, "text": text, "benches": found}
             write(settings.out / "compare.json", json.dumps(result, indent=1))
     if settings.rescore:
         if not settings.rescore.is_dir():
@@ -531,9 +570,12 @@ def show_saved(settings: Settings, scorer: Scorer) -> None:
         # step-N of checkpoints, or eval-WHEN of a training run
         of_run = {path.parent for path in settings.rescore.glob("[es]*-*/answers-*.jsonl")}
         for folder in sorted(of_run) or [settings.rescore]:
-            print(f"{folder}\n{table(summarise(folder, scorer))}")
+            tell(settings, folder, scorer, folder)
+    if settings.answers:
+        take_answers(settings)
+        tell(settings, settings.out, scorer, settings.answers)
     if page:
-        print(write_page(page))
+        note(f"page: {write_page(page)}")
 
 
 def why_not(settings: Settings) -> str | None:
@@ -545,20 +587,30 @@ def why_not(settings: Settings) -> str | None:
             "groups: fine, holdout, all; or the path of a .jsonl or of a folder of triplets."
         )
     shown = list(filter(None, (settings.report, settings.rescore, settings.compare)))
-    asks = settings.bench or settings.model or settings.checkpoints
-    one_model = bool(settings.model) != bool(settings.checkpoints)
-    if len(shown) > 1 or not (shown or (settings.names() and settings.out and one_model)):
+    answering = list(filter(None, (settings.model, settings.checkpoints, settings.answers)))
+    asks = settings.bench or answering
+    asked = settings.names() and settings.out and len(answering) == 1
+    if len(shown) > 1 or not (shown or asked):
         return (
-            "expected --bench, --out, and --model or --checkpoints; or one of --report, "
+            "expected --bench, --out, and --model, --checkpoints or --answers; or one of --report, "
             "--rescore, --compare."
         )
     if shown and asks:
         return (
-            "--report, --rescore and --compare are about saved answers. Leave --bench, --model "
-            "and --checkpoints out."
+            "--report, --rescore and --compare are about saved answers. Leave --bench, --model, "
+            "--checkpoints and --answers out."
         )
     if is_url(settings.model) and not settings.served_model:
         return "--model is a server's URL. Name one of its models: --served-model NAME."
+    if settings.answers and len(settings.names()) > 1:
+        return "--answers holds predictions for one benchmark. Name only that one with --bench."
+    if (
+        (settings.report or settings.compare)
+        and settings.export
+        or settings.report
+        and settings.json
+    ):
+        return "--export goes with answers that are scored, --json with results, not with a page."
     if settings.judge_model and not settings.judge:
         return "--judge-model names a model at the URL of --judge. Give that too, or leave it out."
     scores = settings.judge or settings.scorer == "official"
@@ -587,7 +639,7 @@ def main(argv: list[str] | None = None) -> None:
     asked = f"with --model {settings.model}"
     refuse_idle(parser, sys.argv[1:] if argv is None else argv, has_effect, asked)
     scorer = Scorer(settings.scorer, settings.judge, settings.judge_model)
-    if settings.report or settings.rescore or settings.compare:
+    if settings.report or settings.rescore or settings.compare or settings.answers:
         show_saved(settings, scorer)
     elif served:
         answer_and_score_served(settings, scorer)

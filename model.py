@@ -15,7 +15,6 @@ import launch.environment  # noqa: F401  (first: it sets what torch and transfor
 # isort: split
 import math
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -116,18 +115,6 @@ def prepare(model, processor):
 def is_linear(layer) -> bool:
     """Whether a decoder layer has linear attention, with a state, instead of keys and values."""
     return hasattr(layer, "linear_attn")
-
-
-def missing_kernels(model) -> list[str]:
-    """Packages that are not installed and would make this model faster here; transformers uses them
-    when they are."""
-    if not torch.cuda.is_available() or not any(map(is_linear, model.model.language_model.layers)):
-        return []
-    kernels = {
-        "'flash-linear-attention>=0.6'": "fla",  # older ones are reported to be wrong on Hopper
-        "causal-conv1d": "causal_conv1d",
-    }
-    return [package for package, module in kernels.items() if find_spec(module) is None]
 
 
 # ----------------------------------------------------------------------------------------- prompts

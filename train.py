@@ -31,8 +31,8 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from benchmarks.page import write_page
 from launch import script
+from launch.card import write_reports
 from launch.flags import (
     inner_share,
     natural,
@@ -46,10 +46,12 @@ from launch.flags import (
 )
 from launch.refusals import described, flags_with_effect, why_not
 from launch.responses import count_responses, lengths
-from launch.run_folder import RunLog, claim, looked_at, rows_digest, show
+from launch.run_folder import RunLog, claim, introduce, looked_at, rows_digest, show
+from launch.stopping import SaveOnSigterm, outlive_sigterm
+from launch.tracking import TRACKERS
 from loss import DIVERGENCES
 from methods import METHODS, EncodedMicros, Micro, micros_on_device, refuse_unfit, shown_views
-from model import load, missing_kernels, refuse_special_tokens, response_hidden
+from model import load, refuse_special_tokens, response_hidden
 from sharding import (
     Shards,
     join_ranks,
@@ -61,6 +63,7 @@ from sharding import (
 )
 from storage.checkpoint import fingerprint
 from storage.files import hold
+from storage.hub import upload
 from storage.images import image_size
 from triplets.fetch import fetch_triplets
 from triplets.format import Triplet, open_triplets
@@ -202,13 +205,19 @@ class Settings:
         10, "steps between checkpoints (ours: little is lost to a crash)", positive_int
     )
     show_every: int = setting(5, "steps between rollouts kept for the report (ours)", positive_int)
+    track: str = setting(
+        None, "where curves go (default: TensorBoard, if it is installed)", TRACKERS
+    )
+    push: str = setting(
+        None, "upload the final model to this repository of the hub, private if it is new"
+    )
 
 
 # A resumed run must agree with the stopped one on all but these: speed, memory, where it stops,
 # where its data and its model lie, which must be the same.
 FREE = set(
     "model out data steps save_every show_every micro_prompts gen_prompts chunk checkpointing "
-    "compile workers threads".split()
+    "compile workers threads track push".split()
 )
 
 
@@ -418,6 +427,7 @@ def load_ahead(run: Run, begin: int) -> Iterator:
         num_workers=settings.workers,
         prefetch_factor=ahead,
         pin_memory=run.device.type == "cuda",
+        worker_init_fn=outlive_sigterm,
     )
     try:
         yield from loader
@@ -488,20 +498,6 @@ def prepare(settings: Settings, rank: int, world: int, device: torch.device) -> 
     return run, begin
 
 
-def introduce(run: Run, begin: int) -> None:
-    slow = missing_kernels(run.shards.plain)
-    if slow:
-        print(f"Linear attention runs on slow kernels: pip install {' '.join(slow)}", flush=True)
-    left = "nothing left to do"
-    if begin < run.settings.steps:
-        left = f"steps {begin + 1} to {run.settings.steps}"
-    print(
-        f"{len(run.rows):,} triplets, {run.shards.numel / 1e6:,.1f}M weights, {run.world} rank(s), "
-        + left,
-        flush=True,
-    )
-
-
 def train(settings: Settings, rank: int, world: int, device: torch.device, probe=None) -> Path:
     """The run: load, resume, step, log, save. Returns the final checkpoint's folder.
 
@@ -510,23 +506,26 @@ def train(settings: Settings, rank: int, world: int, device: torch.device, probe
     run, begin = prepare(settings, rank, world, device)
     out = Path(settings.out)
     lines = settings.show_every if settings.toy else 1
-    log = RunLog(out, begin, settings.steps, lines) if rank == 0 else None
+    log = RunLog(out, begin, settings.steps, lines, settings.track) if rank == 0 else None
     batches = load_ahead(run, begin)
     before = time.perf_counter()
-    for step in range(begin, settings.steps):
-        entry, shown = learn(run, step, list(islice(batches, run.micros_a_step)))
-        now = time.perf_counter()
-        entry["other_s"] = now - before - entry["gen_s"] - entry["teach_s"] - entry["learn_s"]
-        before = now
-        saves = (step + 1) % settings.save_every == 0 or step + 1 == settings.steps
-        if saves and probe:
-            entry |= probe(run.shards.publish("student"), run.processor)
-        if log:
-            log.write(entry, shown)
-        if saves:
-            save_checkpoint(out, step + 1, run.processor, run.shards)
-        if saves and log and step + 1 < settings.steps:  # else main writes it
-            write_page(out)
+    with SaveOnSigterm(device) as stop:
+        for step in range(begin, settings.steps):
+            entry, shown = learn(run, step, list(islice(batches, run.micros_a_step)))
+            now = time.perf_counter()
+            entry["other_s"] = now - before - entry["gen_s"] - entry["teach_s"] - entry["learn_s"]
+            before = now
+            last = step + 1 == settings.steps
+            saves = stop.asked() or last or (step + 1) % settings.save_every == 0
+            if saves and probe:
+                entry |= probe(run.shards.publish("student"), run.processor)
+            if log:
+                log.write(entry, shown)
+            if saves:
+                save_checkpoint(out, step + 1, run.processor, run.shards)
+            if saves and log and not last:  # else main writes them
+                write_reports(out)
+            stop.obey(step + 1)
     return out / f"checkpoint-{settings.steps:06d}"
 
 
@@ -586,7 +585,9 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         if settings.toy:
             demonstration.end(settings, final, device)
-        print(f"model: {final}   page: {write_page(Path(settings.out))}")
+        print(f"model: {final}   page: {write_reports(Path(settings.out))}")
+        if settings.push:
+            upload(final, settings.push)
     dist.barrier()
     dist.destroy_process_group()  # not after an error: it could block
 

@@ -12,6 +12,8 @@ import math
 import re
 from dataclasses import field, fields
 
+from launch.version import versions
+
 # ------------------------------------------------------------------------------- types that check
 
 
@@ -78,6 +80,14 @@ def setting(default, told: str, kind=str, **options):
     return field(default=default, metadata={"help": told, **options})
 
 
+class Version(argparse.Action):
+    """--version: asked for only then, as it asks git."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_):
+        print(versions())
+        parser.exit()
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """--help: the script's docstring as it stands, and the default of every flag that takes a value
     and does not tell it."""
@@ -93,6 +103,8 @@ def settings_parser(settings: type, description: str) -> argparse.ArgumentParser
     parser = argparse.ArgumentParser(
         description=description, formatter_class=Help, allow_abbrev=False
     )
+    told = "print the versions of this code, of Python and of its packages, and exit"
+    parser.add_argument("--version", action=Version, nargs=0, default=argparse.SUPPRESS, help=told)
     for each in fields(settings):
         flag = "--" + each.name.replace("_", "-")
         parser.add_argument(flag, default=each.default, **each.metadata)

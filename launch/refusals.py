@@ -4,7 +4,9 @@ import os
 
 import torch
 
+from launch.tracking import why_not_tracked
 from methods import METHODS
+from storage.hub import why_not_uploaded
 
 
 def flags_with_effect(settings) -> dict[str, bool]:
@@ -59,4 +61,4 @@ def why_not(settings) -> str | None:
             "--device cuda, but torch sees no GPU here. Use --device cpu, or install a CUDA build "
             "of torch."
         )
-    return None
+    return why_not_tracked(settings.track) or why_not_uploaded(settings.push)

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,10 +13,10 @@ import transformers
 from tqdm import tqdm
 
 from launch.brakes import Brakes
+from launch.tracking import curves
+from launch.version import commit
 from storage.files import read_json, read_jsonl, write, write_jsonl
 from triplets.format import LazyTriplets, Triplet, only
-
-HERE = Path(__file__).parent
 
 
 def claim(out: Path, begun: bool, now: dict, free: set[str]) -> None:
@@ -39,14 +39,12 @@ def claim(out: Path, begun: bool, now: dict, free: set[str]) -> None:
             "choose another --out."
         )
     out.mkdir(parents=True, exist_ok=True)
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip()
     versions = {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    told = {**now, "commit": commit or None, "versions": versions}
+    told = {**now, "commit": commit(), "versions": versions}
     write(path, json.dumps(told, indent=1))
 
 
@@ -64,12 +62,40 @@ def rows_digest(rows: Sequence[Triplet], with_answers: bool) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
+def missing_kernels(model) -> list[str]:
+    """Packages that are not installed and would make this model faster here; transformers uses them
+    when they are."""
+    linear = any(hasattr(layer, "linear_attn") for layer in model.model.language_model.layers)
+    if not torch.cuda.is_available() or not linear:
+        return []
+    kernels = {
+        "'flash-linear-attention>=0.6'": "fla",  # older ones are reported to be wrong on Hopper
+        "causal-conv1d": "causal_conv1d",
+    }
+    return [package for package, module in kernels.items() if find_spec(module) is None]
+
+
+def introduce(run, begin: int) -> None:
+    """Say what a run begins with."""
+    missing = missing_kernels(run.shards.plain)
+    if missing:
+        print(f"Linear attention runs on slow kernels: pip install {' '.join(missing)}", flush=True)
+    left = "nothing left to do"
+    if begin < run.settings.steps:
+        left = f"steps {begin + 1} to {run.settings.steps}"
+    print(
+        f"{len(run.rows):,} triplets, {run.shards.numel / 1e6:,.1f}M weights, {run.world} rank(s), "
+        + left,
+        flush=True,
+    )
+
+
 class RunLog:
-    """log.jsonl, rollouts.jsonl, curves where TensorBoard is installed; on the screen a bar, and a
+    """log.jsonl, rollouts.jsonl, curves (track: launch/tracking.py); on the screen a bar, and a
     line for each `every` steps. Lines of later steps than `begin` are dropped: these are about to
     be done again."""
 
-    def __init__(self, out: Path, begin: int, steps: int, every: int = 1):
+    def __init__(self, out: Path, begin: int, steps: int, every: int = 1, track: str | None = None):
         self.every = every
         self.bar = tqdm(desc=out.name, initial=begin, total=steps, unit="step")
         self.files = [out / "log.jsonl", out / "rollouts.jsonl"]
@@ -85,12 +111,7 @@ class RunLog:
                     self.brakes.runaways(row)
             if begin and notes:
                 print(*notes, sep="\n", flush=True)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(out / "tensorboard", purge_step=begin + 1)
-        except ImportError:
-            self.board = None
+        self.send_to_curves = curves(track, out, begin)
 
     def write(self, entry: dict, shown: list[dict]) -> None:
         """A step's entry, and rollouts to look at."""
@@ -112,9 +133,7 @@ class RunLog:
         self.bar.update()
         if last:
             self.bar.close()
-        if self.board:
-            for key, value in entry.items():
-                self.board.add_scalar(key, value, entry["step"])
+        self.send_to_curves(entry)
 
 
 def looked_at(run, step: int) -> bool:

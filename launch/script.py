@@ -3,6 +3,9 @@ line.
 
 if __name__ == "__main__":
     run(main)
+
+Exit codes: 0 done; 1 an error; 2 flags that make no command (argparse); 75 told to stop, and saved;
+130 Ctrl-C.
 """
 
 import os
@@ -12,6 +15,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 EXPECTED = (OSError, ValueError, ArithmeticError, ImportError)
+SAVED = 75  # EX_TEMPFAIL of sysexits.h: start it again
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+
+
+class Stopped(Exception):  # noqa: N818  (no error)
+    """Work was told to stop, and nothing of it is lost; says so."""
 
 
 class Lasting:
@@ -54,5 +63,9 @@ def run(main, *args) -> None:
         place = f"{Path(where.filename).name}, line {where.lineno}"
         print(f"{name}: {error} ({place})", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
+    except Stopped as told:
+        print(f"{name}: {told}", file=sys.stderr, flush=True)
+        raise SystemExit(SAVED) from None
     except KeyboardInterrupt:
-        raise SystemExit(f"{name}: stopped. The same command goes on from here.") from None
+        print(f"{name}: stopped. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None

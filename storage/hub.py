@@ -30,6 +30,44 @@ def download(hub_id: str, what: str, way_out: str, **options) -> Path:
         ) from error
 
 
+def why_not_uploaded(hub_id: str | None) -> str | None:
+    """Why nothing can be uploaded to a repository, as far as one can tell without the hub."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if hub_id is None:
+        return None
+    try:
+        validate_repo_id(hub_id)
+    except HFValidationError as error:
+        return f"--push {hub_id} is no name of a repository, such as me/my-model: {error}"
+    if not get_token():
+        return f"--push {hub_id} needs a login: `hf auth login`, or HF_TOKEN"
+    return None
+
+
+def upload(folder: Path, hub_id: str) -> None:
+    """A checkpoint, without what a run is resumed from, to a repository of the hub; one that is not
+    there is made, a private one. Raises OSError."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(hub_id, private=True, exist_ok=True)
+        done = HfApi().upload_folder(
+            repo_id=hub_id,
+            folder_path=folder,
+            ignore_patterns="state/*",
+            commit_message=folder.name,
+        )
+    except Exception as error:  # network, login, rights, name
+        raise OSError(
+            f"{folder} is whole, but the hub did not take it as {hub_id} ({type(error).__name__}: "
+            f"{error}). Check network, login and rights; the same command uploads it again."
+        ) from error
+    print(f"uploaded: {done}")
+
+
 def plain_files(member, folder):
     """A filter for tarfile: raises for links, devices, and what leads out of the folder."""
     if not (member.isreg() or member.isdir()):

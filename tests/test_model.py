@@ -14,6 +14,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import model as vision_model
 import plan
+from launch import run_folder
 from loss import topk_divergence
 from model import encode, load, response_hidden
 from rollout import sample
@@ -271,13 +272,13 @@ def test_a_saved_model_loads_here_and_in_plain_transformers_with_the_same_output
 
 
 def test_missing_gpu_kernels_are_named_for_models_that_use_them(monkeypatch):
-    missing = partial(vision_model.missing_kernels, tiny()[0])
+    missing = partial(run_folder.missing_kernels, tiny()[0])
     assert missing() == []  # a CPU has no use for them
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(vision_model, "find_spec", lambda name: None)
+    monkeypatch.setattr(run_folder, "find_spec", lambda name: None)
     assert missing() == ["'flash-linear-attention>=0.6'", "causal-conv1d"]
-    assert vision_model.missing_kernels(tiny_qwen3_vl()[0]) == []
-    monkeypatch.setattr(vision_model, "find_spec", {"fla": "there"}.get)
+    assert run_folder.missing_kernels(tiny_qwen3_vl()[0]) == []
+    monkeypatch.setattr(run_folder, "find_spec", {"fla": "there"}.get)
     assert missing() == ["causal-conv1d"]
 
 

@@ -45,17 +45,18 @@ def test_an_ascii_terminal_is_shown_what_it_can_show(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    "error, said, code",
     [
-        ("ValueError('found 3, expected 4')", "found 3, expected 4 (<string>, line 4)"),
-        ("FileNotFoundError('no x')", "no x (<string>, line 4)"),
-        ("FloatingPointError('no numbers')", "no numbers (<string>, line 4)"),
-        ("KeyboardInterrupt()", "stopped. The same command goes on from here."),
+        ("ValueError('found 3, expected 4')", "found 3, expected 4 (<string>, line 4)", 1),
+        ("FileNotFoundError('no x')", "no x (<string>, line 4)", 1),
+        ("FloatingPointError('no numbers')", "no numbers (<string>, line 4)", 1),
+        ("script.Stopped('saved')", "saved", 75),
+        ("KeyboardInterrupt()", "stopped. The same command goes on from here.", 130),
     ],
 )
-def test_an_expected_error_is_one_line(error, said):
+def test_an_expected_error_is_one_line(error, said, code):
     done = run(f"from launch import script\n\ndef main():\n    raise {error}\n\nscript.run(main)")
-    assert done.returncode == 1
+    assert done.returncode == code
     assert done.stderr.decode() == f"-c: {said}\n"
 
 
