@@ -17,6 +17,7 @@ answers-BENCH-RANK.jsonl, result.json, a judge's verdicts.jsonl, report.html. Ki
 the same command goes on, on any number of ranks. Greedy, non-thinking, images at native resolution.
 """
 
+import asyncio
 import json
 import os
 import sys
@@ -211,7 +212,7 @@ def evaluate_served(
         settings.max_image_mb,
     )
     of = {"served_model": settings.served_model, "thinking": settings.thinking}
-    free = {"price_in": settings.price_in, "price_out": settings.price_out}
+    free = {key: getattr(settings, key) for key in ("max_image_mb", "price_in", "price_out")}
     claim_results(out, settings.model, of, how, free)
     for name, questions in benches.items():
         drop_stale(out, name, questions)
@@ -375,7 +376,8 @@ async def served_reply(client: Client, out: Path, how: Asking, answer: Answer) -
     if not how.zoom:
         (reply,) = await client.replies(files, prompt, max_tokens=how.max_new_tokens)
         return vars(reply)
-    turns = conversation(list(map(load_image, files)), prompt, how.zoom)
+    images = [await asyncio.to_thread(load_image, file) for file in files]
+    turns = conversation(images, prompt, how.zoom)
     turn = next(turns)
     while True:
         views, chat = turn
@@ -639,6 +641,8 @@ def main(argv: list[str] | None = None) -> None:
     asked = f"with --model {settings.model}"
     refuse_idle(parser, sys.argv[1:] if argv is None else argv, has_effect, asked)
     scorer = Scorer(settings.scorer, settings.judge, settings.judge_model)
+    if is_url(settings.judge):
+        Client(settings.judge, settings.judge_model)  # what it lacks is said now, not at the end
     if settings.report or settings.rescore or settings.compare or settings.answers:
         show_saved(settings, scorer)
     elif served:

@@ -23,6 +23,7 @@ from served.pictures import data_uri
 RETRIES = 6  # of the package, with backoff or as Retry-After says: 429, 5xx, lost connections
 PAUSES = (1, 4, 0)  # seconds after a call that came to no whole reply
 CONNECT = 10  # seconds
+NO_KEY = "none"  # what is sent where there is none
 LARGEST = 20_000_000  # bytes of a reply
 # Fields that some servers refuse, with 400 or 422; the last is then called by its newer name.
 OPTIONAL = ("chat_template_kwargs", "n", "seed", "temperature", "max_tokens")
@@ -54,7 +55,7 @@ def api_key() -> str:
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError("OPENAI_API_KEY is not one line of ASCII. Set it again.")
-    return key or "none"
+    return key or NO_KEY
 
 
 @dataclass
@@ -160,7 +161,7 @@ class Client:
                 raise OSError(f"{error} ({reason})") from error
             except APIStatusError as error:
                 told = f"HTTP {error.status_code}: {error.message}"
-                told = told.replace(self.package.api_key, "***")[:500]
+                told = self.without_key(told)[:500]
                 if error.status_code in (401, 404) or error.status_code < 400:
                     self.give_up(f"refuses {self.model!r} ({told})", error)
                 more = refused_fields(told, body.keys() - without)
@@ -171,6 +172,10 @@ class Client:
             tqdm.write(f"{self.url} takes no {field}: {self.model} is asked without it")
         self.refused |= without
         return found
+
+    def without_key(self, text: str) -> str:
+        key = self.package.api_key
+        return text if key == NO_KEY else text.replace(key, "***")
 
     def give_up(self, reason: str, error: Exception):
         self.gone = NoServerError(
@@ -193,9 +198,9 @@ class Client:
             except TimeoutError:
                 failed = f"no whole reply within {self.deadline:g} seconds"
             except Exception as error:  # whatever a server and what it says can lead to
-                failed = f"no reply that can be read: {error!r}"[:300]
+                failed = f"no reply that can be read: {error!r}"
             await asyncio.sleep(pause)
-        raise ValueError(failed.replace(self.package.api_key, "***"))
+        raise ValueError(self.without_key(failed)[:300])
 
     async def post(self, fields: dict) -> list[ServedReply]:
         data = bytearray()
