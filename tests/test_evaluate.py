@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -160,8 +160,8 @@ def command(flags: str) -> list[str]:
 
 
 def run(flags: str) -> str:
-    """What the command prints."""
-    with redirect_stdout(io.StringIO()) as printed:
+    """What the command prints, results and notes."""
+    with redirect_stdout(io.StringIO()) as printed, redirect_stderr(printed):
         evaluate.main(command(flags))
     return printed.getvalue()
 

@@ -130,7 +130,7 @@ def test_a_shown_response_has_its_own_figures(tmp_path):
     """The first ones of two prompts: tokens 0 and 1, and 5 to 7, of which 6 does not count."""
     mask = torch.arange(4) < torch.tensor([2, 3, 3, 4])[:, None]
     ids = torch.zeros(mask.shape, dtype=torch.long)
-    rows = [Triplet(name, "what ?", tmp_path, tmp_path) for name in "ab"]
+    rows = [Triplet(name, "what ?", tmp_path, [tmp_path]) for name in "ab"]
     micro = methods.Micro(rows, {}, Rollout(ids, mask, mask.any(1), ids))
     tokens = torch.arange(12.0)
     micro.moved = [tokens[:4] / 100, tokens[[4, 5, *range(7, 12)]] / 100]
