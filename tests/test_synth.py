@@ -182,7 +182,10 @@ def test_pairs_of_regions_are_asked_what_neither_crop_answers_alone(tmp_path, ma
     prompts = []
 
     def ask(shown, prompt, n):
-        assert [image.size for image in shown][0] == (124, 100)  # twice 50 x 40 px, frame and margin
+        assert [image.size for image in shown][0] == (
+            124,
+            100,
+        )  # twice 50 x 40 px, frame and margin
         prompts.append(prompt)
         return json.dumps(asked)
 
