@@ -204,21 +204,23 @@ def test_no_image_is_enlarged_over_the_limit_again():
     _, processor = tiny()
     vision = processor.image_processor
     vision.size = {"shortest_edge": 16 * 256, "longest_edge": 4_194_304}  # 16 image tokens
-    text = vision_model.chat(processor, "what ?")
-    words = vision_model.prompt_tokens(processor, text, []) - 1
     draw = random.Random(0)
     fitted = 0
-    for _ in range(300):
-        size = draw.randint(40, 900), draw.randint(40, 900)
-        room = draw.randint(10, 60)
+    for count in (1, 3) * 150:
+        text = vision_model.chat(processor, "what ?", count)
+        words = vision_model.prompt_tokens(processor, text, []) - count
+        edges = [(draw.randint(40, 900), draw.randint(40, 900)) for _ in range(count)]
+        images = [Image.new("RGB", size) for size in edges]
+        room = draw.randint(10, 60) * count
         try:
-            (image,) = vision_model.fit(processor, [Image.new("RGB", size)], text, words + room)
+            found = vision_model.fit(processor, images, text, words + room)
         except ValueError:
-            assert room < 2 * 16
+            assert room < 2 * 16 * count
             continue
-        patches = vision.get_number_of_image_patches(image.height, image.width, {})
+        sizes = [(image.height, image.width) for image in found]
+        patches = sum(vision.get_number_of_image_patches(*size, {}) for size in sizes)
         assert patches <= 4 * room
-        fitted += image.size != size
+        fitted += found is not images
     assert fitted > 50
 
 
