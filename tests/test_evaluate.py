@@ -840,7 +840,7 @@ def test_crops_are_asked_for_only_where_there_are_some(model, tmp_path):
         ("--compare o p --out o", "--out o is one of the two"),
         ("--bench toy --model m", "expected --bench, --out"),
         ("--model m --out o", "expected --bench, --out"),
-        ("--bench toy --model m --checkpoints r --out o", "--model or --checkpoints"),
+        ("--bench toy --model m --checkpoints r --out o", "--checkpoints or --answers"),
         ("", "one of --report, --rescore, --compare"),
         ("--bench toy --model m --out o --limit 0", "argument --limit"),
         ("--mod m", "unrecognized"),
