@@ -222,7 +222,7 @@ def test_a_job_whose_every_process_is_told_to_stop_saves_and_goes_on_to_the_same
     (saved,) = out.glob("checkpoint-*")
     step = int(saved.name[-6:])
     assert step == len(log(out)) < 8
-    assert f"step {step} is saved" in process.stderr.read().splitlines()[-1]
+    assert f"step {step} is saved" in process.stderr.read()
     assert_equal(run("told", flags), want)
     assert [entry["step"] for entry in log(out)] == list(range(1, 9))
 
