@@ -468,9 +468,8 @@ def answer_and_score_served(settings: Settings, scorer: Scorer) -> None:
     hold(settings.out)
     benches = where_crops_are(settings.view, read_questions(settings), 0)
     evaluate_served(settings, benches, settings.out, asking(settings))
-    asked = f"{settings.served_model} at {settings.model}"
-    print(f"{asked}\n{table(summarise(settings.out, scorer))}")
-    print(write_page(settings.out))
+    tell(settings, settings.out, scorer, f"{settings.served_model} at {settings.model}")
+    note(f"page: {write_page(settings.out)}")
 
 
 def answer_and_score(settings: Settings, scorer: Scorer) -> None:

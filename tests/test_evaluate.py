@@ -719,7 +719,7 @@ for command in {commands}:
     assert re.search(r"mine, full +100\.0 \[ 34\.2, 100\.0\] +2 +50\.0 ", done.stdout)
     assert saved_benches(tmp_path)["mine"]["full"]["accuracy"] == 1
     assert re.search(r"^mine, full +100\.0 +100\.0 ", done.stdout, re.M)
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "report.html")
+    assert done.stderr.splitlines()[-1] == f"page: {tmp_path}/report.html"
     assert (tmp_path / "report.html").exists()
 
 

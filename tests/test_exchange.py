@@ -34,6 +34,7 @@ def vstar(tmp_path, monkeypatch):
     answers = []
     for n in (4, 2, 0, 1, 3):
         fields = {"image": "a.png", "prompt": lines[n]["prompt"], "answer": GOLDS[n]}
+        fields["options"] = {"A": "red", "B": "blue", "C": "green", "D": "black"}
         answers.append(Answer(id=f"vstar/{n}", bench="vstar", output=TEXTS[n], **fields))
         vars(answers[-1]).update(tokens=1, seconds=1.0, truncated=False)
     answers.append(Answer(id="vstar/0", bench="vstar", view="crop", error="no crop", **fields))
