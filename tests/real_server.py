@@ -171,10 +171,9 @@ def speeds(work: Path):
 # ----------------------------------------------------------------------------------- triplets
 
 
-def photograph(path: Path, seed: int):
-    pixels = np.random.default_rng(seed).integers(0, 256, (30, 30, 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).resize((480, 480), Image.Resampling.BICUBIC).save(path)
+def picture(draw: np.random.Generator, size) -> Image.Image:
+    pixels = draw.integers(0, 256, (30, 30, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(tuple(size), Image.Resampling.BICUBIC)
 
 
 def taught(folder: Path) -> Path:
@@ -185,10 +184,10 @@ def taught(folder: Path) -> Path:
     model, processor = vision_model.load(str(BASE))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     draw = np.random.default_rng(0)
+    right = 0  # times in a row
     for step in range(1, 2001):
-        sizes = [(30, 30, 3)] * len(LESSONS)
-        images = [Image.fromarray(draw.integers(0, 256, s, dtype=np.uint8)) for s in sizes]
-        images = [image.resize((128, 128)) for image in images]
+        sizes = [(480, 480)] + draw.integers(90, 180, (len(LESSONS) - 1, 2)).tolist()
+        images = [picture(draw, size) for size in sizes]  # a photograph and crops
         prompt = vision_model.encode(processor, images, list(LESSONS))
         loss = lesson_loss(model, processor, prompt)
         optimizer.zero_grad()
@@ -197,9 +196,10 @@ def taught(folder: Path) -> Path:
         optimizer.step()
         if step % 50 == 0:
             replies = answers(model, processor, images, list(LESSONS), 200)
-            right = [reply.output for reply in replies] == list(LESSONS.values())
-            print(f"step {step}, loss {loss.item():.4f}, says it all: {right}", flush=True)
-            if right and loss < 0.01:
+            as_taught = [reply.output for reply in replies] == list(LESSONS.values())
+            right = right + 1 if as_taught else 0
+            print(f"step {step}, loss {loss.item():.5f}, says it all: {as_taught}", flush=True)
+            if right == 3:
                 break
     save(model, processor, folder)
     return folder
@@ -232,9 +232,11 @@ def rows_of(out: Path) -> list[dict]:
 
 def compared_triplets(server: Server, checkpoint: Path, work: Path):
     """Multiple-choice triplets through the server, its client killed once, and locally."""
+    photos = work / "photos"
+    photos.mkdir(exist_ok=True)
     for n in range(6):
-        photograph(work / "photos" / f"{n}.png", n)
-    flags = ["--images", work / "photos", "--format", "mcq", "--batch", 2]
+        picture(np.random.default_rng(n), (480, 480)).save(photos / f"{n}.png")
+    flags = ["--images", photos, "--format", "mcq", "--batch", 2]
     run("synth.py", *flags, "--model", checkpoint, "--out", work / "triplets-local")
     out = work / "triplets-served"
     command = ["synth.py", *flags, *by(server, checkpoint), "--out", out]
