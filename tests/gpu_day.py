@@ -180,7 +180,7 @@ def run_part(part: Part, site: Path, ends: float, log) -> None:
     log.flush()
     try:
         part.found = (part.read or last_json)(printed)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError) as error:
         part.state += f", unread: {error!r}"
     if part.state != "done":
         part.last_lines = printed.splitlines()[-15:]

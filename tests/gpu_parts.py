@@ -215,7 +215,7 @@ def data(args) -> None:
     rows, boxes = [], []
     for i in range(number):
         image = Image.effect_noise(size, 64).convert("RGB")
-        question = ("what is it ?", image, image.crop(box), box, "a cross")
+        question = ("what is it ?", image, [image.crop(box)], [box], "a cross")
         rows.append(triplets.Triplet(f"{i:03d}", *question))
         boxes.append({"image": f"{i:03d}.png", "boxes": [box]})
     triplets.write_triplets(args.out / "pictures", rows)

@@ -106,7 +106,7 @@ def test_every_row_is_measured_and_memory_that_runs_out_costs_only_its_own(monke
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(bench, "plain_hidden", plain_hidden)
-    shapes = "--prompt-tokens 80 --response-tokens 4 --group 2 --gen-prompts 2 --model-vocab 512"
+    shapes = "--prompt-tokens 80 --response-tokens 4 --group 2 --gen-prompts 2 --model-vocab 1024"
     rows = bench_main(monkeypatch, capsys, f"generate step {shapes} --repeats 1")
     assert len(rows) == 4 + 13 + len(bench.GOALS)
     assert [i for i, row in enumerate(rows) if "out of memory" in row] == [11]

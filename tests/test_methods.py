@@ -246,7 +246,7 @@ def test_dapo_draws_until_enough_groups_are_mixed_and_leaves_the_last_ones_out(
 
 def parity(row, text: str) -> bool:
     """Random weights answer nothing right: every fourth text counts as right."""
-    return sum(map(ord, row.id + text)) % 4 == 0
+    return sum(map(ord, row.id + text)) % 4 == 2
 
 
 class Squared(methods.VisionOPD):

@@ -275,10 +275,10 @@ def started(monkeypatch):
         row = {"length": 9, "gen_s": seconds, "teach_s": 1, "learn_s": 2, "other_s": 3}
         rows = [row | {"length": 900}, *[row] * 29]  # the end of training is told
         for step, read in ((15, 0.5), (30, 1.0)):
-            probe = {"probe_full": read - abs(rate - 6e-4), "probe_crop": 1}
-            rows[step - 1] = row | probe | {"step": step}
+            rows[step - 1] = row | {"probe_full": read, "probe_crop": 1, "step": step}
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
         args = {"steps": int(flags["--steps"]), "lr": rate}
+        (folder / f"checkpoint-{args['steps']:06d}").mkdir(exist_ok=True)
         (folder / "args.json").write_text(json.dumps(args))
         return subprocess.CompletedProcess(command, 0)
 
@@ -286,7 +286,15 @@ def started(monkeypatch):
         leave_judgement(out, when, 0.1)
 
     monkeypatch.setattr(subprocess, "run", run)
+
+    def probe(checkpoint, _, count):
+        assert count == table.VALIDATION
+        rate = json.loads(Path(checkpoint).with_name("args.json").read_text())["lr"]
+        return {"probe_full": 1 - abs(rate - 6e-4), "probe_crop": 1}
+
     monkeypatch.setattr(table, "judge", judge)
+    monkeypatch.setattr(table, "load", lambda path: (path, None))
+    monkeypatch.setattr(table, "probe", probe)
     monkeypatch.setattr(demonstration, "ROWS", 4)
     return runs
 

@@ -252,7 +252,7 @@ def test_a_damaged_state_is_named(run, world, tmp_path):
 
 def test_a_state_of_another_model_is_refused(run, tmp_path, monkeypatch):
     model, processor = tiny(0)
-    model.resize_token_embeddings(512)
+    model.resize_token_embeddings(1024)
     save(model, processor, tmp_path / "base")
     monkeypatch.setattr(train, "fingerprint", lambda model: "the same")
     run("x", "--steps 1")
@@ -422,7 +422,7 @@ def test_bad_data_is_named_in_one_line_before_anything_is_trained(world, tmp_pat
         ("--data no/where", "no/where"),
         (f"--data {tmp_path / 'nowhere'}", "nowhere"),
         (f"--data {tmp_path}", "train.jsonl"),
-        (f"--data {data}", "000009-small.png"),
+        (f"--data {data}", "000009-pair.png"),
         ("--model no/model", "no/model"),
     ):
         with pytest.raises(SystemExit):

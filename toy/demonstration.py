@@ -58,9 +58,9 @@ def begin(settings, device) -> None:
         write(out / "seconds.json", took)
 
 
-def probe(model, processor) -> dict[str, float]:
-    """Share of 100 small targets, never trained on, that a model reads in full view and crop."""
-    shown = [scene(0, i, ("small", "pair")[i % 2], "validation") for i in range(100)]
+def probe(model, processor, count: int = 100) -> dict[str, float]:
+    """Share of small targets, never trained on, that a model reads in full view and crop."""
+    shown = [scene(0, i, ("small", "pair")[i % 2], "validation") for i in range(count)]
     found = {}
     for name, view in (("probe_full", "image"), ("probe_crop", "crop")):
         pictures = [each.shown(view) for each in shown]

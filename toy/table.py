@@ -1,8 +1,8 @@
 """The table of methods: train.py's teachers, objectives, baselines and controls, from one base
 model on one data set, each with a learning rate of its own and several seeds.
 
-A variant's learning rate is the one of RATES with which a short run, with a seed that is not in the
-table, reads most of the validation scenes: full view and crop together, after SEARCH_STEPS.
+A variant's learning rate is the one of RATES with which a run of as many steps, with a seed that is
+not in the table, reads most of VALIDATION scenes: full view and crop together.
 
 A run lies in OUT/VARIANT-SEED, those of the search in OUT/search/VARIANT-RATE; the seed is that of
 the batches and of all that is sampled.
@@ -21,8 +21,9 @@ from statistics import mean, stdev
 from tqdm import tqdm
 
 from benchmarks.figures import Scorer, paired, scored_answers
+from model import load
 from storage.files import read_json, read_jsonl, write
-from toy.demonstration import BASE, judge, prepare
+from toy.demonstration import BASE, judge, prepare, probe
 
 VARIANTS = {  # what one would add to train.py --toy
     "vision-opd": "",
@@ -51,8 +52,8 @@ VARIANTS = {  # what one would add to train.py --toy
     "s2vopd": "--method s2vopd",
 }
 RATES = (1e-4, 2.5e-4, 6e-4, 1.5e-3)
-SEARCH_STEPS = 60
 SEARCH_SEED = 99
+VALIDATION = 600  # scenes, neither trained on nor reported; a hundred tell no rates apart
 JUDGED = {  # column: benchmark and view
     "full": ("toy", "full"),
     "crop": ("toy", "crop"),
@@ -84,7 +85,7 @@ def run_variants(out: Path, seeds: list[int], variants: list[str], jobs: int, st
         judge(out, BASE, "before", "cpu")
         write(out / "seconds.json", "{}")
     search = [
-        Job(out / "search" / f"{variant}-{rate:g}", variant, rate, SEARCH_SEED, SEARCH_STEPS)
+        Job(out / "search" / f"{variant}-{rate:g}", variant, rate, SEARCH_SEED, steps)
         for variant, rate in product(variants, RATES)
     ]
     total = len(search) + len(variants) * len(seeds)
@@ -95,6 +96,8 @@ def run_variants(out: Path, seeds: list[int], variants: list[str], jobs: int, st
                 bar.update()
 
         run_all(search)
+        for job in tqdm(search, "validation", leave=False):
+            validate(job)
         rates = chosen_rates(out, variants)
         run_all(
             [
@@ -135,13 +138,19 @@ def run(out: Path, job: Job) -> None:
             )
 
 
+def validate(job: Job) -> None:
+    """Into validation.json what a run of the search reads in the end; nothing where it failed."""
+    found, trained = job.folder / "validation.json", job.folder / f"checkpoint-{job.steps:06d}"
+    if trained.is_dir() and not found.exists():
+        write(found, json.dumps(probe(*load(str(trained)), VALIDATION)))
+
+
 def chosen_rates(out: Path, variants: list[str]) -> dict[str, float]:
     """The learning rate of each variant; of equal ones the smallest."""
 
     def read(variant: str, rate: float) -> float:
-        log = read_jsonl(out / "search" / f"{variant}-{rate:g}" / "log.jsonl", [])
-        last = log[-1] if log else {}
-        return last.get("probe_full", 0) + last.get("probe_crop", 0)
+        folder = out / "search" / f"{variant}-{rate:g}"
+        return sum(read_json(folder / "validation.json", []).values())
 
     return {variant: max(RATES, key=lambda rate: read(variant, rate)) for variant in variants}
 
