@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
@@ -158,8 +158,8 @@ def command(flags: str) -> list[str]:
 
 
 def run(flags: str) -> str:
-    """What the command prints."""
-    with redirect_stdout(io.StringIO()) as printed:
+    """What the command prints, results and notes."""
+    with redirect_stdout(io.StringIO()) as printed, redirect_stderr(printed):
         evaluate.main(command(flags))
     return printed.getvalue()
 
@@ -739,7 +739,7 @@ for command in {commands}:
     assert re.search(r"mine, full +100\.0 \[ 34\.2, 100\.0\] +2 +50\.0 ", done.stdout)
     assert saved_benches(tmp_path)["mine"]["full"]["accuracy"] == 1
     assert re.search(r"^mine, full +100\.0 +100\.0 ", done.stdout, re.M)
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "report.html")
+    assert done.stderr.splitlines()[-1].endswith(str(tmp_path / "report.html"))
     assert (tmp_path / "report.html").exists()
 
 
@@ -834,7 +834,7 @@ def test_crops_are_asked_for_only_where_there_are_some(model, tmp_path):
         ("--compare o p --out o", "--out o is one of the two"),
         ("--bench toy --model m", "expected --bench, --out"),
         ("--model m --out o", "expected --bench, --out"),
-        ("--bench toy --model m --checkpoints r --out o", "--model or --checkpoints"),
+        ("--bench toy --model m --checkpoints r --out o", "--checkpoints or --answers"),
         ("", "one of --report, --rescore, --compare"),
         ("--bench toy --model m --out o --limit 0", "argument --limit"),
         ("--mod m", "unrecognized"),
