@@ -351,11 +351,12 @@ def open_model(settings, path: str, served_model: str | None) -> Local | Served:
 
     import model
     from launch.batches import Batches
+    from rollout import answers
 
     device = device_here()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     loaded = model.load(path, device=device, dtype=dtype)
-    return Local(loaded, Batches(settings.batch), settings.seed)
+    return Local(partial(answers, *loaded), Batches(settings.batch), settings.seed)
 
 
 # ----------------------------------------------------------------------------------------- running

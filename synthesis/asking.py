@@ -5,6 +5,7 @@ those of one together; None where there is none, which is counted.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def seed_of(seed: int, what: str, request: Request) -> int:
 class Local:
     """A model in this process."""
 
-    model: tuple  # (model, processor) of model.load
+    answers: Callable  # rollout.answers of it
     batches: object  # launch.batches.Batches: how many prompts fit at once
     seed: int
 
@@ -41,11 +42,9 @@ class Local:
         self, what: str, requests: list[Request], tokens: int, group: int, temperature: float
     ) -> list[str | None]:
         """None where one alone does not fit in memory."""
-        import rollout  # with torch and transformers: --check starts without
 
         def reply(batch):
-            replies = rollout.answers(
-                *self.model,
+            replies = self.answers(
                 [request.images for request in batch],
                 [request.prompt for request in batch],
                 max_new_tokens=tokens,
