@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -200,22 +201,38 @@ def test_a_tracking_package_that_is_missing_or_gives_no_run_is_named(run, packag
 # --------------------------------------------------------------------------------- told to stop
 
 
-def started(command, out, steps: int) -> subprocess.Popen:
-    """A run that has logged so many steps."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+@pytest.fixture
+def start():
+    """start(flags, **environment): train.py in a process group of its own, ended with the test."""
+    processes = []
+
+    def go(flags, **environment):
+        command = [sys.executable, ROOT / "train.py", *flags]
+        how = {"env": os.environ | environment, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, start_new_session=True, **how))
+        return processes[-1]
+
+    yield go
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for_steps(process, out, steps: int) -> None:
     while not (out / "log.jsonl").exists() or len(log(out)) < steps:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    return process
 
 
 def test_a_job_whose_every_process_is_told_to_stop_saves_and_goes_on_to_the_same_bits(
-    run, world, tmp_path
+    start, run, world, tmp_path
 ):
     """As Slurm does it: also the processes that read images."""
     flags, out = "--steps 8 --workers 1", tmp_path / "told"
     want = run("straight", flags)
-    process = started([sys.executable, ROOT / "train.py", *small_run(world, out, flags)], out, 2)
+    process = start(small_run(world, out, flags))
+    wait_for_steps(process, out, 2)
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)  # a launcher passes it on once more
     assert process.wait(300) == script.SAVED
@@ -227,17 +244,14 @@ def test_a_job_whose_every_process_is_told_to_stop_saves_and_goes_on_to_the_same
     assert [entry["step"] for entry in log(out)] == list(range(1, 9))
 
 
-def test_one_rank_that_is_told_to_stop_stops_all(world, tmp_path):
+def test_one_rank_that_is_told_to_stop_stops_all(start, world, tmp_path):
     flags = small_run(world, tmp_path / "x", "--steps 500 --micro-prompts 1")
-    ranks = []
-    for rank in (0, 1):
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, ROOT / "train.py", *flags]
-        ranks.append(subprocess.Popen(command, env=os.environ | place))
-    while not (tmp_path / "x" / "log.jsonl").exists() or len(log(tmp_path / "x")) < 2:
-        assert ranks[0].poll() is None
-        time.sleep(0.01)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [start(flags, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in (0, 1)]
+    wait_for_steps(ranks[0], tmp_path / "x", 2)
     ranks[1].send_signal(signal.SIGTERM)
     assert [process.wait(300) for process in ranks] == [script.SAVED, script.SAVED]
     (saved,) = (tmp_path / "x").glob("checkpoint-*")
