@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
@@ -507,9 +508,9 @@ def train(settings: Settings, rank: int, world: int, device: torch.device, probe
     out = Path(settings.out)
     lines = settings.show_every if settings.toy else 1
     log = RunLog(out, begin, settings.steps, lines, settings.track) if rank == 0 else None
-    batches = load_ahead(run, begin)
     before = time.perf_counter()
-    with SaveOnSigterm(device) as stop:
+    # Closed also by an error: its workers outlive SIGTERM, and so the end of the interpreter.
+    with closing(load_ahead(run, begin)) as batches, SaveOnSigterm(device) as stop:
         for step in range(begin, settings.steps):
             entry, shown = learn(run, step, list(islice(batches, run.micros_a_step)))
             now = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import random
 import shutil
 import signal
@@ -449,6 +450,7 @@ def test_a_corrupt_image_stops_the_run_which_goes_on_once_it_is_mended(
     with pytest.raises(ValueError, match=f"'{row.id}'.*{row.image.name}") as error:
         run("x", flags)
     assert "Traceback" not in str(error.value)
+    assert not multiprocessing.active_children()  # they outlive SIGTERM, and so would this process
     shutil.copytree(world / "data", data, dirs_exist_ok=True)
     assert_equal(run("x", flags), run("straight", "--steps 2"))
 
