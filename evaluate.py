@@ -59,7 +59,7 @@ from launch.flags import (
     setting,
     settings_parser,
 )
-from served.client import Client, NoServerError, is_url
+from served.client import Client, NoServerError, client_of, is_url
 from storage.files import (
     appending,
     hold,
@@ -203,14 +203,7 @@ def evaluate_served(
     settings: Settings, benches: dict[str, list[Question]], out: Path, how: Asking
 ) -> None:
     """The same by a server's model, --concurrency rows at once."""
-    client = Client(
-        settings.model,
-        settings.served_model,
-        settings.concurrency,
-        settings.thinking,
-        settings.deadline,
-        settings.max_image_mb,
-    )
+    client = client_of(settings, settings.model, settings.served_model)
     of = {"served_model": settings.served_model, "thinking": settings.thinking}
     free = {key: getattr(settings, key) for key in ("max_image_mb", "price_in", "price_out")}
     claim_results(out, settings.model, of, how, free)

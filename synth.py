@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from launch import script
 from launch.flags import megabytes, positive, positive_int, refuse_idle, setting, settings_parser
-from served.client import Client, is_url
+from served.client import client_of, is_url
 from storage.files import hold, naming_full_disks
 from synthesis.asking import Local, Request, Served
 from synthesis.checking import check_triplets
-from synthesis.parts import PLACES, merge, open_part, read_parts
+from synthesis.parts import SERVERS, merge, open_part, read_parts
 from synthesis.photos import Photo, photograph_files, photos_ahead, rank_of
 from synthesis.proposers import Sam3, given_boxes, read_boxes, replied_boxes
 from synthesis.regions import Evidence, cut, evidence, small_regions
@@ -324,7 +324,7 @@ def load_engine(settings, config: dict, given: dict) -> Engine:
         find, boxes_in = PROMPTS["names"], Sam3(settings.sam3, device_here()).boxes_in
     else:
         find, boxes_in = "", partial(given_boxes, given)
-    anywhere = {key: value for key, value in config.items() if key not in PLACES} | {"images": ""}
+    anywhere = {key: value for key, value in config.items() if key not in SERVERS} | {"images": ""}
     mark = hashlib.sha256(json.dumps(anywhere, sort_keys=True).encode()).hexdigest()[:12]
     return Engine(asked, labeller, settings, mark, find, boxes_in)
 
@@ -338,14 +338,7 @@ def device_here() -> str:
 def open_model(settings, path: str, served_model: str | None) -> Local | Served:
     """A model, loaded, or the client of the server that has it."""
     if is_url(path):
-        client = Client(
-            path,
-            served_model,
-            settings.concurrency,
-            settings.thinking,
-            settings.deadline,
-            settings.max_image_mb,
-        )
+        client = client_of(settings, path, served_model)
         return Served(client, settings.images, settings.seed)
     import torch
 

@@ -232,10 +232,10 @@ def bench_figures(bench: str, answers: list[Scored]) -> dict:
 def served_figures(answers: list[Scored], settings: dict) -> dict:
     """Of a server's answers: whose they are, tokens of prompts, and what they cost (in the prices'
     currency) where a price is given; {} of a local model's."""
-    rows = [answer for answer in answers if answer.state != "error"]
-    names = sorted({row.answered_by for row in rows if row.answered_by})
     if "served_model" not in settings:
         return {}
+    rows = [answer for answer in answers if answer.state != "error"]
+    names = sorted({row.answered_by for row in rows if row.answered_by})
     told = [row for row in rows if row.tokens is not None and row.prompt_tokens is not None]
     found = {
         "answered_by": names,

@@ -8,7 +8,6 @@ import base64
 import csv
 import hashlib
 import json
-import math
 import re
 import tomllib
 from ast import literal_eval
@@ -99,7 +98,7 @@ def neutral_question(row: dict, name: str, place: Callable) -> Question:
     texts = {}
     for key in TEXTS:
         value = row.get(key)
-        bad_float = isinstance(value, float) and not math.isfinite(value)
+        bad_float = isinstance(value, float) and not is_number(value)
         if isinstance(value, bool | dict | list) or bad_float:
             raise ValueError(f"{key} is {value!r:.60}. Expected a text or a number")
         if value is not None:

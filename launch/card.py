@@ -52,8 +52,14 @@ def write_reports(out: Path) -> Path:
     the page; returns the page."""
     for checkpoint in numbered(out, "checkpoint"):
         path = checkpoint / "README.md"
-        if not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace"):
-            write(path, card(out, checkpoint))
+        there = MARK
+        if path.exists():
+            there = path.read_text(encoding="utf-8", errors="replace")
+        if MARK not in there:
+            continue
+        told = card(out, checkpoint)
+        if told != there:
+            write(path, told)
     return write_page(out)
 
 

@@ -2,10 +2,12 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 
+@cache
 def commit() -> str | None:
     """Git's name for this code, -dirty with changes that are not committed; None without git."""
     describe = ["git", "describe", "--always", "--dirty"]

@@ -46,6 +46,18 @@ class ServedReply:
     shrunk: int = 0  # images that were made smaller to be sent
 
 
+def client_of(settings, url: str, model: str | None) -> "Client":
+    """The client of a server's model, asked as a script's flags say."""
+    return Client(
+        url,
+        model,
+        settings.concurrency,
+        settings.thinking,
+        settings.deadline,
+        settings.max_image_mb,
+    )
+
+
 def is_url(model: str | None) -> bool:
     return bool(model) and model.startswith(("http://", "https://"))
 

@@ -14,7 +14,7 @@ from synthesis.checking import balance
 from triplets.format import read_triplets
 from triplets.preview import draw_preview
 
-PLACES = ("images", "model_server", "labels_model_server")  # of a configuration
+SERVERS = ("model_server", "labels_model_server")  # of a configuration; they may move
 
 
 def open_part(out: Path, rank: int, config: dict):
@@ -51,7 +51,7 @@ def read_parts(out: Path, config: dict | None = None) -> tuple[dict, dict[str, d
             differs = {
                 key: (found.get(key), config.get(key))
                 for key in found | config
-                if found.get(key) != config.get(key) and not key.endswith("_server")
+                if found.get(key) != config.get(key) and key not in SERVERS
             }
             if differs:
                 raise FileExistsError(

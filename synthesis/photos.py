@@ -24,7 +24,7 @@ class Photo:
     drops: Counter = field(default_factory=Counter)  # reason -> how often something was dropped
     notes: list = field(default_factory=list)  # what a decoder or the model said, for stats.json
     samples: list = field(default_factory=list)  # the rows of train.jsonl made of it
-    usage: Counter = field(default_factory=Counter)  # of a server: calls, tokens, shrunk pictures
+    usage: Counter = field(default_factory=Counter)  # of a server: its tokens, shrunk pictures
     failed: str = ""  # why a server did not answer: the photograph is done again by the next run
 
     def drop(self, reason: str, note=""):
