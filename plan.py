@@ -21,7 +21,8 @@ class Outline:
 
     def __init__(self, model):
         self.text = text = model.config.get_text_config()
-        self.vision = model.config.vision_config
+        self.vision = vision = model.config.vision_config
+        self.patches = vision.spatial_merge_size**2  # an image token
         groups = [*model.model.language_model.layers, *model.model.visual.blocks]
         sizes = [sum(weight.numel() for weight in group.parameters()) for group in groups]
         self.weights = sum(weight.numel() for weight in model.parameters())
@@ -156,7 +157,7 @@ class Memory(Step):
         if settings.checkpointing:
             tokens = micro * self.full + rows * self.longest
             inputs = text.num_hidden_layers * tokens * text.hidden_size
-            inputs += vision.depth * micro * self.full * 4 * vision.hidden_size
+            inputs += vision.depth * micro * self.full * model.patches * vision.hidden_size
             activations = inputs * number + max(layer, block)
         # A layer's weights, those of the next, and gradients on their way to the ranks in fp32.
         gathered = (model.root + 2 * model.gathered) * number
@@ -205,10 +206,10 @@ class Memory(Step):
         return inner * self.number + max(delta, repeated)
 
     def block(self, prompts: int, tokens: int) -> float:
-        """Of one block of the vision tower, which has 4 patches an image token."""
+        """Of one block of the vision tower."""
         vision = self.model.vision
         width = 8 * vision.hidden_size + 3 * vision.intermediate_size
-        return 4 * prompts * tokens * width * self.number
+        return self.model.patches * prompts * tokens * width * self.number
 
     def state_of_row(self) -> float:
         """Of the linear-attention layers: recurrent states in fp32, convolution states."""
@@ -217,8 +218,9 @@ class Memory(Step):
         return self.model.linear_layers * heads * state
 
     def pixels_of_token(self) -> float:
-        """4 patches of two frames of 3 colours."""
-        return 4 * 6 * self.model.vision.patch_size**2 * self.number
+        """Patches of two frames of 3 colours."""
+        model = self.model
+        return model.patches * 6 * model.vision.patch_size**2 * self.number
 
 
 # -------------------------------------------------------------------------------------------- time
