@@ -84,6 +84,7 @@ def build(size, vocab, device, dtype):
     """A Qwen3.5 of real shape with random weights, and the tiny model's processor at patch 16."""
     donor, processor = tiny_model.tiny()
     processor.image_processor.patch_size = 16
+    processor.image_processor.merge_size = 2
     processor.image_processor.size = {"shortest_edge": 1024, "longest_edge": 16_777_216}
     ids = {key: getattr(donor.config, key) for key in VISION_IDS}
     config = transformers.Qwen3_5Config(**SHAPES["sizes"][size], **ids)

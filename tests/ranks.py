@@ -43,8 +43,8 @@ RUNS = {
 
 
 def few_are_right(row, text: str) -> bool:
-    """Random weights answer nothing right: every fifth text counts as right."""
-    return sum(map(ord, text)) % 5 == 0
+    """Random weights answer nothing right: one text in five counts as right."""
+    return sum(map(ord, text)) % 5 == 4
 
 
 def make_models(world: Path) -> None:

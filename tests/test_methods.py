@@ -362,6 +362,9 @@ EXTRA_VIEWS = {
 }
 
 
+SEED = 7  # with which no random number lies on the edge between two tokens
+
+
 def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
     """The answers to a row in the second step, and what student and teacher say about them."""
     settings, processor = run.settings, run.processor
@@ -380,17 +383,17 @@ def read_answers(run, row: Triplet, initial, student, ema) -> list[Answer]:
     extra, reader = shown, student if settings.method == "ead" else ema
     if settings.method in EXTRA_VIEWS:
         name, change = EXTRA_VIEWS[settings.method]
-        draw = random.Random(f"5/{row.id}")
+        draw = random.Random(f"{SEED}/{row.id}")
         (seen,) = row.shown(name)
         extra = ask(processor, change(load_image(seen), row, draw), row.question)
     if settings.method in ("vcsd", "s2vopd"):
         shown = full
     if settings.method == "s2vopd":
-        draw = random.Random(f"5/{row.id}")
+        draw = random.Random(f"{SEED}/{row.id}")
         small = views.scaled_and_noisy(load_image(row.image), row, draw)
         asked = full = ask(processor, small, row.question)
     group = []
-    answers = respond(writer, processor, asked, 3, f"5/1/{row.id}")
+    answers = respond(writer, processor, asked, 3, f"{SEED}/1/{row.id}")
     if settings.method == "crops":
         full = shown
         ids = processor.tokenizer(row.answer + processor.tokenizer.eos_token)["input_ids"]
@@ -438,7 +441,7 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(
     flags, begin, monkeypatch
 ):
     """`squared` is a method that is not ours: a class, and a line in METHODS."""
-    run = begin(f"--prompts 2 --group 3 --seed 5 {flags}")
+    run = begin(f"--prompts 2 --group 3 --seed {SEED} {flags}")
     settings, shards = run.settings, run.shards
     initial = copy.deepcopy(shards.publish("student"))
     learn(run, 0)  # moves the student away from where it began
@@ -450,7 +453,7 @@ def test_a_step_has_the_loss_and_gradient_of_plain_forwards_and_a_formula(
     shards.update = lambda *args: None  # the gradients stay
     entry = learn(run, 1)
 
-    batch = [run.rows[i] for i in batch_rows(len(run.rows), 2, 5, 1)]
+    batch = [run.rows[i] for i in batch_rows(len(run.rows), 2, SEED, 1)]
     groups = [read_answers(run, row, initial, student, ema) for row in batch]
     monkeypatch.setattr(test_family, "END", PROCESSOR.tokenizer.eos_token_id)
     answers = [answer for group in groups for answer in group]

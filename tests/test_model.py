@@ -77,7 +77,7 @@ def test_hidden_states_and_gradients_are_those_of_a_plain_forward_of_each_sequen
     want = gradients(model, (plain * target).sum())
     assert got.keys() == want.keys()
     for name in want:
-        assert (got[name] - want[name]).norm() <= 1e-11 * want[name].norm() + 1e-13, name
+        assert (got[name] - want[name]).norm() <= 1e-10 * want[name].norm() + 1e-13, name
 
 
 @pytest.mark.core
@@ -166,8 +166,11 @@ def test_several_images_over_the_limit_are_scaled_down_by_one_factor():
         assert length <= most
         if prompt["shrunk"]:
             shares.append(length / most)
+            patch = processor.image_processor.patch_size  # px
             edges = [
-                8 * n for _, high, wide in prompt["image_grid_thw"].tolist() for n in (wide, high)
+                patch * n
+                for _, high, wide in prompt["image_grid_thw"].tolist()
+                for n in (wide, high)
             ]
             cut = list(zip(edges, [edge for size in sizes for edge in size], strict=True))
             longer = [(new, old) for new, old in cut if new > 32]  # not at the processor's least
@@ -219,7 +222,7 @@ def test_no_image_is_enlarged_over_the_limit_again():
             continue
         sizes = [(image.height, image.width) for image in found]
         patches = sum(vision.get_number_of_image_patches(*size, {}) for size in sizes)
-        assert patches <= 4 * room
+        assert patches <= vision.merge_size**2 * room
         fitted += found is not images
     assert fitted > 50
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 
 from launch import script
 from launch.flags import natural, positive_int, refuse_idle, setting, settings_parser
@@ -38,7 +39,7 @@ class Settings:
         tuple(VARIANTS), "rows of the table (default: all)", list(VARIANTS), nargs="+"
     )
     seeds: list = setting((0, 1, 2), "runs a variant (default: 0 1 2)", natural, nargs="+")
-    steps: int = setting(150, "steps a run", positive_int)
+    steps: int = setting(60, "steps a run", positive_int)
     jobs: int = setting(2, "runs at a time, a CPU core each", positive_int)
 
 
@@ -60,6 +61,8 @@ def main(argv: list[str]) -> None:
         folder = draw(settings.out, settings.n, settings.seed, settings.split)
         print(f"drawn: {draw_preview(folder)}")
         return
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)  # as train.py --toy: the bits depend on it
     variants = list(dict.fromkeys(["vision-opd", *settings.variants]))
     seeds = list(dict.fromkeys(settings.seeds))

@@ -18,7 +18,7 @@ BASE = Path(__file__).with_name("base-model")  # see base.py
 RUN = {
     "prompts": 16,
     "group": 2,
-    "steps": 250,
+    "steps": 100,
     "max_new_tokens": 18,
     "lr": 2.5e-4,
     "weight_decay": 0.0,
@@ -31,8 +31,8 @@ RUN = {
     "checkpointing": False,
     "workers": 1,
     "threads": 1,
-    "save_every": 50,
-    "show_every": 25,
+    "save_every": 20,
+    "show_every": 10,
     "out": "runs/toy",
 }
 
@@ -72,8 +72,11 @@ def probe(model, processor, count: int = 100) -> dict[str, float]:
 
 
 def end(settings, final: Path, device) -> None:
-    """Judge the trained model and print what changed."""
+    """Judge the trained model and print what changed; not in the table's search, which has its own
+    judgement and none of the base."""
     out = Path(settings.out)
+    if not (out / "eval-before").is_dir():
+        return
     shutil.rmtree(out / "eval-after", ignore_errors=True)  # maybe of an earlier checkpoint
     judge(out, final, "after", device)
     print(compare(out / "eval-before", out / "eval-after")[0])

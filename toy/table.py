@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
+from threading import Lock
 
 from tqdm import tqdm
 
@@ -51,9 +52,11 @@ VARIANTS = {  # what one would add to train.py --toy
     "cv-opd": "--method cv-opd",
     "s2vopd": "--method s2vopd",
 }
-RATES = (1e-4, 2.5e-4, 6e-4, 1.5e-3)
+RATES = (4e-5, 1e-4, 2.5e-4, 6e-4)
 SEARCH_SEED = 99
 VALIDATION = 600  # scenes, neither trained on nor reported; a hundred tell no rates apart
+PROBES = 6  # points of a curve
+ONE_AT_A_TIME = Lock()  # from_pretrained in two threads at once loses weights
 JUDGED = {  # column: benchmark and view
     "full": ("toy", "full"),
     "crop": ("toy", "crop"),
@@ -68,7 +71,7 @@ JUDGED = {  # column: benchmark and view
 
 @dataclass(frozen=True)
 class Job:
-    """A run of train.py --toy."""
+    """A run of train.py."""
 
     folder: Path
     variant: str
@@ -84,40 +87,62 @@ def run_variants(out: Path, seeds: list[int], variants: list[str], jobs: int, st
     if not (out / "seconds.json").exists():
         judge(out, BASE, "before", "cpu")
         write(out / "seconds.json", "{}")
-    search = [
+    tried = [
         Job(out / "search" / f"{variant}-{rate:g}", variant, rate, SEARCH_SEED, steps)
         for variant, rate in product(variants, RATES)
     ]
-    total = len(search) + len(variants) * len(seeds)
+    total = len(tried) + len(variants) * len(seeds)
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=total, unit="run") as bar:
 
-        def run_all(these: list[Job]) -> None:
+        def run_all(run, these: list[Job]) -> None:
             for _ in pool.map(lambda job: run(out, job), these):
                 bar.update()
 
-        run_all(search)
-        for job in tqdm(search, "validation", leave=False):
-            validate(job)
+        run_all(search, tried)
         rates = chosen_rates(out, variants)
-        run_all(
-            [
-                Job(out / f"{variant}-{seed}", variant, rates[variant], seed, steps)
-                for variant, seed in product(variants, seeds)
-            ]
-        )
+        compared = [
+            Job(out / f"{variant}-{seed}", variant, rates[variant], seed, steps)
+            for variant, seed in product(variants, seeds)
+        ]
+        run_all(compare, compared)
 
 
-def run(out: Path, job: Job) -> None:
-    """In a process of its own. Raises OSError when that fails."""
-    begun = read_json(job.folder / "args.json", [])
-    same = begun.get("steps") == job.steps and begun.get("lr") == job.rate
-    if same and (job.folder / "eval-after" / "result.json").exists():
+def search(out: Path, job: Job) -> None:
+    """A run that is judged by validation scenes alone, into validation.json; where it fails, there
+    is none, and its learning rate is not chosen."""
+    clear(job)
+    result = job.folder / "validation.json"
+    if result.exists():
         return
-    if begun and not same:  # of another search
-        shutil.rmtree(job.folder)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write(job.folder / "seconds.json", "{}")  # and no eval-before: it does not judge itself
+    if train(out, job, job.steps):
+        with ONE_AT_A_TIME:
+            trained = load(str(job.folder / f"checkpoint-{job.steps:06d}"))
+            write(result, json.dumps(probe(*trained, VALIDATION)))
+
+
+def compare(out: Path, job: Job) -> None:
+    """A run of the table. Raises OSError when it fails."""
+    clear(job)
+    if (job.folder / "eval-after" / "result.json").exists():
+        return
     if not (job.folder / "seconds.json").exists():  # as if it had judged the base model itself
         shutil.copytree(out / "eval-before", job.folder / "eval-before", dirs_exist_ok=True)
         shutil.copy(out / "seconds.json", job.folder)
+    if not train(out, job, max(1, job.steps // PROBES)):
+        raise OSError(f"{job.variant} with seed {job.seed} failed: {what_to_do(job.folder)}")
+
+
+def clear(job: Job) -> None:
+    """What a run of other steps or another learning rate left in its folder goes."""
+    begun = read_json(job.folder / "args.json", [])
+    if begun and (begun.get("steps"), begun.get("lr")) != (job.steps, job.rate):
+        shutil.rmtree(job.folder)
+
+
+def train(out: Path, job: Job, save_every: int) -> bool:
+    """In a process of its own; whether it succeeded."""
     command = [
         sys.executable,
         str(Path(__file__).parent.parent / "train.py"),
@@ -125,34 +150,33 @@ def run(out: Path, job: Job) -> None:
         f"--lr={job.rate}",
         f"--seed={job.seed}",
         f"--steps={job.steps}",
+        f"--save-every={save_every}",
         f"--out={job.folder}",
         f"--data={out / 'data'}",
         *VARIANTS[job.variant].split(),
     ]
     with (job.folder / "output.txt").open("a") as output:
-        failed = subprocess.run(command, stdout=output, stderr=output).returncode
-        if failed and job.seed != SEARCH_SEED:  # a learning rate that fails is not chosen
-            raise OSError(
-                f"{job.variant} with seed {job.seed} failed: see {job.folder}/output.txt. Mend "
-                "what it names, then run the same command: it goes on from here."
-            )
+        return not subprocess.run(command, stdout=output, stderr=output).returncode
 
 
-def validate(job: Job) -> None:
-    """Into validation.json what a run of the search reads in the end; nothing where it failed."""
-    found, trained = job.folder / "validation.json", job.folder / f"checkpoint-{job.steps:06d}"
-    if trained.is_dir() and not found.exists():
-        write(found, json.dumps(probe(*load(str(trained)), VALIDATION)))
+def what_to_do(folder: Path) -> str:
+    told = "Mend what it names, then run the same command: it goes on from here."
+    return f"see {folder}/output.txt. {told}"
 
 
 def chosen_rates(out: Path, variants: list[str]) -> dict[str, float]:
-    """The learning rate of each variant; of equal ones the smallest."""
-
-    def read(variant: str, rate: float) -> float:
-        folder = out / "search" / f"{variant}-{rate:g}"
-        return sum(read_json(folder / "validation.json", []).values())
-
-    return {variant: max(RATES, key=lambda rate: read(variant, rate)) for variant in variants}
+    """The learning rate of each variant; of equal ones the smallest. Raises OSError for a variant
+    that failed with each."""
+    rates = {}
+    for variant in variants:
+        read = {}
+        for rate in RATES:
+            folder = out / "search" / f"{variant}-{rate:g}"
+            read[rate] = sum(read_json(folder / "validation.json", []).values())
+        rates[variant] = max(RATES, key=read.get)
+        if not any(read.values()):
+            raise OSError(f"{variant} failed with every learning rate: {what_to_do(folder)}")
+    return rates
 
 
 # ------------------------------------------------------------------------------------- the table

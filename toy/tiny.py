@@ -38,10 +38,11 @@ def tiny(seed: int = 0):
     """
     tokenizer = toy_tokenizer()
     vision = Qwen2VLImageProcessorPil(
-        patch_size=8,
+        patch_size=4,
+        merge_size=4,
         size={"shortest_edge": 256, "longest_edge": 65536},
         image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
+        image_std=[0.25] * 3,
     )
     processor = ImageTextProcessor(vision, tokenizer, chat_template=CHAT)
     processor.source = None  # made here, not loaded
@@ -99,12 +100,13 @@ def tiny_config(vocabulary: dict) -> Qwen3_5Config:
     }
     vision = {
         "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 4,
-        "patch_size": 8,
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 4,
         "out_hidden_size": 96,
-        "num_position_embeddings": 64,
+        "num_position_embeddings": 256,
         "initializer_range": 0.05,
     }
     return Qwen3_5Config(
