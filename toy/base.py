@@ -14,7 +14,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -70,6 +70,8 @@ def train_base(folder: Path, seed: int) -> None:
 
 
 class BaseTraining:
+    """Steps, of learning or of forgetting, and what is read meanwhile."""
+
     def __init__(self, seed: int):
         self.seed = seed
         self.rng = random.Random(seed)
@@ -80,8 +82,8 @@ class BaseTraining:
         self.read = {}  # (view, kind): running share of answers right
         self.digits_wrong = False
 
-    def go_on(self, rate: float, done, every: int) -> None:
-        """Steps until done(), which is asked after every so many."""
+    def go_on(self, rate: float, done: Callable[[], bool], every: int) -> None:
+        """Steps until done(), which is asked after every so many. Raises ValueError after MOST."""
         phase = "forgetting" if self.digits_wrong else "learning"
         with tqdm(desc=f"base model, {phase}", unit="step") as bar:
             while bar.n % every or not done():
@@ -90,7 +92,7 @@ class BaseTraining:
                         f"After {MOST} steps of {phase} the base model of seed {self.seed} reads "
                         f"{self.told()}, and is not done. Choose another --seed."
                     )
-                warm = self.digits_wrong or min(1.0, (bar.n + 1) / WARMUP)
+                warm = 1.0 if self.digits_wrong else min(1.0, (bar.n + 1) / WARMUP)
                 self.step(rate * warm)
                 bar.update()
                 bar.set_postfix_str(self.told())
@@ -117,6 +119,8 @@ class BaseTraining:
             shown.append(drawn)
         losses, right = answer_losses(self.model, self.processor, shown, view, self.rng)
         losses.sum().div(sum(COUNTS.values())).backward()
+        if self.digits_wrong and view == "image":
+            return  # has_forgotten tells what it reads
         for each, good in zip(shown, right.tolist(), strict=True):
             key = (view, each.extra["toy"])
             self.read[key] = 0.97 * self.read.get(key, 0.0) + 0.03 * good
@@ -129,6 +133,7 @@ class BaseTraining:
 
     def has_forgotten(self) -> bool:
         full = mean(self.shares_read("image", ["small", "pair"]))
+        self.read |= {("image", kind): full for kind in TARGETS}
         return full <= FORGOTTEN and min(self.shares_read("crop")) >= CROP
 
     @torch.no_grad()

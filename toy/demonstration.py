@@ -20,7 +20,7 @@ RUN = {
     "group": 2,
     "steps": 100,
     "max_new_tokens": 18,
-    "lr": 2.5e-4,
+    "lr": 1e-4,
     "weight_decay": 0.0,
     "schedule": "cosine",
     "top_k": 16,

@@ -184,17 +184,19 @@ def chosen_rates(out: Path, variants: list[str]) -> dict[str, float]:
 
 def render(out: Path, seeds: list[int], variants: list[str]) -> str:
     """Means and standard deviations over the seeds: % of exact answers to held-out scenes, how much
-    better in full view than vision-opd on the same scenes (exact McNemar test over all seeds),
-    tokens a response at the end of training, and minutes of training."""
-    head = ["variant", "learning rate", *JUDGED, "against vision-opd, full", "length", "minutes"]
+    better in full view than vision-opd on the same scenes (exact McNemar test over all seeds), and
+    what course() tells of a run."""
+    course_of = ["early", "length", "seconds"]
+    head = ["variant", "learning rate", *JUDGED, "against vision-opd, full", *course_of]
     rows = [head, ["---"] * len(head)]
-    rows.append(["base", "", *(f"{share:.1f}" for share in accuracies(out, "before")), "", "", ""])
+    before = [f"{share:.1f}" for share in accuracies(out, "before")]
+    rows.append(["base", "", *before, "", *[""] * len(course_of)])
     rates = chosen_rates(out, variants)
     first = full_answers(out, variants[0], seeds)
     for variant in variants:
         folders = [out / f"{variant}-{seed}" for seed in seeds]
         after = [accuracies(folder, "after") for folder in folders]
-        other = [length_and_minutes(folder) for folder in folders]
+        other = [course(folder) for folder in folders]
         test = paired(first, full_answers(out, variant, seeds))
         against = f"{100 * test.difference:+.1f}, p {test.p:.1g}" if variant != variants[0] else ""
         cells = [*map(spread, zip(*after, strict=True)), against]
@@ -220,11 +222,14 @@ def accuracies(folder: Path, when: str) -> list[float]:
     return [100 * benches[name][view]["accuracy"] for name, view in JUDGED.values()]
 
 
-def length_and_minutes(folder: Path) -> list[float]:
+def course(folder: Path) -> list[float]:
+    """% that the first probe reads in full view, a sixth of the way; tokens a response at the end;
+    seconds of training."""
     log = read_jsonl(folder / "log.jsonl", [])
+    early = next(row["probe_full"] for row in log if "probe_full" in row)
     length = mean(row["length"] for row in log[-20:])
     seconds = sum(row["gen_s"] + row["teach_s"] + row["learn_s"] + row["other_s"] for row in log)
-    return [length, seconds / 60]
+    return [100 * early, length, seconds]
 
 
 def spread(values) -> str:
