@@ -134,7 +134,7 @@ def sprite(colour: int, shape: int, digit: int) -> Image.Image:
     Up to 13 px wide; the outer ring of the cell stays free, for the red box. The digit lies on a
     white plate, inside one quarter of its cell: in a crop that is one image token. Centred it is
     cut into four, and without the plate it has six contrasts; in 400 steps the tiny model then
-    learned to read it only sometimes, or not at all (measured).
+    learned to read it only sometimes, or not at all (measured, with patches of 8 px).
     """
     y, x = np.mgrid[:CELL, :CELL] - CELL // 2
     near, far = np.sort([abs(x), abs(y)], axis=0)
