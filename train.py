@@ -430,13 +430,17 @@ def load_ahead(run: Run, begin: int) -> Iterator:
         pin_memory=run.device.type == "cuda",
         worker_init_fn=outlive_sigterm,
     )
+    batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except RuntimeError as error:  # a worker was killed
         raise OSError(
             f"A process that reads images has ended: {error}. If memory ran out, lower --workers; "
             "then start the same command again."
         ) from error
+    finally:
+        if settings.workers:  # they outlive SIGTERM, and so the end of the interpreter
+            batches._shutdown_workers()
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -509,7 +513,6 @@ def train(settings: Settings, rank: int, world: int, device: torch.device, probe
     lines = settings.show_every if settings.toy else 1
     log = RunLog(out, begin, settings.steps, lines, settings.track) if rank == 0 else None
     before = time.perf_counter()
-    # Closed also by an error: its workers outlive SIGTERM, and so the end of the interpreter.
     with closing(load_ahead(run, begin)) as batches, SaveOnSigterm(device) as stop:
         for step in range(begin, settings.steps):
             entry, shown = learn(run, step, list(islice(batches, run.micros_a_step)))

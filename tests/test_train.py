@@ -432,6 +432,20 @@ def test_bad_data_is_named_in_one_line_before_anything_is_trained(world, tmp_pat
     assert not (tmp_path / "x" / "log.jsonl").exists()
 
 
+def test_a_programming_error_in_a_worker_ends_the_run_too(world, tmp_path):
+    """Whoever writes a view of their own sees its traceback, not a process that never ends."""
+    code = (
+        "import sys, train\n"
+        "def broken(*_): undefined\n"
+        "train.EncodedMicros.__getitem__ = broken\n"
+        "train.script.run(train.main, sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, *small_run(world, tmp_path / "x", "--workers 1")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "NameError: name 'undefined' is not defined" in ended.stderr
+    assert ended.returncode == 1
+
+
 def cut_short(data, step, place):
     """Damages the image of a step's row; returns the row."""
     rows = read_triplets(data)
